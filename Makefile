@@ -1,0 +1,34 @@
+# make demo, make test: nothing but Python >= 3.10 is needed before.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo test kernels bench lint clean
+
+demo: $(STAMP)
+	$(BIN)/gradnorm-fast demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy gradnorm_fast
+
+kernels: $(STAMP)
+	$(BIN)/python benchmarks/compile_matrix.py
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/compare.py
+
+# PIP_ARGS picks other versions: make test VENV=.venv-2.11 PIP_ARGS="torch==2.11.* 'numpy<2.4'"
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]" $(PIP_ARGS)
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

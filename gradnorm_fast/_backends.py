@@ -1,0 +1,110 @@
+"""Which backend a call takes, and the call of it: the one place that knows both the kernels and the torch path."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from . import _torch_path
+
+BACKENDS = ("auto", "triton", "torch")
+
+
+@cache
+def why_not_triton(device: torch.device) -> str:
+    """Why Triton kernels cannot run on this device and what to do about it; empty where they can."""
+    if find_spec("triton") is None:
+        return "Triton is not installed; install it with `pip install triton` (Linux), or use backend='torch'"
+    if device.type == "cuda":
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+            major, minor = torch.cuda.get_device_capability(device)
+            return f"the kernels need compute capability 8.0, {device} has {major}.{minor}; use backend='torch'"
+        return ""
+    from .kernels.targets import INTERPRETED
+
+    if device.type == "cpu" and INTERPRETED:
+        return ""
+    return (
+        f"Triton does not run on {device.type} tensors; move them to a GPU, use backend='torch', or, to run the kernels "
+        "in Triton's interpreter on a CPU, set TRITON_INTERPRET=1 before triton is first imported"
+    )
+
+
+def uses_triton(backend: str, device: torch.device) -> bool:
+    """ "auto" is Triton on a GPU wherever it can run, else torch."""
+    return backend == "triton" or (backend == "auto" and device.type == "cuda" and not why_not_triton(device))
+
+
+def run(
+    features: Tensor,
+    logits: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    temperature: float,
+    reduction: str,
+    include_bias: bool,
+    backend: str,
+    head: bool,
+) -> tuple[Tensor, Tensor]:
+    """Scores of features (B, D) from logits (B, C), or from weight (C, D) and bias (C,): out (1, B) and an empty tensor,
+    or with head out (6, B), the rows _torch_path.FIELDS, and prediction (B,)."""
+    batch = features.shape[0]
+    out = torch.empty((6 if head else 1, batch), dtype=score_dtype(features, logits), device=features.device)
+    prediction = torch.empty(batch if head else 0, dtype=torch.int64, device=features.device)
+    if batch == 0:
+        return out, prediction
+    scale, bias_norm = _factors(logits, weight, reduction, include_bias)
+    rest = (out, prediction if head else None, temperature, scale, bias_norm)
+    if not uses_triton(backend, features.device):
+        _torch_path.forward(features, logits, weight, bias, *rest)
+        return out, prediction
+    from .kernels import one_tile, rows, split
+
+    with _current(features.device):
+        if logits is not None:
+            rows.score_rows(features, logits, *rest)
+        elif weight is not None and weight.shape[0] <= one_tile.MAX_CLASSES and features.dtype != torch.float64:
+            one_tile.score_one_tile(features, weight, bias, *rest)
+        else:
+            split.score_split(features, weight, bias, *rest)
+    return out, prediction
+
+
+def run_backward(
+    grad: Tensor,
+    features: Tensor,
+    logits: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    temperature: float,
+    reduction: str,
+    include_bias: bool,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for features, logits, weight and bias, empty where not needed, given the gradient of run's out."""
+    scale, bias_norm = _factors(logits, weight, reduction, include_bias)
+    with torch.autocast(features.device.type, enabled=False):
+        return _torch_path.backward(grad, features, logits, weight, bias, temperature, scale, bias_norm, needed)
+
+
+def score_dtype(features: Tensor, logits: Tensor | None) -> torch.dtype:
+    """float64 for float64 input, else float32: half precision is for storage, never for sums."""
+    double = features.dtype == torch.float64 or (logits is not None and logits.dtype == torch.float64)
+    return torch.float64 if double else torch.float32
+
+
+def _factors(logits: Tensor | None, weight: Tensor | None, reduction: str, include_bias: bool) -> tuple[float, float]:
+    """scale: the sum over classes is C times the mean; bias_norm: the bias's gradient adds 1 to ‖x‖₁."""
+    classes = logits.shape[1] if logits is not None else weight.shape[0]  # type: ignore[union-attr]
+    return float(classes) if reduction == "sum" else 1.0, 1.0 if include_bias else 0.0
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)

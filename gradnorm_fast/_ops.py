@@ -1,0 +1,124 @@
+"""The score as an operator of torch: for autograd, torch.compile, torch.export, torch.func and tensor subclasses.
+
+One operator, `gradnorm_fast::scores`, and its backward. Plain tensors without gradients take a direct call past the
+dispatcher (docs/performance.md has what that saves).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._backends import run, run_backward, score_dtype
+
+_HEAD = (
+    "Tensor features, Tensor? logits, Tensor? weight, Tensor? bias, float temperature, str reduction, bool include_bias"
+)
+_library = torch.library.Library("gradnorm_fast", "DEF")
+_library.define(f"scores({_HEAD}, str backend, bool head) -> (Tensor out, Tensor prediction)")
+_library.define(f"scores_backward(Tensor grad, {_HEAD}, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor)")
+_library.impl("scores", run, "CompositeExplicitAutograd")
+_library.impl("scores_backward", run_backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("gradnorm_fast::scores", lib=_library)
+def _scores_fake(features, logits, weight, bias, temperature, reduction, include_bias, backend, head):  # type: ignore[no-untyped-def]
+    batch = features.shape[0]
+    out = features.new_empty((6 if head else 1, batch), dtype=score_dtype(features, logits))
+    return out, features.new_empty(batch if head else 0, dtype=torch.int64)
+
+
+@torch.library.register_fake("gradnorm_fast::scores_backward", lib=_library)
+def _scores_backward_fake(grad, features, logits, weight, bias, temperature, reduction, include_bias, needed):  # type: ignore[no-untyped-def]
+    return tuple(
+        t.new_empty(t.shape) if t is not None and need else features.new_empty(0)
+        for t, need in zip((features, logits, weight, bias), needed, strict=True)
+    )
+
+
+def _loop(
+    call: Callable[..., Any], size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    """vmap as a loop: the results of call with each slice of the arguments that have a batch dimension, stacked."""
+    results = [
+        call(*(a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True)))
+        for i in range(size)
+    ]
+    stacked = tuple(torch.stack(outputs) for outputs in zip(*results, strict=True))
+    return stacked, (0,) * len(stacked)
+
+
+class _Scores(torch.autograd.Function):
+    """`scores` for torch.func, whose transforms do not see through an operator's registered autograd."""
+
+    forward = staticmethod(run)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:4])
+        ctx.rest = inputs[4:7]
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        needed = list(ctx.needs_input_grad[:4])
+        grads = scores_backward(grad, *ctx.saved_tensors, *ctx.rest, needed)
+        return (*(g if need else None for g, need in zip(grads, needed, strict=True)), *(None,) * 5)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        return _loop(scores, info.batch_size, in_dims, args)
+
+
+class _ScoresBackward(torch.autograd.Function):
+    forward = staticmethod(run_backward)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Nothing to save: see backward."""
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
+        raise RuntimeError(
+            "gradnorm_fast: scores can be differentiated once, not twice; use gradnorm_fast.reference.autograd_gradnorm"
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        return _loop(scores_backward, info.batch_size, in_dims, args)
+
+
+for _name, _function in (("scores", _Scores), ("scores_backward", _ScoresBackward)):
+    torch.library.register_autograd(
+        f"gradnorm_fast::{_name}", _function.backward, setup_context=_function.setup_context, lib=_library
+    )
+
+
+def _route(
+    args: tuple[Any, ...], direct: Callable[..., Any], function: type[torch.autograd.Function], name: str
+) -> Any:
+    if not torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active():
+            return function.apply(*args)
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if (
+            all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type != "meta" for t in tensors)
+            and not torch._C._len_torch_dispatch_stack()
+            and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        ):
+            return direct(*args)
+    return getattr(torch.ops.gradnorm_fast, name).default(*args)
+
+
+def scores(*args: Any) -> tuple[Tensor, Tensor]:
+    """_backends.run, by the shortest way that keeps gradients, tracing and transforms right."""
+    return _route(args, run, _Scores, "scores")
+
+
+def scores_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """_backends.run_backward, likewise."""
+    return _route(args, run_backward, _ScoresBackward, "scores_backward")

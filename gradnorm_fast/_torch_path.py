@@ -1,0 +1,258 @@
+"""The score in plain torch: the path of CPUs, of devices without Triton, and of every backward.
+
+The formula is that of kernels/deviation.py, arranged for a CPU: the logits of a chunk of rows are written once and then
+worked on in pieces that stay in cache. Ordinary rows take their exponentials from torch.softmax, one fused pass; rows
+that need expm1 are few in practice and are taken out. Extra memory stays below MEMORY, whatever B·C is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+MIB = 2**20
+MEMORY = 32 * MIB  # the promise; its parts:
+LOGITS = 10 * MIB  # logits of a chunk of rows
+OPERAND = 4 * MIB  # features, and classes of the weight, converted for the matmul
+PIECE = 4 * MIB  # what is worked on at a time; up to three of them live at once
+LONGEST_ROW = 3 * MIB  # of logits; a longer one is taken in tiles of classes, computed twice
+
+FIELDS = ("gradnorm", "feature_norm", "output_norm", "max_logit", "msp", "energy")
+
+Logits = Callable[[slice, int, int], Tensor]  # rows, first class, last class + 1 -> (rows, classes)
+
+
+def slices(count: int, size: int, budget: int) -> Iterator[slice]:
+    """range(count) in slices whose items of `size` bytes fit the budget, at least one item each."""
+    step = max(1, budget // max(1, size))
+    return (slice(i, min(i + step, count)) for i in range(0, count, step))
+
+
+def _usable(matrix: Tensor, dtype: torch.dtype) -> bool:
+    """Whether BLAS reads this matrix as it lies, rather than torch copying all of it first."""
+    (m, n), (a, b) = matrix.shape, matrix.stride()
+    return matrix.dtype == dtype and ((b == 1 and a >= max(1, n)) or (a == 1 and b >= max(1, m)))
+
+
+def _converted(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    return matrix.to(dtype, memory_format=torch.contiguous_format, copy=True)
+
+
+def _head_logits(features: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, elements: int) -> Logits:
+    """Logits of the linear head, computed in dtype; each call overwrites what the last one returned."""
+    size, depth = dtype.itemsize, weight.shape[1]
+    buffer = torch.empty(elements, dtype=dtype, device=features.device)
+    if bias is not None:
+        bias = bias.to(dtype)
+    convert_x, convert_w = not _usable(features, dtype), not _usable(weight, dtype)
+    if convert_w and weight.numel() * size <= OPERAND:
+        weight, convert_w = _converted(weight, dtype), False
+
+    def logits(rows: slice, start: int, stop: int) -> Tensor:
+        x = features[rows]
+        if convert_x:
+            x = _converted(x, dtype)
+        z = buffer[: x.shape[0] * (stop - start)].view(x.shape[0], stop - start)
+        for part in slices(stop - start, depth * size if convert_w else 0, OPERAND) if convert_w else [slice(None)]:
+            w = weight[start:stop][part]
+            if convert_w:
+                w = _converted(w, dtype)
+            if bias is None:
+                torch.mm(x, w.t(), out=z[:, part])
+            else:
+                torch.addmm(bias[start:stop][part], x, w.t(), out=z[:, part])
+        return z
+
+    return logits
+
+
+def feature_norm(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """‖x‖₁ of each row, NaN where that is not finite: such a row has no score.  # (R, D) -> (R,)"""
+    norm = torch.cat(
+        [x[part].to(dtype).abs().sum(1) for part in slices(x.shape[0], x.shape[1] * dtype.itemsize, PIECE)]
+    )
+    return norm + (norm - norm)
+
+
+def _exponentials(z: Tensor, inv_temperature: float, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Into t, per row of logits z, multiples of p (far rows) or of p minus the top probability (near rows).
+
+    Returns near, Σ t, and the top class's share: p = (t + near)/S with S = Σ t + near·C, top probability = top/S.
+    """
+    if inv_temperature == 1.0:
+        torch.softmax(z, 1, out=t)
+    else:
+        torch.sub(z, z.amax(1, keepdim=True), out=t).mul_(inv_temperature)
+        torch.softmax(t, 1, out=t)
+    top = t.amax(1)
+    near = top * z.shape[1] < 2.0  # Σ exp(d) = 1/top > C/2
+    if z.device.type != "cpu":  # never wait for the data: both branches for every row
+        shifted = z.sub(z.amax(1, keepdim=True)).mul_(inv_temperature)
+        torch.where(near[:, None], shifted.expm1_(), t, out=t)
+    elif near.any():
+        index = near.nonzero()[:, 0]
+        shifted = z[index]
+        t[index] = shifted.sub_(shifted.amax(1, keepdim=True)).mul_(inv_temperature).expm1_()
+    return near, t.sum(1), torch.where(near, 1.0, top)
+
+
+def _centered(t: Tensor, mean: Tensor) -> Tensor:
+    """t − mean in place, and then by its own mean, which takes the rounding of the first out."""
+    t.sub_(mean[:, None])
+    return t.sub_(t.mean(1, keepdim=True))
+
+
+def _score_rows(z: Tensor, inv_temperature: float, dtype: torch.dtype, head: bool) -> tuple[Tensor, ...]:
+    """Logits z (R, C) to Σ|p − 1/C|; with head also to max_logit, msp, energy and prediction.  # each (R,)"""
+    z = z.to(dtype)
+    t = torch.empty_like(z, memory_format=torch.contiguous_format)
+    near, q, top = _exponentials(z, inv_temperature, t)
+    s = torch.where(near, q + z.shape[1], q)
+    deviation = _centered(t, q / z.shape[1]).abs_().sum(1) / s
+    if not head:
+        return (deviation,)
+    m, prediction = z.max(1)
+    msp = top / s
+    return deviation, m, msp, m - msp.log() / inv_temperature, prediction
+
+
+def _score_long_row(
+    tiles: Callable[[], Iterator[Tensor]], classes: int, inv_temperature: float, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """The same, always all five, for one row that comes in tiles (1, n); kernels/rows.py explains the merge."""
+    m = next(tiles()).new_full((1,), -torch.inf, dtype=dtype)
+    s, q, total, delta, sigma = (torch.zeros_like(m) for _ in range(5))
+    prediction, seen = torch.zeros_like(m, dtype=torch.int64), 0
+    for z in tiles():  # max, Σ exp and Σ expm1, rebased whenever the maximum rises
+        tile_m, index = z.to(dtype).max(1)
+        prediction = torch.where(tile_m > m, index + seen, prediction)
+        old, m = m, torch.maximum(m, tile_m)
+        shift = torch.where(m == -torch.inf, 0.0, m)
+        rise = torch.expm1((old - shift) * inv_temperature)
+        d = z.to(dtype).sub(shift[:, None]).mul_(inv_temperature)
+        s = s * (1 + rise) + d.exp().sum(1)
+        q = q * (1 + rise) + seen * rise + d.expm1_().sum(1)
+        seen += z.shape[1]
+    near = s > 0.5 * classes
+    mean = torch.where(near, q, s) / classes
+    for z in tiles():
+        d = z.to(dtype).sub(m[:, None]).mul_(inv_temperature)
+        u = torch.where(near[:, None], d.expm1(), d.exp_()).sub_(mean[:, None])
+        total, delta, sigma = total + u.abs().sum(1), delta + u.sum(1), sigma + u.sign_().sum(1)
+    s = mean * classes + delta + torch.where(near, classes, 0)
+    return (total - delta * sigma / classes) / s, m, 1 / s, m + s.log() / inv_temperature, prediction
+
+
+def forward(
+    features: Tensor,
+    logits: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    prediction: Tensor | None,
+    temperature: float,
+    scale: float,
+    bias_norm: float,
+) -> None:
+    """Scores of features (B, D), from logits (B, C) or from a head, into out (1, B), or (6, B) with prediction (B,)."""
+    dtype, size, inv_temperature = out.dtype, out.itemsize, 1.0 / temperature
+    batch, depth = features.shape
+    if logits is not None:
+        classes, row_bytes = logits.shape[1], 1
+        source: Logits = lambda rows, start, stop: logits[rows, start:stop]  # noqa: E731
+    else:
+        assert weight is not None
+        classes = weight.shape[0]
+        row_bytes = max(classes, 0 if _usable(features, dtype) else depth * LOGITS // OPERAND) * size
+        source = _head_logits(features, weight, bias, dtype, max(LOGITS // size, min(classes, LONGEST_ROW // size)))
+    long = classes * size > LONGEST_ROW
+    for rows in slices(batch, LOGITS if long else row_bytes, LOGITS):
+        z = None if long else source(rows, 0, classes)
+        for part in slices(rows.stop - rows.start, (classes + 8) * size, PIECE):
+            here = slice(rows.start + part.start, rows.start + part.stop)
+            if z is not None:
+                scores = _score_rows(z[part], inv_temperature, dtype, prediction is not None)
+            else:
+                tiles = lambda: (source(here, c.start, c.stop) for c in slices(classes, size, LONGEST_ROW))  # noqa: E731, B023
+                scores = _score_long_row(tiles, classes, inv_temperature, dtype)
+            norm = feature_norm(features[here], dtype)
+            output_norm = scores[0] * (scale / temperature)
+            out[0, here] = (norm + bias_norm) * output_norm
+            if prediction is not None:
+                poison = out[0, here] - out[0, here]  # a row without a score has no other number either
+                for field, value in enumerate((norm, output_norm, *scores[1:4]), 1):
+                    out[field, here] = value + poison
+                prediction[here] = torch.where(poison == 0, scores[4], 0)
+
+
+def backward(
+    grad: Tensor,
+    features: Tensor,
+    logits: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    temperature: float,
+    scale: float,
+    bias_norm: float,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for features, logits, weight and bias, given grad (1, B), or (6, B), of forward's out.
+
+    With V = scale/T·Σ|p − 1/C| and sign(0) = 0:  ∂V/∂z_k = scale/T²·p_k (sign(p_k − 1/C) − Σ_c sign(p_c − 1/C)·p_c),
+    ∂(‖x‖₁ + bias_norm)·V = V·sign(x) for x and (‖x‖₁ + bias_norm)·∂V for z; then z = xWᵀ + b as in any linear layer.
+    """
+    dtype, inv_temperature = grad.dtype, 1.0 / temperature
+    empty = features.new_empty(0)
+    grad_x, grad_z, grad_w, grad_b = (
+        torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+        if need and like is not None
+        else empty
+        for like, need in zip((features, logits, weight, bias), needed, strict=True)
+    )
+    if logits is not None:
+        classes = logits.shape[1]
+        source: Logits = lambda rows, start, stop: logits[rows, start:stop]  # noqa: E731
+    else:
+        assert weight is not None
+        classes = weight.shape[0]
+        w = weight.to(dtype)
+        source = lambda rows, start, stop: torch.nn.functional.linear(
+            features[rows].to(dtype), w, None if bias is None else bias.to(dtype)
+        )
+    for rows in slices(features.shape[0], classes * dtype.itemsize, LOGITS):
+        x, z, g = features[rows].to(dtype), source(rows, 0, classes).to(dtype), grad[:, rows]
+        m, prediction = z.max(1)
+        d = (z - m[:, None]) * inv_temperature
+        p = torch.softmax(d, 1)
+        t = torch.empty_like(z)
+        near, q, _ = _exponentials(z, inv_temperature, t)
+        u = _centered(t, q / classes)
+        norm = x.abs().sum(1)
+        output_norm = u.abs().sum(1) / torch.where(near, q + classes, q) * (scale / temperature)
+        grad_norm, grad_output = g[0] * output_norm, g[0] * (norm + bias_norm)
+        if len(g) > 1:
+            grad_norm, grad_output = grad_norm + g[1], grad_output + g[2]
+        sign = u.sign()
+        dz = p * (sign - (sign * p).sum(1, keepdim=True)) * (grad_output * scale * inv_temperature**2)[:, None]
+        if len(g) > 1:
+            msp = p.gather(1, prediction[:, None])[:, 0]
+            dz += p * (g[5] - g[4] * msp * inv_temperature)[:, None]
+            dz.scatter_add_(1, prediction[:, None], (g[3] + g[4] * msp * inv_temperature)[:, None])
+        if needed[0]:
+            grad_x[rows] = x.sign() * grad_norm[:, None]
+            if logits is None:
+                grad_x[rows] += dz @ w
+        if needed[1]:
+            grad_z[rows] = dz
+        if needed[2]:
+            grad_w += dz.t() @ x
+        if needed[3]:
+            grad_b += dz.sum(0)
+    return (
+        grad_x.to(features.dtype),
+        grad_z if logits is None else grad_z.to(logits.dtype),
+        grad_w if weight is None else grad_w.to(weight.dtype),
+        grad_b if bias is None else grad_b.to(bias.dtype),
+    )

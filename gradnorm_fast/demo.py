@@ -1,0 +1,335 @@
+"""The demonstration: GradNorm and three other scores on real images that come with scikit-learn.
+
+A small network learns the handwritten digits 0-6 and is then shown what it has never seen: the digits 7-9, digits
+with inverted contrast, patches of photographs and noise. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import HeadScores, fast_gradnorm, head_scores
+from .evaluation import evaluate, plot_roc, plot_scores
+from .reference import autograd_gradnorm
+
+ID_DIGITS = 7  # the classes 0-6 are trained on, 7-9 are held out
+SCORES = {"GradNorm": "gradnorm", "MSP": "msp", "MaxLogit": "max_logit", "Energy": "energy"}
+REPEATS = 50  # timings of fast_gradnorm, of which the median is taken
+
+Results = dict[str, dict[str, dict[str, float]]]  # OOD set -> score -> what evaluate returns
+
+
+class Data(NamedTuple):
+    """Images of shape (n, 1, 8, 8) with values in [0, 1] and labels of shape (n,)."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    ood_images: dict[str, Tensor]
+
+
+class Network(nn.Module):
+    """Two hidden layers; the linear head reads the ReLU output of the second."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU())
+        self.head = nn.Linear(128, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.body(images))
+        return logits
+
+
+def run(
+    output: str | Path = "gradnorm_demo.png", device: str | torch.device | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """Train the network, score the ID test images and every OOD set, print the comparison and draw it.
+
+    Args:
+        output: the PNG file to write; its folder must exist.
+        device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; by default a CUDA GPU where there is one.
+        seed: seed of the split, the training, the patches and the noise.
+
+    Returns:
+        A dictionary: ``accuracy`` on the ID test images; ``metrics``, by OOD set and score, as `evaluate` gives them;
+        ``mean``, by score, their ``auroc`` and ``fpr95_id_positive`` averaged over the OOD sets;
+        ``largest_relative_difference`` of `fast_gradnorm` from float64 autograd; ``batch_size``, ``fast_seconds``,
+        ``autograd_seconds`` and ``speedup`` of the timing; ``device``; ``output``, the absolute path of the picture.
+
+    Raises:
+        ValueError: the output cannot be written, the device is not there or the seed is out of range; all found
+            out before the training.
+        ImportError: scikit-learn, matplotlib or tqdm is not installed.
+    """
+    _require_extras()
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed: expected 0 to 2**32 - 1, got {seed}")
+    path = _check_output(Path(output))
+    chosen = _check_device(device)
+
+    data = load_data(seed)
+    print(f"ID: digits 0-{ID_DIGITS - 1}, {len(data.train_images)} for training, {len(data.test_images)} for testing")
+    network = train(data.train_images, data.train_labels, chosen, seed)
+
+    with torch.no_grad():  # not inference_mode: the autograd loop reads these features too
+        features = network.body(data.test_images.to(chosen))
+        ood_features = {name: network.body(images.to(chosen)) for name, images in data.ood_images.items()}
+        weight, bias = network.head.weight.detach(), network.head.bias.detach()
+        id_scores = head_scores(features, weight, bias)
+        ood_scores = {name: head_scores(x, weight, bias) for name, x in ood_features.items()}
+
+    accuracy = (id_scores.prediction.cpu() == data.test_labels).double().mean().item()
+    metrics = compare(id_scores, ood_scores)
+    mean = average(metrics)
+    print(f"test accuracy: {accuracy:.1%}\n")
+    print(_table(metrics, mean, id_scores, ood_scores) + "\n")
+    print(_verdict(mean) + "\n")
+
+    agreement = largest_relative_difference(features, weight, bias)
+    timing = time_both(features, weight, bias)
+    print(_speed(agreement, timing, features, len(weight)) + "\n")
+
+    draw(path, data, id_scores, ood_scores)
+    print(f"picture: {path}")
+    return {
+        "accuracy": accuracy,
+        "metrics": metrics,
+        "mean": mean,
+        "largest_relative_difference": agreement,
+        **timing,
+        "device": str(chosen),
+        "output": str(path),
+    }
+
+
+def load_data(seed: int) -> Data:
+    """Split the ID digits into training (60 %) and test images and gather the OOD sets, none of which is trained on."""
+    from sklearn.datasets import load_digits, load_sample_images
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images, labels = digits.images / 16, digits.target
+    is_id = labels < ID_DIGITS
+    train_x, test_x, train_y, test_y = train_test_split(
+        images[is_id], labels[is_id], test_size=0.4, stratify=labels[is_id], random_state=seed
+    )
+
+    random = np.random.default_rng(seed)
+    photographs = [photograph.mean(axis=2) / 255 for photograph in load_sample_images().images]
+    patches = []
+    for index in range(len(test_x)):
+        photograph = photographs[index % len(photographs)]
+        top, left = (random.integers(0, side - 8, endpoint=True) for side in photograph.shape)
+        patches.append(photograph[top : top + 8, left : left + 8])
+    ood = {
+        f"held-out digits {ID_DIGITS}-9": images[~is_id],
+        "inverted ID digits": 1 - test_x,
+        "photograph patches": np.stack(patches),
+        "uniform noise": random.uniform(size=test_x.shape),
+    }
+    return Data(
+        _to_tensor(train_x),
+        torch.as_tensor(train_y),
+        _to_tensor(test_x),
+        torch.as_tensor(test_y),
+        {name: _to_tensor(x) for name, x in ood.items()},
+    )
+
+
+def train(images: Tensor, labels: Tensor, device: torch.device, seed: int, epochs: int = 20) -> Network:
+    """Train the network with Adam and cross-entropy; the caller's random state is left as it was."""
+    from tqdm import tqdm
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        network = Network(int(labels.max()) + 1).to(device)
+        images, labels = images.to(device), labels.to(device)
+        optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+        for _ in tqdm(range(epochs), desc="training", unit="epoch"):
+            for batch in torch.randperm(len(images)).to(device).split(64):
+                loss = nn.functional.cross_entropy(network(images[batch]), labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    return network.eval()
+
+
+def compare(id_scores: HeadScores, ood_scores: Mapping[str, HeadScores]) -> Results:
+    """Evaluate every score on every OOD set."""
+    return {
+        name: {label: evaluate(getattr(id_scores, field), getattr(scores, field)) for label, field in SCORES.items()}
+        for name, scores in ood_scores.items()
+    }
+
+
+def average(metrics: Results) -> dict[str, dict[str, float]]:
+    """Average AUROC and FPR95 over the OOD sets, each set counting the same."""
+    return {
+        label: {
+            key: statistics.fmean(row[label][key] for row in metrics.values()) for key in ("auroc", "fpr95_id_positive")
+        }
+        for label in SCORES
+    }
+
+
+def largest_relative_difference(features: Tensor, weight: Tensor, bias: Tensor) -> float:
+    """Compare `fast_gradnorm` as it is used with autograd on the same features and head converted to float64."""
+    exact = autograd_gradnorm(features.double(), weight.double(), bias.double())
+    fast = fast_gradnorm(features, weight, bias).double()
+    return ((fast - exact).abs() / exact.abs()).max().item()
+
+
+def time_both(features: Tensor, weight: Tensor, bias: Tensor) -> dict[str, float]:
+    """Time `fast_gradnorm` (median of `REPEATS`) and the per-sample autograd loop (once) on the same features."""
+
+    def seconds(score: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor) -> float:
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+        start = time.perf_counter()
+        score(x, weight, bias)
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+        return time.perf_counter() - start
+
+    for _ in range(5):
+        seconds(fast_gradnorm, features)
+    seconds(autograd_gradnorm, features[:20])  # warm-up as well
+    fast = statistics.median(seconds(fast_gradnorm, features) for _ in range(REPEATS))
+    loop = seconds(autograd_gradnorm, features)
+    return {"batch_size": len(features), "fast_seconds": fast, "autograd_seconds": loop, "speedup": loop / fast}
+
+
+def draw(path: Path, data: Data, id_scores: HeadScores, ood_scores: Mapping[str, HeadScores]) -> None:
+    """Write the picture: examples of every set, the GradNorm histograms and the ROC curves."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # The object interface: pyplot would touch the caller's figures and choose a window system.
+    figure = Figure(figsize=(12, 7), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[1, 3.6]).ravel()
+
+    examples = {f"ID: digits 0-{ID_DIGITS - 1}": data.test_images, **data.ood_images}
+    for index, (ax, (name, images)) in enumerate(zip(top.subplots(1, len(examples)), examples.items(), strict=True)):
+        tiles = nn.functional.pad(images[:8, 0], (1, 1, 1, 1), value=1.0)  # white frames, two rows of four
+        ax.imshow(tiles.reshape(2, 4, 10, 10).transpose(1, 2).reshape(20, 40).numpy(), cmap="gray", vmin=0, vmax=1)
+        ax.set_title(name, fontsize=10, color=f"C{index - 1}" if index else "0.35")
+        ax.axis("off")
+
+    left, right = bottom.subplots(1, 2)
+    gradnorm = {name: scores.gradnorm for name, scores in ood_scores.items()}
+    plot_scores(id_scores.gradnorm, gradnorm, left, xlabel="GradNorm score (larger = more in-distribution)")
+    plot_roc(id_scores.gradnorm, gradnorm, right)
+    left.set_title("GradNorm scores")
+    right.set_title("ROC of the GradNorm score")
+    for ax, columns in ((left, 3), (right, 2)):
+        ax.spines[["top", "right"]].set_visible(False)
+        # Below the axes, where it hides no curve.
+        ax.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=columns)
+    figure.savefig(path, format="png")
+
+
+def _table(
+    metrics: Results,
+    mean: Mapping[str, Mapping[str, float]],
+    id_scores: HeadScores,
+    ood_scores: Mapping[str, HeadScores],
+) -> str:
+    def count_and_norm(scores: HeadScores) -> str:
+        return f"{len(scores.gradnorm):>5}{scores.feature_norm.median().item():>8.0f}"
+
+    def percent(row: Mapping[str, Mapping[str, float]]) -> str:
+        return "".join(f"{100 * row[s]['auroc']:>9.2f}{100 * row[s]['fpr95_id_positive']:>8.2f}" for s in SCORES)
+
+    return "\n".join(
+        [
+            "AUROC (higher is better) and FPR95, ID positive (lower is better), in %;",
+            "|x|: the median feature norm ||x||_1, the factor of GradNorm that the other scores lack",
+            " " * 35 + "".join(f"    {label:^13}" for label in SCORES).rstrip(),
+            f"{'':<22}{'n':>5}{'|x|':>8}" + f"{'AUROC':>9}{'FPR95':>8}" * len(SCORES),
+            f"{'ID test digits':<22}{count_and_norm(id_scores)}",
+            *(f"{name:<22}{count_and_norm(ood_scores[name])}{percent(row)}" for name, row in metrics.items()),
+            f"{'average':<35}{percent(mean)}",
+        ]
+    )
+
+
+def _verdict(mean: Mapping[str, Mapping[str, float]]) -> str:
+    lines = []
+    for name, key, sign in (("AUROC", "auroc", -1), ("FPR95", "fpr95_id_positive", 1)):
+        ranking = sorted(SCORES, key=lambda score: sign * mean[score][key])
+        rank = ranking.index("GradNorm") + 1
+        standing = "the best" if rank == 1 else f"not the best: it ranks {rank} of {len(ranking)}, {ranking[0]} leads"
+        lines.append(f"By average {name}, GradNorm is {standing}.")
+    return "\n".join([*lines, "One small network and one seed: an illustration, not a benchmark."])
+
+
+def _speed(agreement: float, timing: Mapping[str, float], features: Tensor, classes: int) -> str:
+    batch, width = features.shape
+    return "\n".join(
+        [
+            f"fast_gradnorm against autograd, from the same features of the ID test set ({batch} x {width}, "
+            f"{classes} classes, {features.device}):",
+            f"  largest relative difference: {agreement:.1e} "
+            f"(fast_gradnorm in {str(features.dtype).removeprefix('torch.')}, autograd in float64)",
+            f"  fast_gradnorm: {1e3 * timing['fast_seconds']:.3f} ms for the batch of {batch} "
+            f"(median of {REPEATS} after warm-up)",
+            f"  autograd, sample by sample: {1e3 * timing['autograd_seconds']:.1f} ms for the same batch (timed once)",
+            f"  speed-up: {timing['speedup']:.0f} x, head only; computing the features is in neither time",
+        ]
+    )
+
+
+def _to_tensor(images: np.ndarray[Any, Any]) -> Tensor:
+    return torch.as_tensor(images, dtype=torch.float32).unsqueeze(1)
+
+
+def _require_extras() -> None:
+    try:
+        import matplotlib  # noqa: F401
+        import sklearn  # noqa: F401
+        import tqdm  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f'the demo needs {error.name}: pip install "gradnorm_fast[demo]"') from error
+
+
+def _check_output(path: Path) -> Path:
+    """Return the absolute path, or say why no PNG can be written there."""
+    path = path.absolute()
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"output: expected a name ending in .png, got {path.name!r}")
+    try:
+        existed = os.path.lexists(path)
+        path.open("ab").close()  # trying is the only sure test, and appending nothing changes nothing
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise ValueError(f"output: cannot write {path}: {error.strerror}") from error
+    return path
+
+
+def _check_device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {device!r}") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {str(device)!r}")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device: {str(device)!r} is not there, torch sees {torch.cuda.device_count() or 'no'} CUDA GPU"
+        )
+    return chosen

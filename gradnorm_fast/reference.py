@@ -1,0 +1,62 @@
+"""The readable truth: GradNorm by real autograd on a real linear layer, one sample at a time.
+
+Slow on purpose. Tests and benchmarks hold every kernel against it in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def autograd_gradnorm(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    include_bias: bool = False,
+) -> Tensor:
+    """GradNorm score of every row of features as its authors define it (Huang, Geng & Li, NeurIPS 2021).
+
+    For each sample: loss = −(mean or sum over classes of) log softmax(z/T), the cross entropy to the uniform
+    distribution, whose gradient is that of KL(uniform ‖ softmax); score = ‖∂loss/∂W‖₁ (+ ‖∂loss/∂b‖₁).
+
+    Args:
+        features: (..., D), any floating dtype; the computation stays in it.
+        weight: (C, D) or (C, D, 1, 1).
+        bias: (C,) or None.
+        temperature: T > 0.
+        reduction: "mean" (the paper) or "sum" over classes (the official code, OpenOOD).
+        include_bias: add the L1 norm of the bias's gradient.
+
+    Returns:
+        (...), in the dtype of features; larger = more in-distribution.
+
+    Raises:
+        ValueError: an unknown reduction, or include_bias without a bias.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction: expected "mean" or "sum", got {reduction!r}')
+    if include_bias and bias is None:
+        raise ValueError("include_bias: expected a bias whose gradient to include, got bias=None")
+    classes, depth = weight.shape[:2]
+    layer = torch.nn.Linear(depth, classes, bias=bias is not None, dtype=weight.dtype, device=weight.device)
+    layer.weight.data = weight.detach().reshape(classes, depth)
+    if bias is not None:
+        layer.bias.data = bias.detach()
+
+    scores = []
+    with torch.enable_grad():
+        for sample in features.detach().reshape(-1, depth):
+            layer.zero_grad()
+            logits = layer(sample)
+            losses = -torch.log_softmax(logits / temperature, dim=-1)
+            loss = losses.mean() if reduction == "mean" else losses.sum()
+            loss.backward()
+            score = layer.weight.grad.abs().sum()
+            if include_bias:
+                score = score + layer.bias.grad.abs().sum()
+            scores.append(score)
+    return torch.stack(scores).reshape(features.shape[:-1]) if scores else features.new_zeros(features.shape[:-1])
