@@ -16,7 +16,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -64,7 +63,6 @@ class Outcome:
     registers: int = 0
     spills: int = 0
     shared: int = 0
-    seconds: float = 0.0
     instructions: dict[str, int] = field(default_factory=dict)
     serialized: bool = False
     problems: list[str] = field(default_factory=list)
@@ -137,7 +135,6 @@ def compile_entry(entry: Entry) -> Outcome:
     amd = entry.arch.startswith("gfx")
     target = GPUTarget("hip", entry.arch, 64) if amd else GPUTarget("cuda", int(entry.arch[3:]), 32)
     outcome = Outcome(entry)
-    t0 = time.time()
     try:
         kernel = triton.compile(
             _source(entry),
@@ -147,7 +144,6 @@ def compile_entry(entry: Entry) -> Outcome:
     except Exception as error:  # whatever the compiler raises is the finding
         outcome.problems.append(f"does not compile: {type(error).__name__}: {str(error).strip()[-200:]}")
         return outcome
-    outcome.seconds = time.time() - t0
     outcome.shared = kernel.metadata.shared
     (_read_amd if amd else _read_nvidia)(kernel, outcome)
     if outcome.spills:
@@ -223,9 +219,9 @@ def main() -> int:
     print(f"Triton {triton.__version__}, torch {torch.__version__}; compiled offline, not run")
     print(f"{'kernel':10} {'arch':7} {'dtype':10} {'tile':12} {'':14} warps stages  regs spills shared  instructions")
     for o in outcomes:
+        row = f"{o.entry} {o.entry.num_warps:5} {o.entry.num_stages:6} {o.registers:5} {o.spills:6} {o.shared:6}"
         counts = " ".join(f"{n} {c}" for n, c in o.instructions.items())
-        print(f"{o.entry} {o.entry.num_warps:5} {o.entry.num_stages:6} {o.registers:5} {o.spills:6} {o.shared:6} {o.seconds:.1f} {counts}"
-              + (f"  !! {'; '.join(o.problems)}" if o.problems else ""))  # fmt: skip
+        print(f"{row}  {counts}" + (f"  !! {'; '.join(o.problems)}" if o.problems else ""))
     bad = sum(bool(o.problems) for o in outcomes)
     print(f"{len(outcomes)} configurations, {bad} with problems")
     if args.json:

@@ -29,7 +29,7 @@ def why_not_triton(device: torch.device) -> str:
     if device.type == "cpu" and INTERPRETED:
         return ""
     return (
-        f"Triton does not run on {device.type} tensors; move them to a GPU, use backend='torch', or, to run the kernels "
+        f"Triton does not run on {device.type} tensors; move them to a GPU, use backend='torch', or, to run them "
         "in Triton's interpreter on a CPU, set TRITON_INTERPRET=1 before triton is first imported"
     )
 
@@ -50,8 +50,10 @@ def run(
     backend: str,
     head: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Scores of features (B, D) from logits (B, C), or from weight (C, D) and bias (C,): out (1, B) and an empty tensor,
-    or with head out (6, B), the rows _torch_path.FIELDS, and prediction (B,)."""
+    """Scores of features (B, D) from logits (B, C), or from weight (C, D) and bias (C,).
+
+    Returns out (1, B) and an empty tensor, or with head out (6, B), the rows _torch_path.FIELDS, and prediction (B,).
+    """
     batch = features.shape[0]
     out = torch.empty((6 if head else 1, batch), dtype=score_dtype(features, logits), device=features.device)
     prediction = torch.empty(batch if head else 0, dtype=torch.int64, device=features.device)

@@ -40,6 +40,10 @@ def _converted(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return matrix.to(dtype, memory_format=torch.contiguous_format, copy=True)
 
 
+def _given_logits(logits: Tensor) -> Logits:
+    return lambda rows, start, stop: logits[rows, start:stop]
+
+
 def _head_logits(features: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, elements: int) -> Logits:
     """Logits of the linear head, computed in dtype; each call overwrites what the last one returned."""
     size, depth = dtype.itemsize, weight.shape[1]
@@ -160,8 +164,7 @@ def forward(
     dtype, size, inv_temperature = out.dtype, out.itemsize, 1.0 / temperature
     batch, depth = features.shape
     if logits is not None:
-        classes, row_bytes = logits.shape[1], 1
-        source: Logits = lambda rows, start, stop: logits[rows, start:stop]  # noqa: E731
+        classes, row_bytes, source = logits.shape[1], 1, _given_logits(logits)
     else:
         assert weight is not None
         classes = weight.shape[0]
@@ -212,15 +215,11 @@ def backward(
         for like, need in zip((features, logits, weight, bias), needed, strict=True)
     )
     if logits is not None:
-        classes = logits.shape[1]
-        source: Logits = lambda rows, start, stop: logits[rows, start:stop]  # noqa: E731
+        classes, source = logits.shape[1], _given_logits(logits)
     else:
         assert weight is not None
-        classes = weight.shape[0]
-        w = weight.to(dtype)
-        source = lambda rows, start, stop: torch.nn.functional.linear(
-            features[rows].to(dtype), w, None if bias is None else bias.to(dtype)
-        )
+        classes, w = weight.shape[0], weight.to(dtype)
+        source = _head_logits(features, weight, bias, dtype, max(LOGITS // dtype.itemsize, classes))
     for rows in slices(features.shape[0], classes * dtype.itemsize, LOGITS):
         x, z, g = features[rows].to(dtype), source(rows, 0, classes).to(dtype), grad[:, rows]
         m, prediction = z.max(1)

@@ -18,7 +18,7 @@ _FLOAT32_MAX = 3.4028234663852886e38
 
 
 class HeadScores(NamedTuple):
-    """Scores of a batch from one pass over its logits, each of shape features.shape[:-1]; larger = more in-distribution.
+    """Scores from one pass over the logits, each of shape features.shape[:-1]; larger = more in-distribution.
 
     With T the temperature, x the features, z the logits, p = softmax(z/T):
     """

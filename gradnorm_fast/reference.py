@@ -50,13 +50,10 @@ def autograd_gradnorm(
     scores = []
     with torch.enable_grad():
         for sample in features.detach().reshape(-1, depth):
-            layer.zero_grad()
             logits = layer(sample)
             losses = -torch.log_softmax(logits / temperature, dim=-1)
             loss = losses.mean() if reduction == "mean" else losses.sum()
-            loss.backward()
-            score = layer.weight.grad.abs().sum()
-            if include_bias:
-                score = score + layer.bias.grad.abs().sum()
-            scores.append(score)
+            wanted = [layer.weight, layer.bias] if include_bias else [layer.weight]
+            gradients = torch.autograd.grad(loss, wanted)
+            scores.append(torch.stack([g.abs().sum() for g in gradients]).sum())
     return torch.stack(scores).reshape(features.shape[:-1]) if scores else features.new_zeros(features.shape[:-1])

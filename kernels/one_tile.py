@@ -70,7 +70,14 @@ def configuration(b: int, c: int, d: int, dtype: torch.dtype, arch: str) -> Conf
     block_c = next(n for n in (16, 128, 256) if c <= n)
     if dtype == torch.float32:  # without tensor cores: a tile whose accumulators and operands fit the registers
         return Config(16 if b <= 1024 or block_c == 256 else 64, block_c, 32, 8 if block_c == 128 else 4, 2)
-    return Config(16 if b <= 1024 else 64, block_c, 64, 8 if block_c == 256 else 4, 2 if arch.startswith("gfx") else 3)
+    spills = block_c == 256 and arch.startswith("sm_1")  # 64 x 256 with HEAD, on Blackwell's tensor memory
+    return Config(
+        block_b=16 if b <= 1024 or spills else 64,
+        block_c=block_c,
+        block_d=32 if block_c == 256 else 64,
+        num_warps=4 if block_c == 16 else 8,
+        num_stages=2 if arch.startswith("gfx") else 3,
+    )
 
 
 def score_one_tile(

@@ -29,7 +29,7 @@ def rows_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     live = (rows < B)[:, None]
     dtype = OUT.dtype.element_ty  # float32, or float64 for float64 logits
-    inv_temperature = inv_temperature.to(dtype)
+    inv_temperature = tl.cast(inv_temperature, dtype)
 
     # 1. ‖x‖₁
     columns = tl.arange(0, BLOCK_D)

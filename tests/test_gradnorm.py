@@ -1,0 +1,181 @@
+"""The score against float64 autograd and against float64 expm1 on rows made to be hard, on every path."""
+
+import pytest
+import torch
+from conftest import DEVICE
+from families import deviation, hard_logits
+
+from gradnorm_fast import fast_gradnorm, gradnorm_from_logits, head_scores
+from gradnorm_fast.reference import autograd_gradnorm
+
+BACKENDS = ["torch", "triton"]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+# Around each block boundary: of rows 16 and 64, of classes 16, 128, 256 and the class tiles beyond, of features 32, 64.
+SHAPES = [
+    (1, 1, 1), (3, 5, 1), (2, 1, 7), (15, 31, 2), (16, 32, 15), (17, 33, 16), (9, 64, 17), (5, 65, 127),
+    (4, 63, 128), (3, 20, 129), (2, 30, 255), (2, 30, 256), (3, 31, 257), (65, 40, 300), (5, 130, 1000), (2, 8, 1025),
+    (1, 4, 4097), (2, 3, 8193),
+]  # fmt: skip
+
+
+def relative(actual, expected):
+    """Largest relative difference; absolute where the truth is 0."""
+    expected = expected.double()
+    error = (actual.double().cpu() - expected.cpu()).abs() / expected.cpu().abs().where(expected.cpu() != 0, 1.0)
+    return error.max().item() if error.numel() else 0.0
+
+
+def problem(b, d, c, dtype, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x, w, bias = (torch.randn(*s, generator=g).to(dtype) for s in ((b, d), (c, d), (c,)))
+    return x.to(DEVICE), w.to(DEVICE), bias.to(DEVICE)
+
+
+def end_to_end_tolerance(x, w, bias, temperature, dtype):
+    """2e-6 for the score and, from the float32 matmul, twice what its rounding can move p.
+
+    A sum of D products errs by at most γ = D·2⁻²⁴ of Σ|x_i w_i| (+ one rounding for the bias), usually by √D. An error
+    ε in every logit moves log p by 2ε/T and so Σ|p − 1/C| by at most 2ε/T·Σ p·(1 + |p − 1/C| ...) <= 4ε/T absolutely.
+    """
+    if dtype == torch.float64:
+        return 1e-12
+    x, w, bias = x.double(), w.double(), bias.double()
+    z = x @ w.T + bias
+    size = (x.abs() @ w.abs().T + bias.abs()).amax(1)
+    epsilon = size * max(8.0, x.shape[1] ** 0.5) * 2.0**-24
+    score = deviation(z, temperature) * temperature
+    return 2e-6 + (4 * epsilon / temperature / score.clamp_min(1e-30)).max().item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_autograd(backend, shape, dtype):
+    x, w, bias = problem(*shape, dtype)
+    expected = autograd_gradnorm(x.double(), w.double(), bias.double(), temperature=2.0)
+    actual = fast_gradnorm(x, w, bias, temperature=2.0, backend=backend)
+    assert actual.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    if shape[2] == 1:
+        assert not actual.any()
+    else:
+        assert relative(actual, expected) <= end_to_end_tolerance(x, w, bias, 2.0, dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("include_bias", [False, True])
+def test_conventions(backend, reduction, include_bias):
+    x, w, bias = problem(6, 12, 9, torch.float32)
+    options = dict(temperature=0.7, reduction=reduction, include_bias=include_bias)
+    expected = autograd_gradnorm(x.double(), w.double(), bias.double(), **options)
+    assert relative(fast_gradnorm(x, w, bias, backend=backend, **options), expected) < 3e-6
+    logits = torch.nn.functional.linear(x, w, bias)
+    assert relative(gradnorm_from_logits(x, logits, backend=backend, **options), expected) < 3e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("classes", [2, 10, 1000, 21843, 128256])
+def test_hard_rows_of_given_logits(backend, classes):
+    x = torch.ones(2, 1, device=DEVICE)
+    for name, logits, temperature in hard_logits(classes):
+        score = gradnorm_from_logits(x, logits.to(DEVICE), temperature=temperature, backend=backend)
+        assert relative(score, deviation(logits, temperature)) <= 2e-6, name
+
+
+def test_the_float64_oracle_of_hard_rows_against_fifty_digits():
+    mpmath = pytest.importorskip("mpmath")
+    mpmath.mp.dps = 50
+    for name, logits, temperature in hard_logits(10, rows=1):
+        z = [mpmath.mpf(v) / mpmath.mpf(temperature) for v in logits[0].tolist()]
+        top = max(z)
+        e = [mpmath.exp(v - top) for v in z]
+        truth = mpmath.fsum(abs(v / mpmath.fsum(e) - mpmath.mpf(1) / 10) for v in e) / temperature
+        got = deviation(logits, temperature)[0].item()
+        assert abs(got - truth) <= 1e-9 * truth + mpmath.mpf(10) ** -40, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("classes", [3, 300])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_head_scores_are_the_usual_baselines(backend, classes, temperature):
+    x, w, bias = problem(7, 20, classes, torch.float32)
+    scores = head_scores(x, w, bias, temperature=temperature, backend=backend)
+    z = torch.nn.functional.linear(x.double(), w.double(), bias.double())
+    assert torch.equal(scores.prediction, z.argmax(1)) and scores.prediction.dtype == torch.int64
+    assert relative(scores.max_logit, z.amax(1)) < 3e-6
+    assert relative(scores.msp, torch.softmax(z / temperature, 1).amax(1)) < 1e-5
+    assert relative(scores.energy, temperature * torch.logsumexp(z / temperature, 1)) < 1e-5
+    assert relative(scores.feature_norm, x.double().abs().sum(1)) < 1e-6
+    assert torch.equal(scores.gradnorm, scores.feature_norm * scores.output_norm)
+    assert torch.equal(scores.gradnorm, fast_gradnorm(x, w, bias, temperature=temperature, backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("classes", [10, 300, 9000])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_bad_row_poisons_itself_alone(backend, classes, value):
+    x, w, bias = problem(5, 6, classes, torch.float32)
+    good = fast_gradnorm(x, w, bias, backend=backend)
+    x[2, 3] = value
+    bad = fast_gradnorm(x, w, bias, backend=backend)
+    others = torch.tensor([0, 1, 3, 4])
+    assert bad[2].isnan() and torch.equal(bad[others], good[others])
+    finite_logits = torch.zeros(5, classes, device=DEVICE).index_fill_(1, torch.tensor([0], device=DEVICE), 1.0)
+    scores = gradnorm_from_logits(x, finite_logits, backend=backend)
+    assert scores[2].isnan() and scores[others].isfinite().all()
+    assert head_scores(x, w, bias, backend=backend).prediction[2] == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("classes", [10, 300])
+def test_exact_zeros_and_masked_classes(backend, classes):
+    x, w, bias = problem(3, 6, classes, torch.float32)
+    assert not fast_gradnorm(torch.zeros_like(x), w, bias, backend=backend).any()
+    assert not fast_gradnorm(x, torch.zeros_like(w), backend=backend).any()
+    bias[::2] = -torch.inf
+    expected = x.double().abs().sum(1) * deviation(torch.nn.functional.linear(x.double(), w.double(), bias.double()))
+    assert relative(fast_gradnorm(x, w, bias, backend=backend), expected) < 1e-5
+    assert fast_gradnorm(x[:0], w, bias, backend=backend).shape == (0,)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("classes", [10, 300])
+def test_strides(backend, classes):
+    x, w, bias = problem(6, 8, classes, torch.float32)
+    expected = fast_gradnorm(x, w, bias, backend=backend)
+    wide = torch.zeros(12, 24, device=DEVICE)
+    wide[::2, 1::3] = x
+    assert torch.allclose(fast_gradnorm(wide[::2, 1::3], w, bias, backend=backend), expected, rtol=1e-5)
+    transposed = fast_gradnorm(x.T.contiguous().T, w.T.contiguous().T, bias, backend=backend)
+    assert torch.allclose(transposed, expected, rtol=1e-5)
+    expanded = fast_gradnorm(x[:1].expand(4, 8), w, bias[:1].expand(classes), backend=backend)
+    assert torch.allclose(expanded, fast_gradnorm(x[:1], w, bias[:1].repeat(classes), backend=backend), rtol=1e-5)
+    assert fast_gradnorm(x.reshape(2, 3, 8), w[:, :, None, None], bias, backend=backend).shape == (2, 3)
+    assert fast_gradnorm(x[0], w, bias, backend=backend).shape == ()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_bitwise_the_same_from_run_to_run(backend, classes):
+    x, w, bias = problem(70, 40, classes, torch.float32)
+    first = fast_gradnorm(x, w, bias, backend=backend)
+    assert all(torch.equal(first, fast_gradnorm(x, w, bias, backend=backend)) for _ in range(3))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_offsets_beyond_32_bits(backend):
+    storage = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE)
+    x = storage.as_strided((2, 8), (2**31, 1))
+    x.copy_(torch.arange(16.0).reshape(2, 8))
+    w = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)).half().to(DEVICE)
+    expected = fast_gradnorm(x.clone(), w, backend=backend)
+    assert torch.equal(fast_gradnorm(x, w, backend=backend), expected)
+
+
+def test_split_in_chunks_of_rows():
+    from gradnorm_fast.kernels.split import score_split
+
+    x, w, bias = problem(40, 20, 300, torch.float32)
+    out = torch.empty(1, 40, device=DEVICE)
+    score_split(x, w, bias, out, None, 1.0, 1.0, 0.0, chunk=16)
+    assert relative(out[0], autograd_gradnorm(x.double(), w.double(), bias.double())) < 1e-5
