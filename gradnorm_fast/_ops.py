@@ -44,7 +44,7 @@ def _loop(
 ) -> tuple[Any, Any]:
     """vmap as a loop: the results of call with each slice of the arguments that have a batch dimension, stacked."""
     results = [
-        call(*(a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True)))
+        call(*(a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(args, in_dims, strict=True)))
         for i in range(size)
     ]
     stacked = tuple(torch.stack(outputs) for outputs in zip(*results, strict=True))

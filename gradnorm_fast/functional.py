@@ -136,7 +136,7 @@ def gradnorm_from_logits(
     if logits.dim() == 0 or logits.shape[:-1] != features.shape[:-1] or logits.shape[-1] == 0:
         lead = ", ".join(map(str, [*features.shape[:-1], "C"]))
         raise ValueError(f"logits: expected shape ({lead}) with C >= 1, got {tuple(logits.shape)}")
-    _check_like("logits", logits, features, mixed=torch.is_autocast_enabled(features.device.type))
+    _check_like("logits", logits, features, mixed=_autocasting(features.device))
     temperature = _check_options(features, temperature, reduction, backend)
     out, _ = _ops.scores(
         _rows(features), _rows(logits), None, None, temperature, reduction, include_bias, backend, False
@@ -149,9 +149,13 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.dim() == 2 else t.unsqueeze(0) if t.dim() == 1 else t.flatten(0, -2)
 
 
+def _autocasting(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
     """Under torch.autocast, what torch.nn.functional.linear does: all but float64 to the autocast dtype."""
-    if not isinstance(tensors[0], Tensor) or not torch.is_autocast_enabled(tensors[0].device.type):
+    if not isinstance(tensors[0], Tensor) or not _autocasting(tensors[0].device):
         return tensors
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(

@@ -1,0 +1,143 @@
+"""Gradients, torch.library, torch.compile, torch.export, torch.func, autocast."""
+
+import pytest
+import torch
+import torch._dynamo.testing
+from conftest import DEVICE
+
+from gradnorm_fast import HeadScores, fast_gradnorm, gradnorm_from_logits, head_scores
+
+
+def problem(dtype=torch.float64, requires_grad=True):
+    g = torch.Generator().manual_seed(3)
+    return [
+        torch.randn(*s, generator=g, dtype=dtype).to(DEVICE).requires_grad_(requires_grad)
+        for s in ((4, 5), (6, 5), (6,))
+    ]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("include_bias", [False, True])
+def test_gradcheck(reduction, include_bias):
+    options = dict(temperature=1.3, reduction=reduction, include_bias=include_bias)
+    x, w, b = problem()
+    assert torch.autograd.gradcheck(lambda *a: fast_gradnorm(*a, **options), (x, w, b))
+    assert torch.autograd.gradcheck(lambda x, w: fast_gradnorm(x, w, temperature=1.3), (x, w))
+    logits = torch.nn.functional.linear(x, w, b).detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda *a: gradnorm_from_logits(*a, **options), (x, logits))
+
+
+def test_gradcheck_of_every_head_score():
+    differentiable = [f for f in HeadScores._fields if f != "prediction"]
+    assert torch.autograd.gradcheck(
+        lambda *a: tuple(getattr(head_scores(*a, temperature=1.3), f) for f in differentiable), tuple(problem())
+    )
+
+
+def test_kinks_have_gradient_zero():
+    x = torch.zeros(2, 3, requires_grad=True)
+    w = torch.zeros(4, 3, requires_grad=True)
+    fast_gradnorm(x, w).sum().backward()
+    assert not x.grad.any() and not w.grad.any()
+
+
+def test_only_needed_gradients_and_once():
+    x, w, b = problem()
+    w.requires_grad_(False)
+    (grad,) = torch.autograd.grad(fast_gradnorm(x, w, b).sum(), x, create_graph=True)
+    assert grad.shape == x.shape and w.grad is None
+    with pytest.raises(RuntimeError, match="once, not twice"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_opcheck(backend):
+    for dtype in (torch.float32, torch.float64):
+        x, w, b = problem(dtype)
+        for head in (False, True):
+            options = (1.5, "mean", False, backend, head)
+            torch.library.opcheck(torch.ops.gradnorm_fast.scores.default, (x, None, w, b, *options))
+            torch.library.opcheck(torch.ops.gradnorm_fast.scores.default, (x, x @ w.T, None, None, *options))
+
+
+def test_compile_does_not_recompile_per_batch_size():
+    x, w, b = problem(torch.float32, requires_grad=False)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: head_scores(x, w, b, temperature=2.0), fullgraph=True, dynamic=True, backend=counter
+    )
+    compiled(x)
+    graphs = counter.frame_count
+    for size in (4, 7, 30):
+        batch = torch.randn(size, 5, device=DEVICE)
+        for got, expected in zip(compiled(batch), head_scores(batch, w, b, temperature=2.0), strict=True):
+            assert torch.equal(got, expected)
+    assert counter.frame_count == graphs > 0
+
+
+def test_compile_with_gradients():
+    x, w, b = problem()
+    expected = torch.autograd.grad(fast_gradnorm(x, w, b).sum(), (x, w, b))
+    compiled = torch.compile(fast_gradnorm, fullgraph=True, backend="aot_eager")
+    for got, want in zip(torch.autograd.grad(compiled(x, w, b).sum(), (x, w, b)), expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_export(tmp_path):
+    class Head(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = torch.nn.Linear(5, 6)
+
+        def forward(self, x):
+            return head_scores(x, self.fc.weight, self.fc.bias)
+
+    module = Head().to(DEVICE).eval()
+    dynamic = ({0: torch.export.Dim("batch", min=2)},)
+    program = torch.export.export(module, (torch.randn(4, 5, device=DEVICE),), dynamic_shapes=dynamic)
+    torch.export.save(program, tmp_path / "head.pt2")
+    loaded = torch.export.load(tmp_path / "head.pt2").module()
+    x = torch.randn(9, 5, device=DEVICE)
+    assert torch.equal(loaded(x).gradnorm, module(x).gradnorm)
+
+
+def test_torch_func():
+    x, w, b = problem(requires_grad=False)
+    (expected,) = torch.autograd.grad(fast_gradnorm(x, w.requires_grad_(), b).sum(), w)
+    w = w.detach()
+    total = lambda w: fast_gradnorm(x, w, b).sum()  # noqa: E731
+    torch.testing.assert_close(torch.func.grad(total)(w), expected)
+    per_row = torch.func.vmap(torch.func.grad(lambda x: fast_gradnorm(x, w, b)))(x)
+    torch.testing.assert_close(torch.func.jacrev(lambda x: fast_gradnorm(x, w, b))(x).sum(0), per_row)
+    torch.testing.assert_close(torch.func.vmap(lambda x: fast_gradnorm(x, w, b))(x), fast_gradnorm(x, w, b))
+
+
+def test_autocast_casts_as_linear_does():
+    x, w, b = problem(torch.float32, requires_grad=False)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        got = fast_gradnorm(x, w.bfloat16(), b)
+        mixed = gradnorm_from_logits(x, torch.nn.functional.linear(x, w, b))
+        double = fast_gradnorm(x.double(), w.double(), b.double())
+    assert torch.equal(got, fast_gradnorm(x.bfloat16(), w.bfloat16(), b.bfloat16()))
+    assert mixed.dtype == torch.float32 and double.dtype == torch.float64
+
+
+def test_meta_and_fake_tensors():
+    x, w, b = (t.detach().to("meta") for t in problem())
+    assert fast_gradnorm(x, w, b).shape == (4,) and fast_gradnorm(x, w, b).device.type == "meta"
+    with torch._subclasses.FakeTensorMode() as mode:
+        x, w = mode.from_tensor(torch.ones(4, 5)), mode.from_tensor(torch.ones(6, 5))
+        assert head_scores(x, w).prediction.dtype == torch.int64
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_cuda_graph(classes):
+    x, w = torch.randn(64, 32, device=DEVICE), torch.randn(classes, 32, device=DEVICE)
+    expected = fast_gradnorm(x, w)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = fast_gradnorm(x, w)
+    graph.replay()
+    assert torch.equal(captured, expected)
