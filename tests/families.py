@@ -1,5 +1,6 @@
 """Rows of logits on which Σ|p − 1/C| is hard to compute, and its value in float64."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -12,12 +13,8 @@ def deviation(logits: Tensor, temperature: float = 1.0) -> Tensor:
     classes = logits.shape[1]
     # logmeanexp = log1p(mean expm1 d) keeps its digits where d is small; plain log where it is not.
     mean = torch.expm1(d).mean(1, keepdim=True)
-    log_mean = torch.where(mean > -0.5, torch.log1p(mean), torch.logsumexp(d, 1, keepdim=True) - math_log(classes))
+    log_mean = torch.where(mean > -0.5, torch.log1p(mean), torch.logsumexp(d, 1, keepdim=True) - math.log(classes))
     return torch.expm1(d - log_mean).abs().sum(1) / classes / temperature
-
-
-def math_log(n: int) -> float:
-    return torch.tensor(float(n), dtype=torch.float64).log().item()
 
 
 def hard_logits(classes: int, rows: int = 2) -> Iterator[tuple[str, Tensor, float]]:

@@ -1,0 +1,59 @@
+"""The torch path's promise: at most 32 MiB beside the result, whatever B·C is."""
+
+import pytest
+import torch
+
+from gradnorm_fast import fast_gradnorm, gradnorm_from_logits, head_scores
+from gradnorm_fast._torch_path import MEMORY
+
+
+def peak_extra_memory(call):
+    """Largest sum of live allocations during the call, as torch's profiler saw them, less what it returned."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert events
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    returned = [result] if isinstance(result, torch.Tensor) else result
+    return peak - sum(t.numel() * t.element_size() for t in returned)
+
+
+def random(*shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+half, double = torch.bfloat16, torch.float64
+CASES = {  # name: function, its input, made when asked for, and options
+    "imagenet": (fast_gradnorm, lambda: (random(4096, 512), random(1000, 512)), {}),
+    "head scores": (head_scores, lambda: (random(4096, 64), random(1000, 64), random(1000)), {}),
+    "near-uniform rows": (head_scores, lambda: (random(4096, 64), random(1000, 64)), dict(temperature=1e4)),
+    "halves": (fast_gradnorm, lambda: (random(2048, 1024, dtype=half), random(8000, 1024, dtype=half)), {}),
+    "doubles": (fast_gradnorm, lambda: (random(3000, 64, dtype=double), random(2000, 64, dtype=double)), {}),
+    "wide halves": (fast_gradnorm, lambda: (random(300, 60000, dtype=half), random(20, 60000, dtype=half)), {}),
+    "strides": (fast_gradnorm, lambda: (random(512, 4096)[:, ::2], random(4000, 4096)[:, 1::2]), {}),
+    "many rows of two classes": (fast_gradnorm, lambda: (random(10**6, 8), random(2, 8)), {}),
+    "many rows of one class": (fast_gradnorm, lambda: (random(10**6, 8), random(1, 8)), {}),
+    "long rows": (head_scores, lambda: (random(3, 2), random(3 * 10**6, 2)), {}),
+    "long double rows": (head_scores, lambda: (random(3, 2, dtype=double), random(10**6, 2, dtype=double)), {}),
+    "logits": (gradnorm_from_logits, lambda: (random(40000, 3), random(40000, 300)), {}),
+    "half logits": (gradnorm_from_logits, lambda: (random(20000, 3, dtype=half), random(20000, 300, dtype=half)), {}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_extra_memory_is_bounded(name):
+    function, make, options = CASES[name]
+    inputs = make()
+    assert peak_extra_memory(lambda: function(*inputs, **options)) <= MEMORY
+
+
+def test_more_logits_than_fit_any_memory_or_int32():
+    """2^20 rows x 2^12 classes are 16 GiB of logits, 2^32 of them; the rows repeat, and so must the scores."""
+    x, w = random(1, 4).expand(2**20, 4), random(2**12, 4)
+    assert peak_extra_memory(lambda: fast_gradnorm(x[:4096], w)) <= MEMORY
+    logits = random(1, 2**12).expand(2**20, 2**12)
+    scores = gradnorm_from_logits(x, logits)
+    assert scores.shape == (2**20,) and (scores == scores[0]).all()

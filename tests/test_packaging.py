@@ -1,0 +1,118 @@
+"""Wheel, editable installs and the repository's root, with Hugging Face's `kernels` installed beside."""
+
+import os
+import shutil
+import site
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+USE = """
+import importlib.util, os, sys, torch
+import gradnorm_fast, gradnorm_fast.kernels.split as split
+import kernels
+assert os.path.basename(os.path.dirname(kernels.__file__)) == "kernels" and hasattr(kernels, "get_kernel"), kernels
+x, w = torch.ones(2, 3), torch.arange(12.0).reshape(4, 3)
+expected = gradnorm_fast.fast_gradnorm(x, w, backend="torch")
+os.environ["TRITON_INTERPRET"] == "1" and torch.testing.assert_close(
+    gradnorm_fast.fast_gradnorm(x, w, backend="triton"), expected)
+print(gradnorm_fast.__file__)
+print(split.__file__)
+"""
+
+
+def run(*command, cwd, **environment):
+    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    done = subprocess.run(command, cwd=cwd, env=inherited | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def use(python, cwd):
+    """Where python finds the package and a kernel, after having used both."""
+    return [Path(line) for line in run(python, "-c", USE, cwd=cwd, TRITON_INTERPRET="1").split()[-2:]]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of what the package is built from: a build writes beside it."""
+    folder = tmp_path_factory.mktemp("source")
+    for name in ("gradnorm_fast", "kernels"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    build = (sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder))
+    run(*build, str(source), cwd=folder)
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """A virtual environment that sees this one's packages, but not its editable install of ours."""
+    run(sys.executable, "-m", "venv", "--without-pip", "env", cwd=tmp_path)
+    python = tmp_path / "env/bin/python"
+    here = run(python, "-c", "import site; print(site.getsitepackages()[0])", cwd=tmp_path).strip()
+    Path(here, "packages.pth").write_text("\n".join(site.getsitepackages()))
+
+    def install(*arguments):
+        options = ("--python", str(python), "install", "-q", "--no-deps", "--no-build-isolation", "--ignore-installed")
+        run(sys.executable, "-m", "pip", *options, *map(str, arguments), cwd=tmp_path)
+        return python
+
+    return install
+
+
+def test_the_wheel_has_one_top_level_name(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"gradnorm_fast"}
+    files = {f"gradnorm_fast/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
+    files |= {f"gradnorm_fast/{p.relative_to(ROOT / 'gradnorm_fast')}" for p in (ROOT / "gradnorm_fast").rglob("*.py")}
+    assert files | {"gradnorm_fast/py.typed"} <= set(names)
+
+
+def test_wheel(environment, wheel, tmp_path):
+    python = environment(wheel)
+    package, kernel = use(python, tmp_path)
+    assert kernel == package.parent / "kernels/split.py" and tmp_path in package.parents
+
+
+@pytest.mark.parametrize("mode", ["lenient", "strict", "compat"])
+def test_editable(environment, source, mode, tmp_path):
+    python = environment("--config-settings", f"editable_mode={mode}", "--editable", source)
+    package, kernel = use(python, tmp_path)
+    assert package.samefile(source / "gradnorm_fast/__init__.py") and kernel.samefile(source / "kernels/split.py")
+
+
+def test_repository_root():
+    package, kernel = use(sys.executable, ROOT)
+    assert package == ROOT / "gradnorm_fast/__init__.py" and kernel == ROOT / "kernels/split.py"
+
+
+def test_without_triton(tmp_path):
+    code = """
+import sys
+sys.modules["triton"] = None  # as if it were not installed
+import torch
+from gradnorm_fast import fast_gradnorm
+x, w = torch.ones(2, 3), torch.ones(4, 3)
+assert fast_gradnorm(x, w).tolist() == [0.0, 0.0]
+try: fast_gradnorm(x, w, backend="triton")
+except ValueError as error: print(error)
+"""
+    assert "pip install triton" in run(sys.executable, "-c", code, cwd=tmp_path)
+
+
+def test_importing_the_package_imports_no_triton_and_touches_no_gpu(tmp_path):
+    code = "import sys, torch, gradnorm_fast; print(torch.cuda.is_initialized(), 'gradnorm_fast.kernels' in sys.modules)"
+    assert run(sys.executable, "-c", code, cwd=tmp_path).split() == ["False", "False"]
