@@ -104,6 +104,7 @@ def entries(arch: str) -> list[Entry]:
 def _source(entry: Entry):  # type: ignore[no-untyped-def]
     """The kernel with argument types as a launch would give them: aligned pointers, contiguous rows."""
     import triton
+
     from gradnorm_fast.kernels import one_tile, rows, split
 
     fn = {"one_tile": one_tile.one_tile_kernel, "logits": split.logits_kernel, "rows": rows.rows_kernel}[entry.kernel]

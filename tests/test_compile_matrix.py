@@ -6,13 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import compile_matrix
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradnorm_fast.kernels import one_tile, rows, split
+
+import compile_matrix
 
 
 def test_every_configuration_compiles_without_problems(tmp_path):

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from conftest import DEVICE
-from families import deviation, hard_logits
 
 from gradnorm_fast import fast_gradnorm, gradnorm_from_logits, head_scores
 from gradnorm_fast.reference import autograd_gradnorm
+
+from conftest import DEVICE
+from families import deviation, hard_logits
 
 BACKENDS = ["torch", "triton"]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

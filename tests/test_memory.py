@@ -6,19 +6,7 @@ import torch
 from gradnorm_fast import fast_gradnorm, gradnorm_from_logits, head_scores
 from gradnorm_fast._torch_path import MEMORY
 
-
-def peak_extra_memory(call):
-    """Largest sum of live allocations during the call, as torch's profiler saw them, less what it returned."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        result = call()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    assert events
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    returned = [result] if isinstance(result, torch.Tensor) else result
-    return peak - sum(t.numel() * t.element_size() for t in returned)
+from measure import peak_extra_memory
 
 
 def random(*shape, dtype=torch.float32):

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch._dynamo.testing
-from conftest import DEVICE
 
 from gradnorm_fast import HeadScores, fast_gradnorm, gradnorm_from_logits, head_scores
+
+from conftest import DEVICE
 
 
 def problem(dtype=torch.float64, requires_grad=True):

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from conftest import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradnorm_fast import fast_gradnorm, gradnorm_from_logits, head_scores
+
+from conftest import DEVICE
 
 # A row's own float32 error is 2e-6 at most (test_gradnorm.py): two computations of it differ by twice that.
 TWICE = dict(rtol=4e-6, atol=0.0)

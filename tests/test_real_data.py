@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE
 from torch import nn
 from torch.nn.functional import pad, relu
 
 from gradnorm_fast import fast_gradnorm, head_scores
+
+from conftest import DEVICE
 
 PLACES = [folder / "shared/data/cifar10_resnet20" for folder in Path(__file__).resolve().parents[1:3]]
 DATA = next((place for place in PLACES if place.is_dir()), None)

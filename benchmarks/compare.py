@@ -1,0 +1,98 @@
+"""Measure fast_gradnorm against every other way to get the score, side by side, and render what came of it.
+
+    make bench                                         everything this machine can hold
+    python benchmarks/compare.py --workload x1000 --implementation fast_gradnorm matmul
+    python benchmarks/compare.py --render benchmarks/results/cpu/bench.json --readme
+
+Results are written after every workload; a second run into the same folder goes on where the first stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout's package, whatever else is installed
+
+import torch
+
+import measure
+import peers
+import report
+import workloads
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    parser.add_argument("--workload", metavar="TEXT", help="only workloads whose name contains this, as x1000 does")
+    parser.add_argument("--implementation", nargs="+", metavar="NAME", help=f"of: {', '.join(peers.ALL)}")
+    parser.add_argument("--rounds", type=int, default=measure.ROUNDS, help="(%(default)s)")
+    parser.add_argument("--out", type=Path, help="folder (benchmarks/results/DEVICE)")
+    parser.add_argument("--again", action="store_true", help="measure anew what the folder already holds")
+    parser.add_argument("--render", type=Path, metavar="JSON", help="measure nothing, render this file")
+    parser.add_argument("--readme", action="store_true", help="put the table into the README")
+    args = parser.parse_args()
+    try:
+        path = args.render or run(args)
+        results = json.loads(path.read_text())
+        print(report.render(results, path.parent))
+        if args.readme:
+            report.update_readme(ROOT / "README.md", results, path.relative_to(ROOT))
+    except KeyboardInterrupt:
+        print("interrupted; what was measured is kept, the same command goes on from there", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"compare.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Measure what is missing in the folder's bench.json; its path."""
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device: {args.device} asked for, but torch sees no GPU here; use --device cpu")
+    if args.rounds < 1:
+        raise ValueError(f"rounds: expected at least 1, got {args.rounds}")
+    names = list(peers.for_device(args.device))
+    if unknown := [n for n in args.implementation or [] if n not in names]:
+        raise ValueError(f"implementation: no {', '.join(unknown)}; there are: {', '.join(names)}")
+    names = [n for n in names if not args.implementation or n in (*args.implementation, peers.BASELINE)]
+    todo = workloads.chosen(args.device, args.workload)
+    environment = measure.environment(args.device)
+    folder = args.out or ROOT / "benchmarks/results" / re.sub(r"\W+", "_", environment["device"].lower())
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "bench.json"
+    results: dict[str, Any] = {"records": []}
+    if path.exists() and not args.again:
+        results = json.loads(path.read_text())
+    if any(results.get("environment", environment)[k] != environment[k] for k in ("device", "torch", "triton")):
+        raise ValueError(f"out: {path} holds results of another device, torch or triton; use --again or another --out")
+    results["environment"] = environment
+    results["baseline"] = peers.BASELINE
+    if "ceilings" not in results:
+        results["ceilings"] = measure.ceilings(args.device)
+    for i, workload in enumerate(todo, 1):
+        done = {r["implementation"] for r in results["records"] if r["workload"] == str(workload)}
+        if set(names) <= done:
+            continue
+        print(f"[{i}/{len(todo)}] {workload}", file=sys.stderr, flush=True)
+        fresh = measure.measure(workload, names, args.device, args.rounds)
+        results["records"] = [
+            r for r in results["records"] if r["workload"] != str(workload) or r["implementation"] not in names
+        ] + fresh
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(results, indent=1))
+        os.replace(partial, path)
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

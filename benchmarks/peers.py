@@ -1,0 +1,105 @@
+"""Who is measured: every way to get GradNorm for a batch, and the matmul that nobody beats while writing logits.
+
+Each maker takes the head (weight, bias) and gives a function from features (B, D) to scores (B,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, log_softmax
+
+from gradnorm_fast import fast_gradnorm
+from gradnorm_fast.reference import autograd_gradnorm
+
+from workloads import Workload
+
+Score = Callable[[Tensor], Tensor]
+VMAP_CHUNK = 32  # as pytorch-ood: without it, ImageNet-1k at batch 1024 takes 8 GB of gradients
+LOOP_ROWS = 16  # the loop's time is proportional to the batch: it is timed on so many rows and scaled
+
+
+def matmul(weight: Tensor, bias: Tensor) -> Score:
+    """Not a score: the yardstick, the logits without bias."""
+    return lambda features: features @ weight.T
+
+
+def ours(weight: Tensor, bias: Tensor, backend: str = "auto") -> Score:
+    return lambda features: fast_gradnorm(features, weight, bias, backend=backend)
+
+
+def closed_form(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """What a good engineer writes in three lines: float32 from the logits on, but p − 1/C subtracted as it stands."""
+    p = torch.softmax(linear(features, weight, bias).float(), 1)
+    return features.float().abs().sum(1) * (p - 1 / weight.shape[0]).abs().sum(1)
+
+
+def eager(weight: Tensor, bias: Tensor) -> Score:
+    return lambda features: closed_form(features, weight, bias)
+
+
+def compiled(weight: Tensor, bias: Tensor) -> Score:
+    torch._dynamo.reset()
+    function = torch.compile(closed_form, mode="max-autotune", dynamic=False)
+    return lambda features: function(features, weight, bias)
+
+
+def vmap(weight: Tensor, bias: Tensor) -> Score:
+    """Per-sample gradients of the head by torch.func, in chunks of samples."""
+
+    def loss(weight: Tensor, x: Tensor) -> Tensor:
+        return -log_softmax(linear(x, weight, bias), 0).mean()
+
+    def norm(x: Tensor) -> Tensor:
+        return torch.func.grad(loss)(weight, x).abs().sum(dtype=torch.float32)
+
+    return torch.func.vmap(norm, chunk_size=VMAP_CHUNK)
+
+
+def autograd_loop(weight: Tensor, bias: Tensor) -> Score:
+    """One sample at a time, as the official code and OpenOOD."""
+    return lambda features: autograd_gradnorm(features, weight, bias)
+
+
+class Implementation(NamedTuple):
+    make: Callable[[Tensor, Tensor], Score]
+    max_rows: int | None = None  #: timed on so many rows, and scaled to the batch
+    scores: bool = True  #: whether what it returns is the score
+    capturable: bool = True  #: whether a CUDA graph can hold it
+    tolerance: float = 0.1  #: largest relative error accepted; peers in half precision are that bad
+
+
+BASELINE = "matmul"
+OURS = "fast_gradnorm"
+ALL = {
+    BASELINE: Implementation(matmul, scores=False),
+    OURS: Implementation(ours, tolerance=1e-4),
+    "fast_gradnorm, torch path": Implementation(partial(ours, backend="torch"), tolerance=1e-4),
+    "torch.compile": Implementation(compiled),
+    "eager": Implementation(eager),
+    "vmap": Implementation(vmap, capturable=False),
+    "autograd loop": Implementation(autograd_loop, max_rows=LOOP_ROWS, capturable=False),
+}
+
+
+def for_device(device: str) -> dict[str, Implementation]:
+    """On a CPU the torch path is what fast_gradnorm takes; it is listed once."""
+    return {k: v for k, v in ALL.items() if device.startswith("cuda") or k != "fast_gradnorm, torch path"}
+
+
+def memory_needed(name: str, w: Workload) -> int:
+    """An estimate in bytes, to refuse what cannot fit before it takes the machine down."""
+    inputs = (w.batch + w.classes) * w.depth * w.itemsize
+    logits = w.batch * w.classes
+    extra = {
+        "vmap": 3 * min(VMAP_CHUNK, w.batch) * w.classes * w.depth * w.itemsize,
+        "autograd loop": 3 * w.classes * w.depth * w.itemsize,
+        "eager": 4 * 4 * logits,
+        "torch.compile": 3 * 4 * logits,
+        BASELINE: logits * w.itemsize,
+    }
+    return inputs + extra.get(name, 64 * 2**20)
