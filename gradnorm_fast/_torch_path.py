@@ -1,13 +1,14 @@
 """The score in plain torch: the path of CPUs, of devices without Triton, and of every backward.
 
 The formula is that of kernels/deviation.py, arranged for a CPU: the logits of a chunk of rows are written once and then
-worked on in pieces that stay in cache. Ordinary rows take their exponentials from torch.softmax, one fused pass; rows
-that need expm1 are few in practice and are taken out. Extra memory stays below MEMORY, whatever B·C is.
+worked on in pieces: softmax, and two passes for Σ|p − 1/C| where that is large, as it is in practice. The few rows where
+it is small are taken out and centred, with expm1 if near uniform. Extra memory stays below MEMORY, whatever B·C is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,8 +17,15 @@ MIB = 2**20
 MEMORY = 32 * MIB  # the promise; its parts:
 LOGITS = 10 * MIB  # logits of a chunk of rows
 OPERAND = 4 * MIB  # features, and classes of the weight, converted for the matmul
-PIECE = 4 * MIB  # what is worked on at a time; up to three of them live at once
+PIECE = (
+    4 * MIB
+)  # what is worked on at a time, in scratch memory that is allocated once: fresh pages cost more than work
 LONGEST_ROW = 3 * MIB  # of logits; a longer one is taken in tiles of classes, computed twice
+
+# Two quick passes give Σ|p − 1/C| with an absolute error of some 1e-7, provided that Σp is 1 up to EXCESS roundings.
+# That is enough where it is LARGE, as for any trained network; other rows are computed again, centred.
+LARGE = 0.5
+EXCESS = 4
 
 FIELDS = ("gradnorm", "feature_norm", "output_norm", "max_logit", "msp", "energy")
 
@@ -72,77 +80,101 @@ def _head_logits(features: Tensor, weight: Tensor, bias: Tensor | None, dtype: t
     return logits
 
 
-def feature_norm(x: Tensor, dtype: torch.dtype) -> Tensor:
+def _in_scratch(scratch: Tensor, like: Tensor) -> Tensor:
+    """Memory in the shape of `like`: scratch where that is large enough, else new."""
+    memory = scratch if like.numel() <= scratch.numel() else scratch.new_empty(like.numel())
+    return memory[: like.numel()].view(like.shape)
+
+
+def feature_norm(x: Tensor, scratch: Tensor) -> Tensor:
     """‖x‖₁ of each row, NaN where that is not finite: such a row has no score.  # (R, D) -> (R,)"""
-    norm = torch.cat(
-        [x[part].to(dtype).abs().sum(1) for part in slices(x.shape[0], x.shape[1] * dtype.itemsize, PIECE)]
-    )
+    norms = []
+    for part in slices(x.shape[0], x.shape[1], scratch.numel()):
+        rows = _in_scratch(scratch, x[part])
+        magnitudes = torch.abs(x[part], out=rows) if x.dtype == rows.dtype else rows.copy_(x[part]).abs_()
+        norms.append(magnitudes.sum(1))
+    norm = norms[0] if len(norms) == 1 else torch.cat(norms)
     return norm + (norm - norm)
 
 
-def _exponentials(z: Tensor, inv_temperature: float, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Into t, per row of logits z, multiples of p (far rows) or of p minus the top probability (near rows).
+def _softmax(z: Tensor, inv_temperature: float, out: Tensor) -> Tensor:
+    return torch.softmax(z if inv_temperature == 1.0 else _shifted(z, inv_temperature, out), 1, out=out)
 
-    Returns near, Σ t, and the top class's share: p = (t + near)/S with S = Σ t + near·C, top probability = top/S.
+
+def _shifted(z: Tensor, inv_temperature: float, out: Tensor) -> Tensor:
+    """(z − max z)/T, shifted before it is divided."""
+    return torch.sub(z, z.amax(1, keepdim=True), out=out).mul_(inv_temperature)
+
+
+def _centered(z: Tensor, inv_temperature: float, u: Tensor) -> Tensor:
+    """Into u the deviations s·(p − 1/C) of the rows of logits z, to the last digits.  # -> s (R,)
+
+    u = t − mean t, where t is p, or expm1 in near rows, and then less its own mean: that takes out what rounding the
+    first mean left.
     """
-    if inv_temperature == 1.0:
-        torch.softmax(z, 1, out=t)
-    else:
-        torch.sub(z, z.amax(1, keepdim=True), out=t).mul_(inv_temperature)
-        torch.softmax(t, 1, out=t)
-    top = t.amax(1)
-    near = top * z.shape[1] < 2.0  # Σ exp(d) = 1/top > C/2
+    near = _softmax(z, inv_temperature, u).amax(1) * z.shape[1] < 2.0  # Σ exp(d) = 1/(top probability) > C/2
     if z.device.type != "cpu":  # never wait for the data: both branches for every row
-        shifted = z.sub(z.amax(1, keepdim=True)).mul_(inv_temperature)
-        torch.where(near[:, None], shifted.expm1_(), t, out=t)
+        torch.where(near[:, None], _shifted(z, inv_temperature, torch.empty_like(u)).expm1_(), u, out=u)
+    elif near.all():
+        _shifted(z, inv_temperature, u).expm1_()
     elif near.any():
-        index = near.nonzero()[:, 0]
-        shifted = z[index]
-        t[index] = shifted.sub_(shifted.amax(1, keepdim=True)).mul_(inv_temperature).expm1_()
-    return near, t.sum(1), torch.where(near, 1.0, top)
+        some = z[near]
+        u[near] = _shifted(some, inv_temperature, some).expm1_()
+    q = u.sum(1)
+    u.sub_((q / z.shape[1])[:, None])
+    u.sub_(u.mean(1, keepdim=True))
+    return torch.where(near, q + z.shape[1], q)
 
 
-def _centered(t: Tensor, mean: Tensor) -> Tensor:
-    """t − mean in place, and then by its own mean, which takes the rounding of the first out."""
-    t.sub_(mean[:, None])
-    return t.sub_(t.mean(1, keepdim=True))
+def _deviation(z: Tensor, inv_temperature: float, scratch: Tensor) -> Tensor:
+    """Σ|p − 1/C| of the rows of logits z.  # (R, C) -> (R,)"""
+    u = _in_scratch(scratch, z)
+    s = _centered(z, inv_temperature, u)
+    return u.abs_().sum(1) / s
 
 
-def _score_rows(z: Tensor, inv_temperature: float, dtype: torch.dtype, head: bool) -> tuple[Tensor, ...]:
+def _score_rows(z: Tensor, inv_temperature: float, scratch: Tensor, head: bool) -> tuple[Tensor, ...]:
     """Logits z (R, C) to Σ|p − 1/C|; with head also to max_logit, msp, energy and prediction.  # each (R,)"""
-    z = z.to(dtype)
-    t = torch.empty_like(z, memory_format=torch.contiguous_format)
-    near, q, top = _exponentials(z, inv_temperature, t)
-    s = torch.where(near, q + z.shape[1], q)
-    deviation = _centered(t, q / z.shape[1]).abs_().sum(1) / s
+    z = z.to(scratch.dtype)
+    p = _softmax(z, inv_temperature, _in_scratch(scratch, z))
+    msp = p.amax(1) if head else p
+    if z.device.type == "cpu":
+        # Σ|p − 1/C| = 2·Σ max(p − 1/C, 0) − (Σp − 1): two passes, good to the digits of the 1 that is taken off
+        excess = p.sum(1) - 1.0
+        deviation = 2.0 * (p.clamp_min_(1.0 / z.shape[1]).sum(1) - 1.0) - excess
+        unsure = ((deviation < LARGE) | (excess.abs() > EXCESS * torch.finfo(p.dtype).eps)).nonzero()[:, 0]
+        if len(unsure):
+            deviation[unsure] = _deviation(z[unsure], inv_temperature, scratch)
+    else:  # never wait for the data
+        deviation = _deviation(z, inv_temperature, scratch)
     if not head:
         return (deviation,)
     m, prediction = z.max(1)
-    msp = top / s
     return deviation, m, msp, m - msp.log() / inv_temperature, prediction
 
 
 def _score_long_row(
-    tiles: Callable[[], Iterator[Tensor]], classes: int, inv_temperature: float, dtype: torch.dtype
+    tiles: Sequence[Callable[[], Tensor]], classes: int, inv_temperature: float, scratch: Tensor
 ) -> tuple[Tensor, ...]:
-    """The same, always all five, for one row that comes in tiles (1, n); kernels/rows.py explains the merge."""
-    m = next(tiles()).new_full((1,), -torch.inf, dtype=dtype)
+    """The same, always all five, for one row in tiles (1, n), called for twice; kernels/rows.py explains the merge."""
+    m = scratch.new_full((1,), -torch.inf)
     s, q, total, delta, sigma = (torch.zeros_like(m) for _ in range(5))
     prediction, seen = torch.zeros_like(m, dtype=torch.int64), 0
-    for z in tiles():  # max, Σ exp and Σ expm1, rebased whenever the maximum rises
-        tile_m, index = z.to(dtype).max(1)
+    for tile in tiles:  # max, Σ exp and Σ expm1, rebased whenever the maximum rises
+        z = tile().to(scratch.dtype)
+        tile_m, index = z.max(1)
         prediction = torch.where(tile_m > m, index + seen, prediction)
         old, m = m, torch.maximum(m, tile_m)
         shift = torch.where(m == -torch.inf, 0.0, m)
         rise = torch.expm1((old - shift) * inv_temperature)
-        d = z.to(dtype).sub(shift[:, None]).mul_(inv_temperature)
+        d = z.sub(shift[:, None]).mul_(inv_temperature)
         s = s * (1 + rise) + d.exp().sum(1)
         q = q * (1 + rise) + seen * rise + d.expm1_().sum(1)
         seen += z.shape[1]
     near = s > 0.5 * classes
     mean = torch.where(near, q, s) / classes
-    for z in tiles():
-        d = z.to(dtype).sub(m[:, None]).mul_(inv_temperature)
+    for tile in tiles:
+        d = tile().to(scratch.dtype).sub(m[:, None]).mul_(inv_temperature)
         u = torch.where(near[:, None], d.expm1(), d.exp_()).sub_(mean[:, None])
         total, delta, sigma = total + u.abs().sum(1), delta + u.sum(1), sigma + u.sign_().sum(1)
     s = mean * classes + delta + torch.where(near, classes, 0)
@@ -170,17 +202,18 @@ def forward(
         classes = weight.shape[0]
         row_bytes = max(classes, 0 if _usable(features, dtype) else depth * LOGITS // OPERAND) * size
         source = _head_logits(features, weight, bias, dtype, max(LOGITS // size, min(classes, LONGEST_ROW // size)))
+    scratch = torch.empty(PIECE // size, dtype=dtype, device=features.device)
     long = classes * size > LONGEST_ROW
     for rows in slices(batch, LOGITS if long else row_bytes, LOGITS):
         z = None if long else source(rows, 0, classes)
         for part in slices(rows.stop - rows.start, (classes + 8) * size, PIECE):
             here = slice(rows.start + part.start, rows.start + part.stop)
             if z is not None:
-                scores = _score_rows(z[part], inv_temperature, dtype, prediction is not None)
+                scores = _score_rows(z[part], inv_temperature, scratch, prediction is not None)
             else:
-                tiles = lambda: (source(here, c.start, c.stop) for c in slices(classes, size, LONGEST_ROW))  # noqa: E731, B023
-                scores = _score_long_row(tiles, classes, inv_temperature, dtype)
-            norm = feature_norm(features[here], dtype)
+                tiles = [partial(source, here, c.start, c.stop) for c in slices(classes, size, LONGEST_ROW)]
+                scores = _score_long_row(tiles, classes, inv_temperature, scratch)
+            norm = feature_norm(features[here], scratch)
             output_norm = scores[0] * (scale / temperature)
             out[0, here] = (norm + bias_norm) * output_norm
             if prediction is not None:
@@ -222,14 +255,11 @@ def backward(
         source = _head_logits(features, weight, bias, dtype, max(LOGITS // dtype.itemsize, classes))
     for rows in slices(features.shape[0], classes * dtype.itemsize, LOGITS):
         x, z, g = features[rows].to(dtype), source(rows, 0, classes).to(dtype), grad[:, rows]
-        m, prediction = z.max(1)
-        d = (z - m[:, None]) * inv_temperature
-        p = torch.softmax(d, 1)
-        t = torch.empty_like(z)
-        near, q, _ = _exponentials(z, inv_temperature, t)
-        u = _centered(t, q / classes)
+        prediction = z.argmax(1)
+        p, u = _softmax(z, inv_temperature, torch.empty_like(z)), torch.empty_like(z)
+        s = _centered(z, inv_temperature, u)
         norm = x.abs().sum(1)
-        output_norm = u.abs().sum(1) / torch.where(near, q + classes, q) * (scale / temperature)
+        output_norm = u.abs().sum(1) / s * (scale / temperature)
         grad_norm, grad_output = g[0] * output_norm, g[0] * (norm + bias_norm)
         if len(g) > 1:
             grad_norm, grad_output = grad_norm + g[1], grad_output + g[2]

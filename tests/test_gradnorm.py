@@ -223,3 +223,24 @@ def test_auto_is_triton_on_a_gpu_and_torch_on_a_cpu():
     x, w, bias = problem(5, 20, 300, torch.float32)
     chosen = "triton" if DEVICE == "cuda" else "torch"
     assert torch.equal(fast_gradnorm(x, w, bias), fast_gradnorm(x, w, bias, backend=chosen))
+
+
+@pytest.mark.parametrize("given", ["head", "logits"])
+def test_rows_longer_than_the_torch_path_holds(given):
+    """They come in tiles of classes, merged; a class that the mask leaves out fills the first tile."""
+    classes = 2_000_003
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.rand(3, 2, generator=g), torch.randn(classes, 2, generator=g)
+    x[1] = 0.0
+    bias = torch.zeros(classes)
+    bias[:800_000] = -torch.inf
+    bias[1_500_000] = 3.0
+    z = torch.nn.functional.linear(x, w, bias)
+    expected = x.double().abs().sum(1) * deviation(z, 2.0)
+    if given == "logits":
+        assert relative(gradnorm_from_logits(x, z, temperature=2.0), expected) <= 2e-6
+        return
+    scores = head_scores(x, w, bias, temperature=2.0, backend="torch")
+    assert relative(scores.gradnorm, expected) <= 2e-6 + 3 * 8 * 2.0**-24  # three roundings of logits up to 8
+    assert torch.equal(scores.prediction, z.argmax(1)) and scores.prediction[1] == 1_500_000
+    assert relative(scores.energy, 2 * torch.logsumexp(z.double() / 2, 1)) < 2e-6
