@@ -1,8 +1,8 @@
 """The score in plain torch: the path of CPUs, of devices without Triton, and of every backward.
 
 The formula is that of kernels/deviation.py, arranged for a CPU: the logits of a chunk of rows are written once and then
-worked on in pieces: softmax, and two passes for Σ|p − 1/C| where that is large, as it is in practice. The few rows where
-it is small are taken out and centred, with expm1 if near uniform. Extra memory stays below MEMORY, whatever B·C is.
+worked on in pieces: softmax, and two passes for Σ|p − 1/C| where that is large, as it is in practice. Rows where it
+is small are taken out and centred, with expm1 if near uniform. Extra memory stays below MEMORY, whatever B·C is.
 """
 
 from __future__ import annotations
