@@ -52,7 +52,7 @@ class Entry:
         flags = [k.lower() for k, v in self.constexprs if v is True and k in ("HEAD", "RESIDENT")]
         precision = dict(self.constexprs).get("PRECISION", "")
         kind = f"{self.dtype} {precision}" if self.dtype == "fp32" and precision else self.dtype
-        return f"{self.kernel:10} {self.arch:7} {kind:10} {self.tile:12} {' '.join(flags):14}"
+        return f"{self.kernel:11} {self.arch:7} {kind:10} {self.tile:12} {' '.join(flags):14}"
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Outcome:
 
 def entries(arch: str) -> list[Entry]:
     """Every configuration the launchers can choose on this architecture, by asking them."""
-    from gradnorm_fast.kernels import one_tile, rows, split
+    from gradnorm_fast.kernels import cooperative, one_tile, rows, split
 
     found: dict[Entry, None] = {}
 
@@ -92,6 +92,9 @@ def entries(arch: str) -> list[Entry]:
                         else:
                             config = split.configuration(b, c, d, dtype, arch)
                             add("logits", dtype, config, **matmul, GROUP=split.GROUP)
+                            for head in (False, True):  # not chosen until it has run on a GPU, but kept ready for one
+                                config = cooperative.configuration(b, c, d, dtype, arch)
+                                add("cooperative", dtype, config, **matmul, HEAD=head, PHASE=cooperative.ALL.value)
     for dtype in (*HALF, torch.float32, torch.float64):
         for b in BATCHES:
             for c in CLASSES:
@@ -105,12 +108,19 @@ def _source(entry: Entry):  # type: ignore[no-untyped-def]
     """The kernel with argument types as a launch would give them: aligned pointers, contiguous rows."""
     import triton
 
-    from gradnorm_fast.kernels import one_tile, rows, split
+    from gradnorm_fast.kernels import cooperative, one_tile, rows, split
 
-    fn = {"one_tile": one_tile.one_tile_kernel, "logits": split.logits_kernel, "rows": rows.rows_kernel}[entry.kernel]
+    fn = {
+        "one_tile": one_tile.one_tile_kernel,
+        "logits": split.logits_kernel,
+        "rows": rows.rows_kernel,
+        "cooperative": cooperative.cooperative_kernel,
+    }[entry.kernel]
     score = "fp64" if entry.dtype == "fp64" else "fp32"
     pointers = {"X": entry.dtype, "W": entry.dtype, "BIAS": entry.dtype, "Z": entry.dtype, "OUT": score}
-    pointers |= {"SHARES": "fp32", "PREDICTION": "i64"} | ({"Z": "fp32"} if entry.kernel == "logits" else {})
+    pointers |= {"SHARES": "fp32", "STATISTICS": "fp32", "COUNTERS": "i32", "PREDICTION": "i64"} | (
+        {"Z": "fp32"} if entry.kernel == "logits" else {}
+    )
     constants = dict(entry.constexprs) | dict.fromkeys(("stride_xd", "stride_wd", "stride_zc", "stride_b"), 1)
     constants = {k: v for k, v in constants.items() if k in fn.arg_names}
     signature, attributes = {}, {}
@@ -218,7 +228,7 @@ def main() -> int:
 
     outcomes = compile_all(args.arch, args.jobs)
     print(f"Triton {triton.__version__}, torch {torch.__version__}; compiled offline, not run")
-    print(f"{'kernel':10} {'arch':7} {'dtype':10} {'tile':12} {'':14} warps stages  regs spills shared  instructions")
+    print(f"{'kernel':11} {'arch':7} {'dtype':10} {'tile':12} {'':14} warps stages  regs spills shared  instructions")
     for o in outcomes:
         row = f"{o.entry} {o.entry.num_warps:5} {o.entry.num_stages:6} {o.registers:5} {o.spills:6} {o.shared:6}"
         counts = " ".join(f"{n} {c}" for n, c in o.instructions.items())

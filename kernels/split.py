@@ -3,8 +3,6 @@
     launch 1    z = x·Wᵀ + b by tiles (BLOCK_B rows x BLOCK_C classes), and each class tile's share of ‖x‖₁
     launch 2    rows.py on these logits; its "features" are the shares, for ‖x‖₁ = ‖(share_1, share_2, ...)‖₁
 
-The share of a class tile are the feature blocks j, j + n, j + 2n, ... of n tiles, read again (from L2) in a loop of
-their own: taking them out of the main loop's operands would make each matmul instruction wait for the one before.
 Traffic: B·D features and C·D weights per pass of the matmul, 4·B·C bytes of logits written and read, in chunks of
 rows that keep the workspace at WORKSPACE_BYTES, or at MIN_ROWS rows where those are more; W is read once per chunk.
 """
@@ -15,6 +13,7 @@ import triton.language as tl
 
 from .rows import score_rows
 from .targets import INTERPRETED, Config, architecture, dot_precision
+from .tile import logits_tile, norm_share
 
 WORKSPACE_BYTES = 64 * 2**20
 MIN_ROWS = 512
@@ -38,38 +37,18 @@ def logits_kernel(
     class_tile = pid % (GROUP * n_class_tiles) // height
     rows = row_tile.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     classes = class_tile.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    columns = tl.arange(0, BLOCK_D)
-    x_rows = X + rows[:, None] * stride_xb
-    w_rows = W + classes[None, :] * stride_wc
 
     # 2. logits
-    z = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
-    for d in range(0, D, BLOCK_D):
-        x_mask = (rows < B)[:, None]
-        w_mask = (classes < C)[None, :]
-        if not EVEN_D:
-            x_mask = x_mask & (columns < D - d)[None, :]
-            w_mask = w_mask & (columns < D - d)[:, None]
-        step = (d + columns).to(tl.int64)
-        x = tl.load(x_rows + step[None, :] * stride_xd, mask=x_mask, other=0.0)  # (BLOCK_B, BLOCK_D)
-        w = tl.load(w_rows + step[:, None] * stride_wd, mask=w_mask, other=0.0)  # (BLOCK_D, BLOCK_C)
-        if UPCAST:
-            x = x.to(tl.float32)
-            w = w.to(tl.float32)
-        z = tl.dot(x, w, z, input_precision=PRECISION)
-    if HAS_BIAS:
-        z += tl.load(BIAS + classes * stride_b, mask=classes < C, other=0.0).to(tl.float32)[None, :]
+    z = logits_tile(
+        X, W, BIAS, rows, classes,
+        B, C, D, stride_xb, stride_xd, stride_wc, stride_wd, stride_b,
+        HAS_BIAS, EVEN_D, PRECISION, UPCAST, BLOCK_B, BLOCK_C, BLOCK_D,
+    )  # fmt: skip
     tl.store(Z + rows[:, None] * stride_zb + classes[None, :], z, mask=(rows < B)[:, None] & (classes < C)[None, :])
 
     # 3. this class tile's share of ‖x‖₁
-    norm = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
-    for d in range(class_tile * BLOCK_D, D, n_class_tiles * BLOCK_D):
-        step = (d + columns).to(tl.int64)
-        x = tl.load(
-            x_rows + step[None, :] * stride_xd, mask=(rows < B)[:, None] & (columns < D - d)[None, :], other=0.0
-        )
-        norm += tl.abs(x.to(tl.float32))
-    tl.store(SHARES + rows * n_class_tiles + class_tile, tl.sum(norm, 1), mask=rows < B)
+    share = norm_share(X, rows, B, D, stride_xb, stride_xd, class_tile, n_class_tiles, BLOCK_B, BLOCK_D)
+    tl.store(SHARES + rows * n_class_tiles + class_tile, share, mask=rows < B)
 
 
 def configuration(b: int, c: int, d: int, dtype: torch.dtype, arch: str) -> Config:
