@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test kernels bench lint clean
+.PHONY: demo test kernels bench gpu lint clean
 
 demo: $(STAMP)
 	$(BIN)/gradnorm-fast demo
@@ -22,6 +22,11 @@ kernels: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/compare.py
+
+# With the Python, torch and Triton that are there: a machine with a GPU often has no network.
+gpu:
+	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable . || true  # benchmarks/ do without
+	$(PYTHON) benchmarks/gpu.py
 
 # PIP_ARGS picks other versions: make test VENV=.venv-2.11 PIP_ARGS="torch==2.11.* 'numpy<2.4'"
 $(STAMP): pyproject.toml

@@ -139,10 +139,10 @@ def configuration(b: int, c: int, d: int, dtype: torch.dtype, arch: str) -> Conf
     """Tiles whose logits and second pass fit the registers; narrow ones for few rows, to have W read by many CTAs."""
     stages = 2 if arch.startswith("gfx") else 3
     if dtype == torch.float32:
-        return Config(16 if b <= 64 else 64, 64, 32, 4 if b <= 64 else 8, stages)
+        return Config(16 if b <= 64 else 32, 64, 32, 4, stages)
     if b <= 64 and c <= 2048:
         return Config(16, 32, 128, 4, stages)
-    return Config(64, 256 if arch in ("sm_80", "sm_90") else 128, 64, 8, stages)
+    return Config(64, 64 if arch.startswith("sm_1") else 128, 64, 8, stages)
 
 
 def score_cooperative(

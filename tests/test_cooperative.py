@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-SMALL = Config(16, 64, 16, 4, 2)  # the interpreter takes its time for a tile whatever is in it
+SMALL = Config(16, 64, 16, 4, 2)  # in the interpreter a program costs its operations, many times what is in them
 
 
 def cooperative(x, w, bias=None, temperature=1.0, config=None):
@@ -27,7 +27,7 @@ def cooperative(x, w, bias=None, temperature=1.0, config=None):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 2), (3, 31, 257), (65, 40, 300), (130, 130, 1000), (2, 8, 1025)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 2), (3, 31, 257), (65, 40, 300), (33, 20, 400), (2, 8, 513)], ids=str)
 def test_equals_the_default_kernels_and_float64(shape, dtype):
     x, w, bias = problem(*shape, dtype)
     config = None if shape == (65, 40, 300) or DEVICE == "cuda" else SMALL
@@ -43,7 +43,7 @@ def test_equals_the_default_kernels_and_float64(shape, dtype):
 
 def test_hard_rows():
     """One feature of value 1: the logits are the weight, to the bit."""
-    classes = 700
+    classes = 150
     x = torch.ones(2, 1, device=DEVICE)
     for name, logits, temperature in hard_logits(classes, rows=1):
         if logits.isinf().any():  # a matmul cannot make −inf; a bias can

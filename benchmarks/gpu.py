@@ -1,0 +1,161 @@
+"""Everything a GPU is needed for, in one command and under nine minutes: tests, sanitizer, benchmarks, tuning.
+
+    make gpu                                       results in benchmarks/results/DEVICE
+    python benchmarks/gpu.py --dry-run             the same without a GPU: interpreter, tiny shapes
+
+Needs only this checkout and the Python, torch and Triton found there; no network. Steps run in the order of what is
+worth most, each in processes of its own with a time limit, and leave their results as they go: cut off at any point,
+what was measured is kept, and the same command goes on with the steps that are not done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = {"tests": 200, "sanitizer": 40, "bench": 170, "tune": 110}
+SLOW_FIRST = ["test_gradnorm.py", "test_compile_matrix.py", "test_cooperative.py", "test_operator.py"]
+SMALL_CASES = """
+import torch
+from gradnorm_fast import fast_gradnorm, gradnorm_from_logits, head_scores
+from gradnorm_fast.kernels.cooperative import score_cooperative
+for dtype in (torch.bfloat16, torch.float32):
+    for b, d, c in ((1, 1, 1), (17, 33, 10), (70, 65, 200), (70, 65, 300), (3, 16, 9000)):
+        x, w, bias = (torch.randn(*s, device="cuda").to(dtype) for s in ((b, d), (c, d), (c,)))
+        head_scores(x, w, bias); fast_gradnorm(x, w)
+        gradnorm_from_logits(x, x @ w.T)
+        out = torch.empty(1, b, device="cuda")
+        score_cooperative(x, w, bias, out, None, 1.0, 1.0, 0.0)
+torch.cuda.synchronize()
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--dry-run", action="store_true", help="without a GPU: the interpreter, tiny shapes")
+    parser.add_argument("--out", type=Path, help="folder (benchmarks/results/DEVICE)")
+    parser.add_argument("--seconds", type=float, default=float(sum(SECONDS.values())), help="in all (%(default)s)")
+    parser.add_argument("--steps", nargs="+", choices=SECONDS, default=list(SECONDS))
+    parser.add_argument("--again", action="store_true", help="also steps that are done")
+    args = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    if not args.dry_run and not torch.cuda.is_available():
+        print("gpu.py: error: torch sees no GPU here; --dry-run goes through the motions without", file=sys.stderr)
+        return 2
+    device = "dry_run" if args.dry_run else re.sub(r"\W+", "_", torch.cuda.get_device_name().lower())
+    out = (args.out or ROOT / "benchmarks/results" / device).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    record = out / "gpu.json"
+    done = json.loads(record.read_text()) if record.exists() and not args.again else {}
+    deadline = time.monotonic() + args.seconds
+    for step in args.steps:
+        if done.get(step, {}).get("complete"):
+            print(f"{step}: done before")
+            continue
+        start = time.monotonic()
+        limit = min(SECONDS[step] * args.seconds / sum(SECONDS.values()), deadline - start)
+        complete, summary = STEPS[step](out, limit, args.dry_run) if limit > 1 else (False, "no time left")
+        done[step] = {"complete": complete, "seconds": round(time.monotonic() - start), "summary": summary}
+        record.write_text(json.dumps(done, indent=1))
+        print(f"{step}: {summary} ({done[step]['seconds']} s{'' if complete else ', not complete'})", flush=True)
+    return 0 if all(done.get(s, {}).get("complete") for s in args.steps) else 1
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+
+
+def run(command: list[str], limit: float) -> tuple[int | None, str]:
+    """Exit code (None: out of time) and the output so far."""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment()
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=max(1.0, limit))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return None, process.communicate()[0]
+        return process.returncode, output
+
+
+def tests(out: Path, limit: float, dry_run: bool) -> tuple[bool, str]:
+    """Every test file in a process of its own, the slow ones first, as many at a time as there are cores to compile."""
+    files = [p.name for p in sorted((ROOT / "tests").glob("test_*.py"))]
+    files.sort(key=lambda name: SLOW_FIRST.index(name) if name in SLOW_FIRST else len(SLOW_FIRST))
+    if dry_run:
+        files = ["test_validation.py"]
+    deadline, running, outputs = time.monotonic() + limit, {}, {}
+    logs = out / "tests"
+    logs.mkdir(exist_ok=True)
+    while files or running:
+        while files and len(running) < max(1, (os.cpu_count() or 2) // 2):
+            name = files.pop(0)
+            log = open(logs / name, "w+")  # noqa: SIM115
+            command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", f"tests/{name}"]
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment())
+            running[name] = (process, log)
+        for name, (process, log) in list(running.items()):
+            if process.poll() is None and time.monotonic() < deadline:
+                continue
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+            log.seek(0)
+            outputs[name] = (process.returncode, log.read())
+            log.close()
+            del running[name]
+        if time.monotonic() > deadline and files:
+            outputs |= dict.fromkeys(files, (-9, "not started: no time left"))
+            files = []
+        time.sleep(0.2)
+    shutil.rmtree(logs)
+    text = "\n".join(f"==== {name}: exit code {code}\n{output}" for name, (code, output) in sorted(outputs.items()))
+    (out / "tests.txt").write_text(text)
+    passed, failed = len(re.findall(r" PASSED ", text)), len(re.findall(r" (?:FAILED|ERROR) +\[", text))
+    bad = [f"{name} ({code})" for name, (code, _) in sorted(outputs.items()) if code]
+    return not bad, f"{passed} passed, {failed} failed" + (f"; {', '.join(bad)}" if bad else "")
+
+
+def sanitizer(out: Path, limit: float, dry_run: bool) -> tuple[bool, str]:
+    """compute-sanitizer's memcheck and racecheck over a small case of each kernel."""
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if dry_run or not Path(tool).exists():
+        return True, "no compute-sanitizer here"
+    text, results = "", {}
+    for check in ("memcheck", "racecheck"):
+        code, output = run(
+            [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-c", SMALL_CASES], limit / 2
+        )
+        results[check] = "out of time" if code is None else "clean" if code == 0 else f"exit code {code}"
+        text += f"==== {check}: {results[check]}\n{output[-20000:]}\n"
+        (out / "sanitizer.txt").write_text(text)
+    return set(results.values()) == {"clean"}, ", ".join(f"{k} {v}" for k, v in results.items())
+
+
+def bench(out: Path, limit: float, dry_run: bool) -> tuple[bool, str]:
+    options = ["--workload", "256x768x1000", "--rounds", "2"] if dry_run else []
+    code, output = run([sys.executable, "benchmarks/compare.py", "--out", str(out), *options], limit)
+    return code == 0, output.strip().splitlines()[-1] if code else "bench.json, bench.md, bench.png"
+
+
+def tune(out: Path, limit: float, dry_run: bool) -> tuple[bool, str]:
+    options = ["--dry-run"] if dry_run else []
+    command = [sys.executable, "benchmarks/tune.py", "--out", str(out), "--seconds", str(limit * 0.9), *options]
+    code, output = run(command, limit)
+    return code == 0, output.strip().splitlines()[-1] if code else "tune.json"
+
+
+STEPS = {"tests": tests, "sanitizer": sanitizer, "bench": bench, "tune": tune}
+
+if __name__ == "__main__":
+    sys.exit(main())

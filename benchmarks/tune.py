@@ -1,0 +1,178 @@
+"""Time every plausible configuration of every kernel, per workload: what the tables in kernels/ are chosen by.
+
+    python benchmarks/tune.py --out benchmarks/results/h200          on a GPU
+    python benchmarks/tune.py --dry-run --out /tmp/tune              without: two tiny shapes, in the interpreter
+
+Each candidate is checked against the torch path first. Results are written after every workload, best first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout's package, whatever else is installed
+if "--dry-run" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+
+from gradnorm_fast import fast_gradnorm
+from gradnorm_fast.kernels import cooperative, one_tile, split
+from gradnorm_fast.kernels.targets import Config, architecture
+
+import measure
+from workloads import Workload
+
+# In the order of what matters most, should time run out.
+GPU = [
+    Workload(b, d, c, dtype)
+    for dtype in ("bfloat16", "float32")
+    for b, d, c in [
+        (4096, 2048, 1000), (256, 2048, 1000), (32, 2048, 1000), (1, 2048, 1000), (10000, 512, 10),
+        (10000, 512, 100), (4096, 768, 1000), (4096, 2048, 21843),
+    ]
+]  # fmt: skip
+DRY = [Workload(20, 24, 40), Workload(20, 24, 300)]
+WORKERS = 8  # processes that compile before anything is timed
+
+Score = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+
+def kernels(w: Workload) -> dict[str, Any]:
+    """The launchers that can take this workload."""
+    if w.classes <= one_tile.MAX_CLASSES:
+        return {"one_tile": one_tile.score_one_tile}
+    return {"split": split.score_split, "cooperative": cooperative.score_cooperative}
+
+
+def candidates(kernel: str, w: Workload) -> Iterator[Config]:
+    """The default first, then a grid around what the regime suggests."""
+    module = {"one_tile": one_tile, "split": split, "cooperative": cooperative}[kernel]
+    dtype = getattr(torch, w.dtype)
+    arch = architecture(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    default = module.configuration(w.batch, w.classes, w.depth, dtype, arch)
+    yield default
+    half = w.dtype != "float32"
+    if kernel == "one_tile":
+        rows, classes = (16, 32, 64, 128), (default.block_c,)
+        steps = (32, 64, 128) if half else (16, 32, 64)
+    elif w.batch <= 64:
+        rows, classes, steps = (16,), (16, 32, 64, 128), (64, 128, 256) if half else (32, 64)
+    else:
+        rows, classes, steps = (64, 128), (64, 128, 256), (32, 64) if half else (16, 32)
+    for block_b, block_c, block_d, warps, stages in itertools.product(rows, classes, steps, (4, 8), (2, 3, 4)):
+        accumulators = block_b * block_c / (32 * warps)
+        shared = stages * (block_b + block_c) * block_d * w.itemsize
+        config = Config(block_b, block_c, block_d, warps, stages)
+        if accumulators <= (128 if half else 64) and shared <= 220 * 1024 and config != default:
+            yield config
+
+
+def call_of(kernel: Any, w: Workload, config: Config, inputs: tuple[torch.Tensor, ...]) -> Callable[[], torch.Tensor]:
+    x, weight, bias = inputs
+    out = torch.empty(1, len(x), device=x.device)
+
+    def call() -> torch.Tensor:
+        kernel(x, weight, bias, out, None, 1.0, 1.0, 0.0, config)
+        return out[0]
+
+    return call
+
+
+def tune(w: Workload, device: str, deadline: float) -> list[dict[str, Any]]:
+    """One row per candidate, the fastest first; candidates that fail say why."""
+    cuda = device == "cuda"
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size if cuda else 0
+    copies = min(32, 1 + -(-2 * l2 // w.bytes))
+    inputs = [w.inputs(device, seed) for seed in range(min(copies, 4))]
+    inputs = [inputs[i] if i < 4 else tuple(t.clone() for t in inputs[i % 4]) for i in range(copies)]
+    expected = fast_gradnorm(*inputs[0], backend="torch")
+    rows = []
+    for name, kernel in kernels(w).items():
+        for config in candidates(name, w):
+            if time.monotonic() > deadline:
+                break
+            row: dict[str, Any] = {"workload": str(w), "kernel": name, "config": list(config)}
+            try:
+                calls = [call_of(kernel, w, config, i) for i in inputs]
+                got = calls[0]()
+                row["error"] = ((got - expected).abs() / expected).max().item()
+                if not row["error"] <= 1e-3:
+                    raise AssertionError(f"relative error {row['error']:.2g}")
+                times = measure.device_times(calls, max(10, copies), device) if cuda else [0.0]
+                row["seconds"] = statistics.median(times)
+            except Exception as error:  # out of shared memory or registers: a finding
+                row["failed"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}"
+            rows.append(row)
+            if not cuda and len(rows) % 2 == 0:
+                break  # a dry run: two candidates of each kernel
+    return sorted(rows, key=lambda r: r.get("seconds", float("inf")))
+
+
+def warm_up(share: int, of: int, deadline: float) -> None:
+    """Compile every of-th candidate into Triton's cache on disk, by launching it once."""
+    everything = [(w, n, k, c) for w in GPU for n, k in kernels(w).items() for c in candidates(n, w)]
+    for w, _, kernel, config in everything[share::of]:
+        if time.monotonic() > deadline:
+            return
+        small = Workload(min(w.batch, 128), w.depth, w.classes, w.dtype)
+        try:
+            call_of(kernel, w, config, small.inputs("cuda"))()
+            torch.cuda.synchronize()
+        except Exception:  # tune reports it
+            continue
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for tune.json")
+    parser.add_argument("--seconds", type=float, default=300.0, help="stop after this long (%(default)s)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="without a GPU: tiny shapes in the interpreter, no times"
+    )
+    parser.add_argument("--warm-up", type=int, metavar="SHARE", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    device = "cpu" if args.dry_run else "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        print("tune.py: error: torch sees no GPU here; --dry-run does without", file=sys.stderr)
+        return 2
+    deadline = time.monotonic() + args.seconds
+    if args.warm_up is not None:
+        warm_up(args.warm_up, WORKERS, deadline)
+        return 0
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "tune.json"
+    results = {"environment": measure.environment(device), "rows": []}
+    if path.exists():
+        results["rows"] = json.loads(path.read_text())["rows"]
+    done = {r["workload"] for r in results["rows"]}
+    if device == "cuda":
+        command = [sys.executable, __file__, "--out", str(args.out), "--seconds", str(args.seconds / 2)]
+        workers = [subprocess.Popen([*command, "--warm-up", str(i)]) for i in range(WORKERS)]
+        for worker in workers:
+            worker.wait()
+    for w in DRY if args.dry_run else GPU:
+        if str(w) in done or time.monotonic() > deadline:
+            continue
+        rows = tune(w, device, deadline)
+        results["rows"] += rows
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(results, indent=1))
+        os.replace(partial, path)
+        best = {r["kernel"]: r for r in reversed(rows)}
+        print(f"{w}: " + ", ".join(f"{k} {r['config']} {r.get('seconds', 0) * 1e6:.1f} µs" for k, r in best.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
