@@ -45,7 +45,7 @@ def main() -> int:
         results = json.loads(path.read_text())
         print(report.render(results, path.parent))
         if args.readme:
-            report.update_readme(ROOT / "README.md", results, path.relative_to(ROOT))
+            report.update_readme(ROOT / "README.md", results, path.resolve().relative_to(ROOT))
     except KeyboardInterrupt:
         print("interrupted; what was measured is kept, the same command goes on from there", file=sys.stderr)
         return 130

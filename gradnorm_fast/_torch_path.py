@@ -17,9 +17,7 @@ MIB = 2**20
 MEMORY = 32 * MIB  # the promise; its parts:
 LOGITS = 10 * MIB  # logits of a chunk of rows
 OPERAND = 4 * MIB  # features, and classes of the weight, converted for the matmul
-PIECE = (
-    4 * MIB
-)  # what is worked on at a time, in scratch memory that is allocated once: fresh pages cost more than work
+PIECE = 4 * MIB  # what is worked on at a time, in scratch memory allocated once: fresh pages cost more than work
 LONGEST_ROW = 3 * MIB  # of logits; a longer one is taken in tiles of classes, computed twice
 
 # Two quick passes give Σ|p − 1/C| with an absolute error of some 1e-7, provided that Σp is 1 up to EXCESS roundings.
@@ -201,8 +199,10 @@ def forward(
         assert weight is not None
         classes = weight.shape[0]
         row_bytes = max(classes, 0 if _usable(features, dtype) else depth * LOGITS // OPERAND) * size
-        source = _head_logits(features, weight, bias, dtype, max(LOGITS // size, min(classes, LONGEST_ROW // size)))
-    scratch = torch.empty(PIECE // size, dtype=dtype, device=features.device)
+        elements = min(batch * classes, max(LOGITS // size, min(classes, LONGEST_ROW // size)))
+        source = _head_logits(features, weight, bias, dtype, elements)
+    elements = min(batch * max(classes, depth), PIECE // size)
+    scratch = torch.empty(elements, dtype=dtype, device=features.device)
     long = classes * size > LONGEST_ROW
     for rows in slices(batch, LOGITS if long else row_bytes, LOGITS):
         z = None if long else source(rows, 0, classes)
