@@ -11,7 +11,20 @@ import os as _os
 if not _os.path.isdir(_os.path.join(_os.path.dirname(__file__), "kernels")):
     __path__.append(_os.path.dirname(_os.path.dirname(_os.path.abspath(__file__))))
 
+from .detector import GradNorm, Prediction
+from .evaluation import evaluate, plot_roc, plot_scores
 from .functional import HeadScores, fast_gradnorm, gradnorm_from_logits, head_scores
 
 __version__ = "0.1.0"
-__all__ = ["HeadScores", "__version__", "fast_gradnorm", "gradnorm_from_logits", "head_scores"]
+__all__ = [
+    "GradNorm",
+    "HeadScores",
+    "Prediction",
+    "__version__",
+    "evaluate",
+    "fast_gradnorm",
+    "gradnorm_from_logits",
+    "head_scores",
+    "plot_roc",
+    "plot_scores",
+]
