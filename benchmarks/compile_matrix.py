@@ -3,6 +3,7 @@
     make kernels                                   the table: registers, spills, shared memory, tensor-core instructions
     python benchmarks/compile_matrix.py --arch sm_90 --json matrix.json
 
+As launched on contiguous, aligned rows, D a multiple of 16; other input runs the same tiles with element-wise loads.
 Exits with 1 if any configuration spills, needs more shared memory than a block may have, or misses the tensor cores
 it should be on. Not in the interpreter: a process with TRITON_INTERPRET=1 cannot compile.
 """

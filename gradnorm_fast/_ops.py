@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ._backends import run, run_backward, score_dtype
 
@@ -43,16 +44,28 @@ def _loop(
     call: Callable[..., Any], size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
 ) -> tuple[Any, Any]:
     """vmap as a loop: the results of call with each slice of the arguments that have a batch dimension, stacked."""
-    results = [
-        call(*(a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(args, in_dims, strict=True)))
-        for i in range(size)
-    ]
-    stacked = tuple(torch.stack(outputs) for outputs in zip(*results, strict=True))
+
+    def at(i: int) -> tuple[Any, ...]:
+        return tuple(a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True))
+
+    if size == 0:  # the shapes of what there is none of
+        blank = (
+            a.new_zeros(a.movedim(d, 0).shape[1:]) if isinstance(d, int) else a
+            for a, d in zip(args, in_dims, strict=True)
+        )
+        stacked = tuple(o.new_empty((0, *o.shape)) for o in call(*blank))
+    else:
+        stacked = tuple(torch.stack(outputs) for outputs in zip(*(call(*at(i)) for i in range(size)), strict=True))
     return stacked, (0,) * len(stacked)
 
 
+def _stacked(t: Tensor, dim: int | None, n: int) -> Tensor:
+    """What vmap has batched n times along dim, or not at all, with that dimension first."""
+    return t.expand(n, *t.shape) if dim is None else t.movedim(dim, 0)
+
+
 class _Scores(torch.autograd.Function):
-    """`scores` for torch.func, whose transforms do not see through an operator's registered autograd."""
+    """`scores` for torch.func and forward mode, which do not see through an operator's registered autograd."""
 
     forward = staticmethod(run)
 
@@ -71,7 +84,15 @@ class _Scores(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        return _loop(scores, info.batch_size, in_dims, args)
+        n, (features, logits, *rest) = info.batch_size, args
+        if in_dims[2] is not None or in_dims[3] is not None:
+            return _loop(scores, n, in_dims, args)
+        # only rows are batched: rows of one larger batch
+        features = _stacked(features, in_dims[0], n)
+        logits = None if logits is None else _stacked(logits, in_dims[1], n).flatten(0, 1)
+        out, prediction = scores(features.flatten(0, 1), logits, *rest)
+        batch = features.shape[1]
+        return (out.reshape(len(out), n, batch), prediction.reshape(n, batch if len(out) > 1 else 0)), (1, 0)
 
 
 class _ScoresBackward(torch.autograd.Function):
@@ -98,15 +119,25 @@ for _name, _function in (("scores", _Scores), ("scores_backward", _ScoresBackwar
     )
 
 
+def _is_plain(t: Tensor) -> bool:
+    """Whether a kernel may read the memory of this tensor as it is."""
+    return (
+        type(t) in (Tensor, torch.nn.Parameter)
+        and t.device.type != "meta"
+        and not t.is_neg()
+        and not torch._C._functorch.is_legacy_batchedtensor(t)
+    )
+
+
 def _route(
     args: tuple[Any, ...], direct: Callable[..., Any], function: type[torch.autograd.Function], name: str
 ) -> Any:
     if not torch.compiler.is_compiling():
-        if torch._C._are_functorch_transforms_active():
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return function.apply(*args)
         tensors = [a for a in args if isinstance(a, Tensor)]
         if (
-            all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type != "meta" for t in tensors)
+            all(map(_is_plain, tensors))
             and not torch._C._len_torch_dispatch_stack()
             and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
         ):

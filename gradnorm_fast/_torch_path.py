@@ -96,7 +96,9 @@ def feature_norm(x: Tensor, scratch: Tensor) -> Tensor:
 
 
 def _softmax(z: Tensor, inv_temperature: float, out: Tensor) -> Tensor:
-    return torch.softmax(z if inv_temperature == 1.0 else _shifted(z, inv_temperature, out), 1, out=out)
+    if inv_temperature != 1.0:
+        z = _shifted(z, inv_temperature, out if z.device.type == "cpu" else torch.empty_like(out))
+    return torch.softmax(z, 1, out=out)
 
 
 def _shifted(z: Tensor, inv_temperature: float, out: Tensor) -> Tensor:
@@ -214,10 +216,10 @@ def forward(
                 tiles = [partial(source, here, c.start, c.stop) for c in slices(classes, size, LONGEST_ROW)]
                 scores = _score_long_row(tiles, classes, inv_temperature, scratch)
             norm = feature_norm(features[here], scratch)
-            output_norm = scores[0] * (scale / temperature)
+            output_norm = scores[0] * scale * inv_temperature  # in this order: 0·inf is not 0
             out[0, here] = (norm + bias_norm) * output_norm
             if prediction is not None:
-                poison = out[0, here] - out[0, here]  # a row without a score has no other number either
+                poison = (norm - norm) + (scores[0] - scores[0])  # a row without a score has no other number either
                 for field, value in enumerate((norm, output_norm, *scores[1:4]), 1):
                     out[field, here] = value + poison
                 prediction[here] = torch.where(poison == 0, scores[4], 0)
@@ -240,11 +242,10 @@ def backward(
     ∂(‖x‖₁ + bias_norm)·V = V·sign(x) for x and (‖x‖₁ + bias_norm)·∂V for z; then z = xWᵀ + b as in any linear layer.
     """
     dtype, inv_temperature = grad.dtype, 1.0 / temperature
-    empty = features.new_empty(0)
     grad_x, grad_z, grad_w, grad_b = (
         torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
         if need and like is not None
-        else empty
+        else features.new_empty(0)
         for like, need in zip((features, logits, weight, bias), needed, strict=True)
     )
     if logits is not None:
@@ -259,12 +260,13 @@ def backward(
         p, u = _softmax(z, inv_temperature, torch.empty_like(z)), torch.empty_like(z)
         s = _centered(z, inv_temperature, u)
         norm = x.abs().sum(1)
-        output_norm = u.abs().sum(1) / s * (scale / temperature)
+        output_norm = u.abs().sum(1) / s * scale * inv_temperature
         grad_norm, grad_output = g[0] * output_norm, g[0] * (norm + bias_norm)
         if len(g) > 1:
             grad_norm, grad_output = grad_norm + g[1], grad_output + g[2]
         sign = u.sign()
-        dz = p * (sign - (sign * p).sum(1, keepdim=True)) * (grad_output * scale * inv_temperature**2)[:, None]
+        dz = p * (sign - (sign * p).sum(1, keepdim=True)) * (grad_output * scale * inv_temperature)[:, None]
+        dz *= inv_temperature  # not squared before: 1/T² may overflow where dz is 0
         if len(g) > 1:
             msp = p.gather(1, prediction[:, None])[:, 0]
             dz += p * (g[5] - g[4] * msp * inv_temperature)[:, None]

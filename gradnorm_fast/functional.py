@@ -134,8 +134,8 @@ def gradnorm_from_logits(
     if features.dim() == 0:
         raise ValueError("features: expected shape (..., D), got a tensor without dimensions")
     if logits.dim() == 0 or logits.shape[:-1] != features.shape[:-1] or logits.shape[-1] == 0:
-        lead = ", ".join(map(str, [*features.shape[:-1], "C"]))
-        raise ValueError(f"logits: expected shape ({lead}) with C >= 1, got {tuple(logits.shape)}")
+        lead = "".join(f"{n}, " for n in features.shape[:-1])
+        raise ValueError(f"logits: expected shape ({lead}C) with C >= 1, got {tuple(logits.shape)}")
     _check_like("logits", logits, features, mixed=_autocasting(features.device))
     temperature = _check_options(features, temperature, reduction, backend)
     out, _ = _ops.scores(
@@ -169,7 +169,7 @@ def _check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in _DTYPES:
         raise TypeError(f"{name}: expected dtype float16, bfloat16, float32 or float64, got {value.dtype}")
-    if value.layout != torch.strided:
+    if value.layout != torch.strided or value.is_nested:
         raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
 
 
@@ -223,14 +223,17 @@ def _check_options(features: Tensor, temperature: object, reduction: object, bac
     """Refuse options that do not fit; the temperature as a float."""
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float, np.floating, np.integer)):
         raise TypeError(f"temperature: expected a number, got {type(temperature).__name__}")
-    t = float(temperature)
+    try:
+        t = float(temperature)
+    except OverflowError:
+        t = float("inf")
     if not (0.0 < t <= _FLOAT32_MAX and 1.0 / t <= _FLOAT32_MAX):
         raise ValueError(
             f"temperature: expected a finite positive number with a finite float32 reciprocal, got {temperature!r}"
         )
-    if reduction not in _REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
         raise ValueError(f'reduction: expected "mean" (the paper) or "sum" (the official code), got {reduction!r}')
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f'backend: expected "auto", "triton" or "torch", got {backend!r}')
     if backend == "triton" and why_not_triton(features.device):
         raise ValueError(f"backend: {backend!r} cannot run here: {why_not_triton(features.device)}")

@@ -5,6 +5,8 @@ Slow on purpose. Tests and benchmarks hold every kernel against it in float64.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -35,25 +37,37 @@ def autograd_gradnorm(
         (...), in the dtype of features; larger = more in-distribution.
 
     Raises:
-        ValueError: an unknown reduction, or include_bias without a bias.
+        ValueError: shapes that do not fit, a temperature that is not positive, an unknown reduction, or include_bias
+            without a bias.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction: expected "mean" or "sum", got {reduction!r}')
     if include_bias and bias is None:
         raise ValueError("include_bias: expected a bias whose gradient to include, got bias=None")
+    if not temperature > 0:
+        raise ValueError(f"temperature: expected a positive number, got {temperature!r}")
+    if features.dim() == 0 or weight.dim() < 2 or features.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"features: expected shape (..., D) for a weight (C, D), got {tuple(features.shape)} for "
+            f"{tuple(weight.shape)}"
+        )
     classes, depth = weight.shape[:2]
-    layer = torch.nn.Linear(depth, classes, bias=bias is not None, dtype=weight.dtype, device=weight.device)
-    layer.weight.data = weight.detach().reshape(classes, depth)
-    if bias is not None:
-        layer.bias.data = bias.detach()
-
     scores = []
-    with torch.enable_grad():
-        for sample in features.detach().reshape(-1, depth):
+    with torch.inference_mode(False), torch.enable_grad(), _no_autocast(features.device):
+        layer = torch.nn.Linear(depth, classes, bias=bias is not None, device="meta")  # nothing to initialise
+        layer.weight = torch.nn.Parameter(weight.detach().clone().reshape(classes, depth))
+        if bias is not None:
+            layer.bias = torch.nn.Parameter(bias.detach().clone())
+        wanted = [layer.weight, layer.bias] if include_bias else [layer.weight]
+        for sample in features.detach().clone().reshape(features.shape[:-1].numel(), depth):
             logits = layer(sample)
             losses = -torch.log_softmax(logits / temperature, dim=-1)
             loss = losses.mean() if reduction == "mean" else losses.sum()
-            wanted = [layer.weight, layer.bias] if include_bias else [layer.weight]
             gradients = torch.autograd.grad(loss, wanted)
             scores.append(torch.stack([g.abs().sum() for g in gradients]).sum())
-    return torch.stack(scores).reshape(features.shape[:-1]) if scores else features.new_zeros(features.shape[:-1])
+        empty = torch.zeros(features.shape[:-1], dtype=features.dtype, device=features.device)
+        return torch.stack(scores).reshape(features.shape[:-1]) if scores else empty
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -1,4 +1,5 @@
-"""GradNorm scores of any number of classes in one launch: the logits of a row stay in the registers of several CTAs.
+"""GradNorm scores of many classes in one launch (and one of 8 bytes that clears the counters): the logits of a row stay
+in the registers of several CTAs.
 
     z = x·Wᵀ + b by class tiles, one per CTA, then two exchanges among the n CTAs of a group through global memory:
     1   m_j, S_j = Σ exp d_j, Q_j = Σ expm1 d_j (d_j = (z − m_j)/T), the share of ‖x‖₁   ->  m, S, mean of every row
@@ -41,7 +42,7 @@ def _read(SLOT, kind, local, first, n_class_tiles, other, BLOCK_B: tl.constexpr)
     return tl.load(at, mask=(tiles < n_class_tiles)[None, :], other=other, cache_modifier=".cg")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "n_groups", "stride_o"])
 def cooperative_kernel(
     X, W, BIAS, OUT, PREDICTION, STATISTICS, COUNTERS,
     B, C, D, n_class_tiles, n_groups,
@@ -55,13 +56,16 @@ def cooperative_kernel(
     classes = class_tile.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     valid = (classes < C)[None, :]
     local = tl.arange(0, BLOCK_B)
-    SLOT = STATISTICS + group.to(tl.int64) * KINDS * BLOCK_B * n_class_tiles
-    mine = SLOT + local * n_class_tiles + class_tile
     kind = BLOCK_B * n_class_tiles
     arrivals = 0
     for block in range(group, tl.cdiv(B, BLOCK_B), n_groups):
         rows = tl.cast(block, tl.int64) * BLOCK_B + local
         arrivals += n_class_tiles
+        # Two slots in turn: CTA 0 may still read the last block's while the others write this one's. They cannot be two
+        # blocks ahead, for that takes CTA 0's arrival at the barrier between.
+        parity = arrivals // n_class_tiles % 2
+        SLOT = STATISTICS + (2 * group + parity).to(tl.int64) * KINDS * kind
+        mine = SLOT + local * n_class_tiles + class_tile
         if PHASE < 3:
             z = logits_tile(
                 X, W, BIAS, rows, classes,
@@ -161,7 +165,8 @@ def score_cooperative(
     ValueError where the class tiles outnumber the device's multiprocessors.
     """
     (b, d), c = features.shape, weight.shape[0]
-    cfg = config or configuration(b, c, d, features.dtype, architecture(features.device))
+    arch = architecture(features.device)
+    cfg = config or configuration(b, c, d, features.dtype, arch)
     tiles, blocks = triton.cdiv(c, cfg.block_c), triton.cdiv(b, cfg.block_b)
     if INTERPRETED:
         groups = blocks
@@ -170,7 +175,8 @@ def score_cooperative(
         if tiles > processors:
             raise ValueError(f"{c} classes are {tiles} tiles of {cfg.block_c}, more than {processors} multiprocessors")
         groups = min(blocks, processors // tiles)
-    statistics = torch.empty(groups * KINDS.value * cfg.block_b * tiles, dtype=torch.float32, device=features.device)
+    slots = 2 * groups * KINDS.value
+    statistics = torch.empty(slots * cfg.block_b * tiles, dtype=torch.float32, device=features.device)
     counters = torch.zeros(2 * groups, dtype=torch.int32, device=features.device)
     for phase in (1, 2, 3) if INTERPRETED else (ALL.value,):
         cooperative_kernel[(groups * tiles,)](
@@ -181,7 +187,7 @@ def score_cooperative(
             features.stride(0), features.stride(1), weight.stride(0), weight.stride(1),
             0 if bias is None else bias.stride(0), out.stride(0),
             HAS_BIAS=bias is not None, HEAD=prediction is not None, EVEN_D=d % cfg.block_d == 0,
-            PRECISION=dot_precision(features.dtype), UPCAST=INTERPRETED and features.dtype == torch.bfloat16,
+            PRECISION=dot_precision(features.dtype, arch), UPCAST=INTERPRETED and features.dtype == torch.bfloat16,
             PHASE=phase, BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d,
             num_warps=cfg.num_warps, num_stages=cfg.num_stages, enable_fp_fusion=True,
             **({} if INTERPRETED else {"launch_cooperative_grid": True}),

@@ -80,13 +80,12 @@ def store_scores(
     """
     live = rows < B
     norm += norm - norm  # a norm of inf becomes NaN: such a row has no score
-    output_norm = deviation * (scale * inv_temperature)
-    gradnorm = (norm + bias_norm) * output_norm
+    output_norm = deviation * scale * inv_temperature  # in this order: 0·inf is not 0
     out = OUT + rows
-    tl.store(out, gradnorm, mask=live)
+    tl.store(out, (norm + bias_norm) * output_norm, mask=live)
     if HEAD:
         # A row without a score has no other number either, and an index that is at least a valid one.
-        poison = gradnorm - gradnorm
+        poison = (norm - norm) + (deviation - deviation)
         out += stride_o
         tl.store(out, norm + poison, mask=live)
         out += stride_o

@@ -17,7 +17,7 @@ from .targets import INTERPRETED, Config, architecture, dot_precision
 MAX_CLASSES = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "stride_o"])
 def one_tile_kernel(
     X, W, BIAS, OUT, PREDICTION,
     B, C, D,
@@ -50,7 +50,7 @@ def one_tile_kernel(
         z = tl.dot(x, w, z, input_precision=PRECISION)
         norm += tl.abs(x.to(tl.float32))
     if HAS_BIAS:
-        z += tl.load(BIAS + classes * stride_b, mask=classes < C, other=0.0).to(tl.float32)[None, :]
+        z += tl.load(BIAS + classes.to(tl.int64) * stride_b, mask=classes < C, other=0.0).to(tl.float32)[None, :]
 
     # 2. Σ|p − 1/C| on the logits in registers
     valid = (classes < C)[None, :]
@@ -93,7 +93,8 @@ def score_one_tile(
 ) -> None:
     """Scores of features (B, D) under the head weight (C, D), bias (C,), into out (1, B), or (6, B) with prediction."""
     (b, d), c = features.shape, weight.shape[0]
-    cfg = config or configuration(b, c, d, features.dtype, architecture(features.device))
+    arch = architecture(features.device)
+    cfg = config or configuration(b, c, d, features.dtype, arch)
     one_tile_kernel[(triton.cdiv(b, cfg.block_b),)](
         features, weight, features if bias is None else bias, out, out if prediction is None else prediction,
         b, c, d,
@@ -101,7 +102,7 @@ def score_one_tile(
         features.stride(0), features.stride(1), weight.stride(0), weight.stride(1),
         0 if bias is None else bias.stride(0), out.stride(0),
         HAS_BIAS=bias is not None, HEAD=prediction is not None, EVEN_D=d % cfg.block_d == 0,
-        PRECISION=dot_precision(features.dtype), UPCAST=INTERPRETED and features.dtype == torch.bfloat16,
+        PRECISION=dot_precision(features.dtype, arch), UPCAST=INTERPRETED and features.dtype == torch.bfloat16,
         BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d,
         num_warps=cfg.num_warps, num_stages=cfg.num_stages, enable_fp_fusion=True,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from .targets import Config, architecture
 MAX_RESIDENT = 8192
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "stride_o"])
 def rows_kernel(
     X, Z, OUT, PREDICTION,
     B, C, D,
@@ -124,7 +124,7 @@ def score_rows(
 ) -> None:
     """Scores of features (B, D) with logits (B, C), into out (1, B), or (6, B) with prediction."""
     (b, d), c = features.shape, logits.shape[1]
-    cfg = config or configuration(b, c, logits.dtype, architecture(logits.device))
+    cfg = config or configuration(b, c, out.dtype, architecture(logits.device))
     rows_kernel[(triton.cdiv(b, cfg.block_b),)](
         features, logits, out, out if prediction is None else prediction,
         b, c, d,

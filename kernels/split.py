@@ -20,7 +20,7 @@ MIN_ROWS = 512
 GROUP = 8  # row tiles that share a weight tile while it is in L2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def logits_kernel(
     X, W, BIAS, Z, SHARES,
     B, C, D, n_class_tiles,
@@ -75,7 +75,8 @@ def score_split(
 ) -> None:
     """Scores of features (B, D) under the head weight (C, D), bias (C,), into out (1, B), or (6, B) with prediction."""
     (b, d), c = features.shape, weight.shape[0]
-    cfg = config or configuration(b, c, d, features.dtype, architecture(features.device))
+    arch = architecture(features.device)
+    cfg = config or configuration(b, c, d, features.dtype, arch)
     fused = features.dtype != torch.float64  # float64 has no tensor cores to win: the matmul is the library's
     n_class_tiles = triton.cdiv(c, cfg.block_c)
     width = triton.cdiv(c, 4) * 4  # rows of logits start 16-byte aligned
@@ -98,7 +99,7 @@ def score_split(
                 stop - start, c, d, n_class_tiles,
                 x.stride(0), x.stride(1), weight.stride(0), weight.stride(1),
                 0 if bias is None else bias.stride(0), width,
-                HAS_BIAS=bias is not None, EVEN_D=d % cfg.block_d == 0, PRECISION=dot_precision(x.dtype),
+                HAS_BIAS=bias is not None, EVEN_D=d % cfg.block_d == 0, PRECISION=dot_precision(x.dtype, arch),
                 UPCAST=INTERPRETED and x.dtype == torch.bfloat16, GROUP=GROUP,
                 BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d,
                 num_warps=cfg.num_warps, num_stages=cfg.num_stages, enable_fp_fusion=True,

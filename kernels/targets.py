@@ -32,6 +32,11 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """How `tl.dot` multiplies float32: exactly, unless torch.set_float32_matmul_precision permits tf32."""
-    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+def dot_precision(dtype: torch.dtype, arch: str) -> str:
+    """How `tl.dot` multiplies float32: exactly, unless torch's settings permit tf32 and the architecture has it."""
+    if dtype != torch.float32 or not (arch.startswith("sm_") or arch == "gfx942"):
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # the old query raises where the user has set the new one
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if matmul.allow_tf32 else "ieee"

@@ -174,6 +174,67 @@ def test_offsets_beyond_32_bits(backend):
     assert torch.equal(fast_gradnorm(x, w, backend=backend), expected)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bias_offsets_beyond_32_bits(backend):
+    storage = torch.empty(2**31 + 2**28, dtype=torch.float16, device=DEVICE)
+    bias = storage.as_strided((9,), (2**28,))
+    bias.copy_(torch.arange(9.0))
+    x, w, _ = problem(2, 4, 9, torch.float16)
+    assert torch.equal(fast_gradnorm(x, w, bias, backend=backend), fast_gradnorm(x, w, bias.clone(), backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("classes", [10, 300])
+def test_extreme_temperatures_and_overflow(backend, classes):
+    x, w, _ = problem(3, 4, classes, torch.float32)
+    equal = fast_gradnorm(x, torch.zeros_like(w), temperature=1e-37, reduction="sum", backend=backend)
+    assert not equal.any()  # 0, though C/T overflows
+    scores = head_scores(1e38 * torch.ones_like(x) / 4, 1e-38 * w, temperature=0.01, backend=backend)
+    assert scores.gradnorm.isinf().all() and scores.feature_norm.isfinite().all() and scores.msp.isfinite().all()
+    if backend == "torch":
+        tiny = x.clone().requires_grad_()
+        fast_gradnorm(tiny, torch.eye(4, device=DEVICE), temperature=1e-20, backend=backend).sum().backward()
+        assert tiny.grad.isfinite().all()
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch has one setting only")
+def test_both_of_torchs_precision_settings():
+    from gradnorm_fast.kernels.targets import dot_precision
+
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        assert dot_precision(torch.float32, "sm_90") == "tf32" and dot_precision(torch.float32, "gfx90a") == "ieee"
+        assert dot_precision(torch.bfloat16, "sm_90") == "ieee"
+        matmul.fp32_precision = "ieee"
+        assert dot_precision(torch.float32, "sm_90") == "ieee"
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_the_reference_in_any_mode():
+    x, w, bias = problem(3, 4, 5, torch.float32)
+    expected = autograd_gradnorm(x, w, bias)
+    state = torch.random.get_rng_state()
+    with torch.inference_mode():
+        inside = autograd_gradnorm(x * 1, w * 1, bias * 1)
+        kept = x * 1
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        cast = autograd_gradnorm(x, w, bias)
+    for got in (inside, cast, autograd_gradnorm(kept, w, bias)):
+        assert torch.equal(got, expected)
+    assert torch.equal(state, torch.random.get_rng_state())
+    for wrong in (
+        dict(features=x[:, :3]),
+        dict(temperature=0),
+        dict(reduction="avg"),
+        dict(bias=None, include_bias=True),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            autograd_gradnorm(**(dict(features=x, weight=w, bias=bias) | wrong))
+
+
 def test_split_in_chunks_of_rows():
     from gradnorm_fast.kernels.split import score_split
 

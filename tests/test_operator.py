@@ -62,6 +62,35 @@ def test_opcheck(backend):
             torch.library.opcheck(torch.ops.gradnorm_fast.scores.default, (x, logits, None, None, *options))
 
 
+@pytest.mark.parametrize(
+    "needed", [[True] * 2 + [False] * 2, [True, False, True, True], [True, False, False, False]], ids=str
+)
+def test_opcheck_of_the_backward(needed):
+    x, w, b = (t.detach() for t in problem(torch.float32))
+    given = (x, x @ w.T, None, None) if needed[1] else (x, None, w, b)
+    grad = torch.ones(1, 4, device=DEVICE)
+    torch.library.opcheck(torch.ops.gradnorm_fast.scores_backward.default, (grad, *given, 1.5, "mean", False, needed))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_what_a_kernel_must_not_read_as_it_lies(backend):
+    """A lazily negated tensor, a tensor of forward-mode gradients, a batched gradient: the operator's business."""
+    x, w, b = problem(torch.float32, requires_grad=False)
+    negated = torch.complex(torch.zeros_like(x), x).conj().imag
+    assert negated.is_neg()
+    assert torch.equal(fast_gradnorm(negated, w, b, backend=backend), fast_gradnorm(-x, w, b, backend=backend))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(RuntimeError, match="jvp"):
+            fast_gradnorm(dual, w, b, backend=backend)
+    x.requires_grad_()
+    scores = fast_gradnorm(x, w, b, backend=backend)
+    eye = torch.eye(4, device=DEVICE)
+    (batched,) = torch.autograd.grad(scores, x, eye, is_grads_batched=True, retain_graph=True)
+    each = torch.stack([torch.autograd.grad(scores, x, row, retain_graph=True)[0] for row in eye])
+    torch.testing.assert_close(batched, each)
+
+
 def test_compile_does_not_recompile_per_batch_size():
     x, w, b = problem(torch.float32, requires_grad=False)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -113,6 +142,16 @@ def test_torch_func():
     per_row = torch.func.vmap(torch.func.grad(lambda x: fast_gradnorm(x, w, b)))(x)
     torch.testing.assert_close(torch.func.jacrev(lambda x: fast_gradnorm(x, w, b))(x).sum(0), per_row)
     torch.testing.assert_close(torch.func.vmap(lambda x: fast_gradnorm(x, w, b))(x), fast_gradnorm(x, w, b))
+    assert torch.func.vmap(lambda x: fast_gradnorm(x, w, b))(x[:0]).shape == (0,)
+    several = torch.stack([x, 2 * x], 1)  # (4, 2, 5): batched in the middle
+    got = torch.func.vmap(lambda x: head_scores(x, w, b), in_dims=1)(several)
+    for field in HeadScores._fields:
+        expected = torch.stack([getattr(head_scores(several[:, i], w, b), field) for i in range(2)])
+        torch.testing.assert_close(getattr(got, field), expected)
+    heads = torch.stack([w, -w, 2 * w])
+    got = torch.func.vmap(lambda w: fast_gradnorm(x, w, b))(heads)
+    torch.testing.assert_close(got, torch.stack([fast_gradnorm(x, w, b) for w in heads]))
+    assert torch.func.vmap(lambda w: fast_gradnorm(x, w, b))(heads[:0]).shape == (0, 4)
 
 
 def test_autocast_casts_as_linear_does():

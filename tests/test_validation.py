@@ -49,6 +49,12 @@ def test_refusals_of_logits():
     with pytest.raises(TypeError, match="logits: expected the dtype of features"):
         gradnorm_from_logits(X, torch.ones(2, 4).half())
 
+    for wrong in (dict(temperature=10**400), dict(reduction=["mean", "sum"]), dict(backend=None), dict(temperature=0)):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
+            gradnorm_from_logits(X, torch.ones(2, 4), **wrong)
+    with pytest.raises(TypeError, match="logits: expected dtype"):
+        gradnorm_from_logits(X, torch.ones(2, 4, dtype=torch.complex64))
+
 
 def test_triton_without_interpreter_says_what_to_do():
     import subprocess
