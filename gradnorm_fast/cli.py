@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from . import __version__
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{_PROG}: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         if debug:
             raise
         print(f"{_PROG}: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -63,7 +63,141 @@ def _add_demo(subparsers: Subparsers, common: _Parser) -> None:
     parser.set_defaults(command=command)
 
 
-_SUBCOMMANDS = (_add_demo,)
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("the model and its input")
+    model.add_argument("--model", metavar="NAME", help="torchvision name, timm:NAME, or module:function of your own")
+    model.add_argument(
+        "--weights", metavar="NAME", help="pretrained weights: DEFAULT, or torchvision's IMAGENET1K_V1, ..."
+    )
+    model.add_argument("--checkpoint", metavar="FILE", help="state dict to load")
+    model.add_argument("--classes", type=_positive, metavar="C", help="classes of a model that is not ImageNet's")
+    model.add_argument("--head", metavar="MODULE", help="name of the last linear layer (default: found)")
+    model.add_argument("--resize", type=_size, metavar="N", help="shorter side, then the centre square; 0: as they are")
+    model.add_argument("--mean", type=float, nargs=3, metavar="X", help="of RGB in [0, 1] (default: the weights' own)")
+    model.add_argument("--std", type=float, nargs=3, metavar="X", help="likewise")
+    model.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    model.add_argument("--batch-size", type=_positive, default=64, metavar="B", help="(%(default)s)")
+    model.add_argument("--workers", type=_size, default=0, metavar="N", help="processes that read images (%(default)s)")
+    model.add_argument("--amp", action="store_true", help="half precision in the backbone")
+    model.add_argument("--compile", action="store_true", help="torch.compile the backbone")
+    run = parser.add_argument_group("the run")
+    run.add_argument("--resume", action="store_true", help="go on where an interrupted run of the same inputs stopped")
+    run.add_argument("--strict", action="store_true", help="an unreadable image ends the run; else it is skipped")
+    run.add_argument("--quiet", action="store_true", help="no progress")
+    options = parser.add_argument_group("the score")
+    options.add_argument("--temperature", type=float, default=1.0, metavar="T", help="(%(default)s)")
+    options.add_argument("--reduction", choices=("mean", "sum"), default="mean", help="over classes (%(default)s)")
+    options.add_argument("--include-bias", action="store_true", help="count the bias's gradient")
+
+
+def _positive(text: str) -> int:
+    value = _size(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("expected a whole number above 0, got 0")
+    return value
+
+
+def _size(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
+    return int(text)
+
+
+def _run(name: str) -> Callable[[argparse.Namespace], None]:
+    """A function of commands.py, imported when it is called."""
+
+    def command(args: argparse.Namespace) -> None:
+        from . import commands
+
+        getattr(commands, name)(args)
+
+    return command
+
+
+def _add_score(subparsers: Subparsers, common: _Parser) -> None:
+    parser = subparsers.add_parser(
+        "score",
+        parents=[common],
+        help="score images by a model, or features by a head",
+        description="Score images by a model, or features by a head, into a CSV, NPY or Parquet file with one row per "
+        "input. Rows are kept as they come: an interrupted run goes on with --resume. Under torchrun each process "
+        "takes its share.",
+        epilog=f"examples: {_PROG} score --model resnet50 --weights DEFAULT --images photos/ --out scores.csv; "
+        f"{_PROG} score --features F.npy --weight W.npy --bias b.npy --out scores.npy",
+    )
+    parser.add_argument("--images", nargs="+", metavar="DIR", help="folders, searched through, or image files")
+    parser.add_argument("--features", metavar="NPY", help="(N, D), in place of a model and images; may exceed memory")
+    parser.add_argument("--weight", metavar="NPY", help="(C, D)")
+    parser.add_argument("--bias", metavar="NPY", help="(C,)")
+    parser.add_argument("--out", required=True, metavar="FILE", help=".csv, .npy or .parquet")
+    parser.add_argument("--detector", metavar="JSON", help="from `fit`: adds is_ood")
+    parser.add_argument("--threshold", type=float, metavar="S", help="adds is_ood: a score below S")
+    _add_model_options(parser)
+    parser.set_defaults(command=_run("score"))
+
+
+def _add_fit(subparsers: Subparsers, common: _Parser) -> None:
+    parser = subparsers.add_parser(
+        "fit",
+        parents=[common],
+        help="find the threshold from in-distribution images",
+        description="Find the threshold that keeps a fraction of in-distribution images (not those of the training) "
+        "and save it with the head's fingerprint.",
+        epilog=f"example: {_PROG} fit --model resnet50 --weights DEFAULT --id val/ --tpr 0.95 --out gate.json",
+    )
+    parser.add_argument("--id", nargs="+", required=True, metavar="DIR", help="in-distribution images")
+    parser.add_argument("--tpr", type=float, default=0.95, metavar="P", help="fraction to keep (%(default)s)")
+    parser.add_argument("--out", required=True, metavar="JSON", help="the detector, for score --detector")
+    _add_model_options(parser)
+    parser.set_defaults(command=_run("fit"))
+
+
+def _add_eval(subparsers: Subparsers, common: _Parser) -> None:
+    parser = subparsers.add_parser(
+        "eval",
+        parents=[common],
+        help="table and plots of one ID and several OOD folders",
+        description="Tell ID from OOD folders by GradNorm and, from the same pass, MSP, MaxLogit, Energy and the "
+        "feature norm: table (Markdown, CSV), plot, scores, and a JSON with what is needed to repeat it.",
+        epilog=f"example: {_PROG} eval --model resnet50 --weights DEFAULT --id imagenet/val --ood places=places/ "
+        "--ood textures=dtd/ --out results/",
+    )
+    parser.add_argument("--id", nargs="+", required=True, metavar="DIR", help="in-distribution images")
+    parser.add_argument("--ood", action="append", required=True, metavar="NAME=DIR", help="may be given several times")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument("--bootstrap", type=_size, default=0, metavar="N", help="resamples for confidence intervals")
+    _add_model_options(parser)
+    parser.set_defaults(command=_run("evaluate"))
+
+
+def _add_env(subparsers: Subparsers, common: _Parser) -> None:
+    parser = subparsers.add_parser(
+        "env",
+        parents=[common],
+        help="versions, devices, and which kernel would run",
+        description="Versions, devices, and which kernel would run for a shape and why. With --check every kernel is "
+        "run on every device and held against float64.",
+        epilog=f"example: {_PROG} env --check --shape 256 2048 1000 --dtype bfloat16",
+    )
+    parser.add_argument("--shape", type=_positive, nargs=3, default=(256, 2048, 1000), metavar=("B", "D", "C"))
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"), default="float32")
+    parser.add_argument("--check", action="store_true", help="run every kernel; exit code 2 if one fails")
+    parser.set_defaults(command=_run("environment"))
+
+
+def _add_bench(subparsers: Subparsers, common: _Parser) -> None:
+    parser = subparsers.add_parser(
+        "bench",
+        parents=[common],
+        help="the benchmark suite (in a clone of the repository)",
+        description="Hands what follows over to benchmarks/compare.py.",
+        epilog=f"example: {_PROG} bench -- --workload x1000",
+    )
+    parser.add_argument("rest", nargs="*", metavar="OPTION", help="of benchmarks/compare.py, after --")
+    parser.set_defaults(command=_run("bench"))
+
+
+_SUBCOMMANDS = (_add_score, _add_eval, _add_fit, _add_demo, _add_env, _add_bench)
 
 
 def _build_parser() -> _Parser:

@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .functional import HeadScores
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -21,7 +23,21 @@ ScoresLike: TypeAlias = torch.Tensor | npt.NDArray[Any] | Sequence[float]
 _EXTRA = 'pip install "gradnorm_fast[eval]"'
 
 
-def evaluate(id_scores: ScoresLike, ood_scores: ScoresLike) -> dict[str, float]:
+METHODS = {
+    "GradNorm": "gradnorm",
+    "MSP": "msp",
+    "MaxLogit": "max_logit",
+    "Energy": "energy",
+    "feature norm": "feature_norm",
+}
+_METRICS = ("auroc", "aupr_in", "aupr_out", "fpr95_id_positive", "fpr95_ood_positive")
+
+Results = dict[str, dict[str, dict[str, float]]]  # OOD set -> method -> what evaluate returns
+
+
+def evaluate(
+    id_scores: ScoresLike, ood_scores: ScoresLike, *, bootstrap: int = 0, confidence: float = 0.95, seed: int = 0
+) -> dict[str, float]:
     """Measure how well the scores separate ID from OOD samples.
 
     Args:
@@ -29,6 +45,9 @@ def evaluate(id_scores: ScoresLike, ood_scores: ScoresLike) -> dict[str, float]:
         ood_scores: scores of the out-of-distribution samples, shape (n_ood,).
             Both may be tensors on any device, numpy arrays or lists; they are compared as float64, so that
             float32 and lower precisions are compared exactly as given.
+        bootstrap: number of resamples, of ID and OOD samples each with replacement, for confidence intervals.
+        confidence: of the intervals, between 0 and 1.
+        seed: of the resamples.
 
     Returns:
         A dictionary of fractions in [0, 1] and two counts. Equal scores are never told apart.
@@ -42,6 +61,7 @@ def evaluate(id_scores: ScoresLike, ood_scores: ScoresLike) -> dict[str, float]:
         - ``fpr95_ood_positive``: the mirror, the fraction of ID samples taken for OOD (score <= threshold) at the
           lowest threshold that catches at least 95 % of the OOD samples.
         - ``n_id``, ``n_ood``: the number of samples.
+        - with bootstrap, ``auroc_low``, ``auroc_high`` and so on: the percentile interval of each metric.
 
         Papers differ in which class they call positive in FPR95; the two numbers are not interchangeable.
 
@@ -55,17 +75,68 @@ def evaluate(id_scores: ScoresLike, ood_scores: ScoresLike) -> dict[str, float]:
     except ImportError as error:
         raise ImportError(f"evaluate needs scikit-learn: {_EXTRA}") from error
 
-    scores = np.concatenate([inside, outside])
+    if bootstrap < 0 or not 0.0 < confidence < 1.0:
+        raise ValueError(f"bootstrap: expected a count and a confidence in (0, 1), got {bootstrap} and {confidence}")
     is_id = np.concatenate([np.ones(inside.size, dtype=int), np.zeros(outside.size, dtype=int)])
-    return {
-        "auroc": float(roc_auc_score(is_id, scores)),
-        "aupr_in": float(average_precision_score(is_id, scores)),
-        "aupr_out": float(average_precision_score(1 - is_id, -scores)),
-        "fpr95_id_positive": _fpr95(is_id, scores),
-        "fpr95_ood_positive": _fpr95(1 - is_id, -scores),
-        "n_id": inside.size,
-        "n_ood": outside.size,
+
+    def metrics(inside: npt.NDArray[np.float64], outside: npt.NDArray[np.float64]) -> dict[str, float]:
+        scores = np.concatenate([inside, outside])
+        return {
+            "auroc": float(roc_auc_score(is_id, scores)),
+            "aupr_in": float(average_precision_score(is_id, scores)),
+            "aupr_out": float(average_precision_score(1 - is_id, -scores)),
+            "fpr95_id_positive": _fpr95(is_id, scores),
+            "fpr95_ood_positive": _fpr95(1 - is_id, -scores),
+        }
+
+    result = metrics(inside, outside) | {"n_id": inside.size, "n_ood": outside.size}
+    if bootstrap:
+        random = np.random.default_rng(seed)
+        samples = [metrics(*(random.choice(s, s.size) for s in (inside, outside))) for _ in range(bootstrap)]
+        for name in _METRICS:
+            low, high = np.quantile([s[name] for s in samples], [(1 - confidence) / 2, (1 + confidence) / 2])
+            result |= {f"{name}_low": float(low), f"{name}_high": float(high)}
+    return result
+
+
+def compare_methods(id_scores: HeadScores, ood_scores: Mapping[str, HeadScores], **options: Any) -> Results:
+    """`evaluate`, with its options, of every OOD set for GradNorm and the baselines of the same pass (METHODS).
+
+    The last entry, "average", is the mean over the OOD sets. ValueError for no OOD set.
+    """
+    if not ood_scores:
+        raise ValueError("ood_scores: expected at least one named set of scores, got an empty mapping")
+    results = {
+        name: {m: evaluate(getattr(id_scores, f), getattr(scores, f), **options) for m, f in METHODS.items()}
+        for name, scores in ood_scores.items()
     }
+    average = {m: {k: float(np.mean([results[name][m][k] for name in results])) for k in _METRICS} for m in METHODS}
+    return results | {"average": average}
+
+
+def results_table(results: Results) -> str:
+    """Markdown in the layout of the paper's Table 1: a row per method; FPR95 (ID positive) and AUROC per set, in %."""
+    lines = [
+        "| | " + " | ".join(f"{name} FPR95 ↓ | AUROC ↑" for name in results) + " |",
+        "|---|" + "---:|---:|" * len(results),
+    ]
+    for method in METHODS:
+        cells = []
+        for of_set in results.values():
+            metrics = of_set[method]
+            cells += [f"{100 * metrics['fpr95_id_positive']:.2f}", f"{100 * metrics['auroc']:.2f}"]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def results_csv(results: Results) -> str:
+    """One line per OOD set and method with every metric, fractions in [0, 1]."""
+    keys = list(dict.fromkeys(k for of_set in results.values() for m in of_set.values() for k in m))
+    lines = [",".join(["ood", "method", *keys])]
+    for name, of_set in results.items():
+        quoted = '"' + name.replace('"', '""') + '"' if any(c in name for c in ',"\n') else name
+        lines += [",".join([quoted, m, *(str(v.get(k, "")) for k in keys)]) for m, v in of_set.items()]
+    return "\n".join(lines) + "\n"
 
 
 def plot_scores(

@@ -1,0 +1,141 @@
+"""A classifier and its preprocessing from a name: torchvision's, timm's, or a function of the user's own."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+Transform = Callable[[Any], torch.Tensor]  #: a PIL image to a tensor (3, H, W)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def load_model(
+    name: str, weights: str | None = None, checkpoint: str | os.PathLike[str] | None = None, classes: int | None = None
+) -> tuple[nn.Module, Transform | None]:
+    """The model, and its own preprocessing where its weights come with one.
+
+    Args:
+        name: a torchvision classifier ("resnet50"), "timm:NAME", or "module:function", a function without arguments
+            that returns the model or (model, transform); the current folder is searched first.
+        weights: torchvision: "DEFAULT" or an enum name as "IMAGENET1K_V1"; timm: "DEFAULT" for the pretrained ones.
+        checkpoint: a state dict file, read without executing what is in it; also one under the key "state_dict" or
+            "model", and with the prefix "module." of DataParallel.
+        classes: of torchvision and timm models that are not ImageNet's.
+
+    Raises:
+        ValueError: an unknown name, weights or checkpoint that do not fit. ImportError: what the name needs is missing.
+    """
+    transform: Transform | None = None
+    if name.startswith("timm:"):
+        model, transform = _timm(name.removeprefix("timm:"), weights, classes)
+    elif ":" in name:
+        if weights is not None:
+            raise ValueError(f"weights: {name!r} brings its own; use --checkpoint for a state dict")
+        model, transform = _own(name)
+    else:
+        model, transform = _torchvision(name, weights, classes)
+    if checkpoint is not None:
+        _load_checkpoint(model, checkpoint)
+    return model.eval(), transform
+
+
+def default_transform(
+    resize: int | None = None, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> Transform:
+    """RGB / 255, less mean, over std; with resize the shorter side to that and the square in the centre."""
+    from torchvision.transforms import v2
+
+    steps: list[Any] = [v2.Resize(resize, antialias=True), v2.CenterCrop(resize)] if resize else []
+    steps += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
+    transform: Transform = v2.Compose(steps)
+    return transform
+
+
+def _torchvision(name: str, weights: str | None, classes: int | None) -> tuple[nn.Module, Transform | None]:
+    import torchvision
+
+    known = torchvision.models.list_models(torchvision.models)
+    if name not in known:
+        near = ", ".join(n for n in known if n.startswith(name[:4])) or ", ".join(known[:5]) + ", ..."
+        raise ValueError(
+            f"model: torchvision has no classifier {name!r} (near: {near}); others are timm:NAME or module:function"
+        )
+    options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
+    if weights is None:
+        if name in ("googlenet", "inception_v3"):
+            options["init_weights"] = False
+        return torchvision.models.get_model(name, weights=None, **options), None
+    known_weights = torchvision.models.get_model_weights(name)
+    try:
+        chosen = known_weights[weights]
+    except KeyError:
+        raise ValueError(f"weights: {name} has {', '.join(w.name for w in known_weights)}, got {weights!r}") from None
+    return torchvision.models.get_model(name, weights=chosen, **options), chosen.transforms()
+
+
+def _timm(name: str, weights: str | None, classes: int | None) -> tuple[nn.Module, Transform | None]:
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError("model: timm:NAME needs timm: pip install timm") from error
+    options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
+    if weights not in (None, "DEFAULT"):
+        raise ValueError(f"weights: a timm model's name says which; expected DEFAULT or nothing, got {weights!r}")
+    if not timm.is_model(name):
+        raise ValueError(f"model: timm has no model {name!r}; near: {', '.join(timm.list_models(f'{name[:4]}*')[:5])}")
+    model = timm.create_model(name, pretrained=weights is not None, **options)
+    return model, timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+
+
+def _own(name: str) -> tuple[nn.Module, Transform | None]:
+    module_name, _, function_name = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name != module_name.split(".")[0]:
+            raise
+        raise ValueError(f"model: no module {module_name!r} here or installed") from None
+    finally:
+        sys.path.pop(0)
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ValueError(f"model: {module_name!r} has no function {function_name!r}")
+    result = function()
+    model, transform = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected {name} to return a torch.nn.Module, got {type(model).__name__}")
+    return model, transform
+
+
+def _load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"checkpoint: no file {os.fspath(path)}") from None
+    except Exception as error:  # torch raises whatever its unpickler does
+        reason = str(error).strip().splitlines()[0][:150] if str(error).strip() else type(error).__name__
+        raise ValueError(f"checkpoint: cannot read {os.fspath(path)} as a state dict: {reason}") from None
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ValueError(f"checkpoint: expected a state dict in {os.fspath(path)}, got {type(state).__name__}")
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split("\n\t")[1:2]) or str(error)
+        raise ValueError(f"checkpoint: {os.fspath(path)} does not fit the model: {reason}") from None
+    if missing or unexpected:
+        some = ", ".join([*(f"no {n}" for n in missing[:2]), *(f"unknown {n}" for n in unexpected[:2])])
+        raise ValueError(
+            f"checkpoint: {os.fspath(path)} is of another model: {len(missing)} missing, {len(unexpected)} unknown "
+            f"({some})"
+        )
