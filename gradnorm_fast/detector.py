@@ -207,6 +207,8 @@ class GradNorm:
     def _apply(self, function: Callable[..., Any], images: Tensor) -> Any:
         """fast_gradnorm or head_scores of what the head multiplies on these images."""
         images = self._placed(images)
+        if not len(images):
+            return function(images.new_empty(0, 1), images.new_ones(1, 1))  # nothing to find a head by
         with heads.evaluating(self.model):
             if not self._verified:
                 self._verify(images)

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,7 +155,8 @@ def _run(names: list[str], batches: Batches, out: Path, unit: str, resume: bool,
     """
     rank, world = rank_and_world()
     if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo")
+        # one process may have much more to do than another: waiting long is no error
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
     part = out.with_name(f"{out.name}.part-{rank}-of-{world}")
     identity = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -188,8 +190,8 @@ def _run(names: list[str], batches: Batches, out: Path, unit: str, resume: bool,
     if missing:
         raise ValueError(f"{out}: {missing} of {len(names)} inputs have no row; is a process missing?")
     good = [i for i in sorted(rows) if len(rows[i]) > 2]
-    columns = {name: np.array([rows[i][k] for i in good]) for k, name in enumerate(FIELDS, 1)}
-    fields = {k: v.astype(np.int64 if k == "prediction" else np.float32) for k, v in columns.items()}
+    text = {name: np.array([rows[i][k] for i in good]) for k, name in enumerate(FIELDS, 1)}
+    fields = {k: v.astype(np.int64 if k == "prediction" else np.float32) for k, v in text.items()}
     table = Table([names[i] for i in good], fields, [names[i] for i in sorted(rows) if len(rows[i]) == 2])
     for p in parts:
         p.unlink()
@@ -225,7 +227,9 @@ def write_table(table: Table, path: Path, is_ood: np.ndarray[Any, Any] | None = 
         with open(partial, "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(columns)
-            writer.writerows(zip(*(c if isinstance(c, list) else c.tolist() for c in columns.values()), strict=True))
+            writer.writerows(
+                zip(*(c if isinstance(c, list) else c.astype(str).tolist() for c in columns.values()), strict=True)
+            )
     elif path.suffix == ".npy":
         arrays = {k: np.asarray(v) for k, v in columns.items()}
         rows = np.empty(len(table.paths), dtype=[(k, a.dtype) for k, a in arrays.items()])

@@ -267,6 +267,12 @@ def test_loaders_of_any_batches_and_numpy():
         detector.score_loader([{"words": x}], progress=False)
 
 
+def test_an_empty_batch_scores_nothing_and_decides_nothing():
+    detector = GradNorm(small())
+    assert detector.score(images()[:0]).shape == (0,) and detector.head_name is None
+    assert detector.head_scores(images()[:0]).prediction.shape == (0,)
+
+
 def test_diagnosis():
     from gradnorm_fast import HeadScores
     from gradnorm_fast.diagnosis import diagnose

@@ -6,47 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from torch.nn.functional import pad, relu
 
 from gradnorm_fast import fast_gradnorm, head_scores
 
 from conftest import DEVICE
+from resnet20 import ResNet20
 
 PLACES = [folder / "shared/data/cifar10_resnet20" for folder in Path(__file__).resolve().parents[1:3]]
 DATA = next((place for place in PLACES if place.is_dir()), None)
 pytestmark = pytest.mark.skipif(DATA is None, reason=f"no images and weights at {' or '.join(map(str, PLACES))}")
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 FIGURES = {"imagenet_resize": (65.50, 82.25), "textures": (81.91, 46.50), "uniform_noise": (70.22, 93.50)}
-
-
-class Block(nn.Module):
-    def __init__(self, inputs, outputs):
-        super().__init__()
-        self.stride, self.widen = (2, (outputs - inputs) // 2) if outputs > inputs else (1, 0)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, self.stride, 1, bias=False)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn1, self.bn2 = nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)
-
-    def forward(self, x):
-        y = self.bn2(self.conv2(relu(self.bn1(self.conv1(x)))))
-        shortcut = pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.widen, self.widen))
-        return relu(y + shortcut)
-
-
-class ResNet20(nn.Module):
-    """The CIFAR-10 network of He et al. (2016), with parameter-free shortcuts."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        self.layer1 = nn.Sequential(*(Block(16, 16) for _ in range(3)))
-        self.layer2 = nn.Sequential(Block(16, 32), Block(32, 32), Block(32, 32))
-        self.layer3 = nn.Sequential(Block(32, 64), Block(64, 64), Block(64, 64))
-        self.linear = nn.Linear(64, 10)
-
-    def features(self, images):
-        return self.layer3(self.layer2(self.layer1(relu(self.bn1(self.conv1(images)))))).mean((2, 3))
 
 
 @pytest.fixture(scope="module")

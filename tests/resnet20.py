@@ -1,0 +1,36 @@
+"""The CIFAR-10 network whose weights and scores are in shared/data/cifar10_resnet20."""
+
+from torch import nn
+from torch.nn.functional import pad, relu
+
+
+class Block(nn.Module):
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.stride, self.widen = (2, (outputs - inputs) // 2) if outputs > inputs else (1, 0)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, self.stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn1, self.bn2 = nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(relu(self.bn1(self.conv1(x)))))
+        shortcut = pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.widen, self.widen))
+        return relu(y + shortcut)
+
+
+class ResNet20(nn.Module):
+    """The CIFAR-10 network of He et al. (2016), with parameter-free shortcuts."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(*(Block(16, 16) for _ in range(3)))
+        self.layer2 = nn.Sequential(Block(16, 32), Block(32, 32), Block(32, 32))
+        self.layer3 = nn.Sequential(Block(32, 64), Block(64, 64), Block(64, 64))
+        self.linear = nn.Linear(64, 10)
+
+    def features(self, images):
+        return self.layer3(self.layer2(self.layer1(relu(self.bn1(self.conv1(images)))))).mean((2, 3))
+
+    def forward(self, images):
+        return self.linear(self.features(images))
