@@ -136,7 +136,7 @@ def test_two_processes_score_every_input_once(place):
         "-m",
         "torch.distributed.run",
         "--nproc-per-node=2",
-        "--master-port=0",
+        "--standalone",
         "-m",
         "gradnorm_fast",
     ]
