@@ -164,6 +164,16 @@ def test_wrappers(wrap):
     assert torch.equal(GradNorm(wrap(model)).score(x), GradNorm(model).score(x))
 
 
+def test_distributed_data_parallel():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model, x = small(), images()
+        assert torch.equal(GradNorm(nn.parallel.DistributedDataParallel(model)).score(x), GradNorm(model).score(x))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_hugging_face_style_output_and_no_bias():
     from types import SimpleNamespace
 

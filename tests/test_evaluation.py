@@ -1,5 +1,7 @@
 """The evaluation against hand-computed values and brute force over all pairs and thresholds."""
 
+import csv
+import io
 import sys
 
 import numpy as np
@@ -9,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import auc
 
-from gradnorm_fast.evaluation import evaluate, plot_roc, plot_scores
+from gradnorm_fast import HeadScores
+from gradnorm_fast.evaluation import (
+    METHODS,
+    compare_methods,
+    evaluate,
+    plot_roc,
+    plot_scores,
+    results_csv,
+    results_table,
+)
 
 KEYS = {"auroc", "aupr_in", "aupr_out", "fpr95_id_positive", "fpr95_ood_positive", "n_id", "n_ood"}
 
@@ -201,3 +212,44 @@ def test_plot_refusals(plot, ax):
         plot([1.0], {"noise": []}, ax)
     with pytest.raises(ValueError, match=r"^id_scores: expected"):
         plot([[1.0]], [0.0], ax)
+
+
+def random_scores(n, shift, seed):
+    g = torch.Generator().manual_seed(seed)
+    gradnorm, other = torch.rand(n, generator=g) + shift, torch.rand(n, generator=g) - shift
+    return HeadScores(gradnorm, gradnorm, other, torch.zeros(n, dtype=torch.int64), other, other, other)
+
+
+def test_methods_side_by_side_and_their_average():
+    inside = random_scores(50, 0.3, 0)
+    outside = {"near, far": random_scores(40, 0.0, 1), "far": random_scores(30, -0.5, 2)}
+    results = compare_methods(inside, outside)
+    assert list(results) == ["near, far", "far", "average"]
+    assert results["far"]["GradNorm"] == evaluate(inside.gradnorm, outside["far"].gradnorm)
+    for method in results["average"]:
+        for metric, mean in results["average"][method].items():
+            assert mean == pytest.approx(np.mean([results[name][method][metric] for name in outside]))
+    rows = results_table(results).splitlines()
+    assert len(rows) == 2 + len(METHODS) and rows[0].count("AUROC") == 3
+    assert f"{100 * results['far']['MSP']['auroc']:.2f}" in next(r for r in rows if r.startswith("| MSP"))
+    lines = list(csv.DictReader(io.StringIO(results_csv(results))))
+    assert len(lines) == 3 * len(METHODS) and lines[0]["ood"] == "near, far"
+    assert float(lines[0]["auroc"]) == results["near, far"][lines[0]["method"]]["auroc"]
+    with pytest.raises(ValueError, match="at least one named set"):
+        compare_methods(inside, {})
+
+
+def test_bootstrap_intervals_hold_the_metric_and_narrow_with_the_sample():
+    widths = []
+    for n in (30, 3000):
+        inside, outside = random_scores(n, 0.3, 3).gradnorm, random_scores(n, 0.0, 4).gradnorm
+        result = evaluate(inside, outside, bootstrap=100, seed=5)
+        assert result == evaluate(inside, outside, bootstrap=100, seed=5)
+        assert result["auroc_low"] <= result["auroc"] <= result["auroc_high"]
+        widths.append(result["auroc_high"] - result["auroc_low"])
+    assert widths[1] < widths[0] / 4  # by the square root of 100, less what chance leaves
+    narrow = evaluate(inside, outside, bootstrap=100, seed=5, confidence=0.5)
+    assert narrow["auroc_high"] - narrow["auroc_low"] < widths[1]
+    for wrong in (dict(bootstrap=-1), dict(confidence=1.0)):
+        with pytest.raises(ValueError, match="bootstrap: expected"):
+            evaluate(inside, outside, **wrong)
