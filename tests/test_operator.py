@@ -172,13 +172,52 @@ def test_meta_and_fake_tensors():
         assert head_scores(x, w).prediction.dtype == torch.int64
 
 
-@pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
+gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+
+
+@gpu
 @pytest.mark.parametrize("classes", [10, 1000])
 def test_cuda_graph(classes):
-    x, w = torch.randn(64, 32, device=DEVICE), torch.randn(classes, 32, device=DEVICE)
-    expected = fast_gradnorm(x, w)
+    """Captured at a batch size that no kernel has seen: nothing may be compiled, allocated by the driver or waited for."""
+    w = torch.randn(classes, 32, device=DEVICE)
+    fast_gradnorm(torch.randn(128, 32, device=DEVICE), w)
+    x = torch.randn(96, 32, device=DEVICE)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = fast_gradnorm(x, w)
     graph.replay()
-    assert torch.equal(captured, expected)
+    assert torch.equal(captured, fast_gradnorm(x, w))
+
+
+@gpu
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_streams(classes):
+    x, w = torch.randn(2000, 64, device=DEVICE), torch.randn(classes, 64, device=DEVICE)
+    expected = fast_gradnorm(x, w)
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    results = []
+    for i in range(200):
+        with torch.cuda.stream(streams[i % 4]):
+            torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+            results.append(fast_gradnorm(x, w))
+    torch.cuda.synchronize()
+    assert all(torch.equal(got, expected) for got in results)
+
+
+@gpu
+def test_no_synchronisation():
+    x, w, b = problem(torch.float32, requires_grad=False)
+    head_scores(x, w, b)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        head_scores(x, w, b)
+        fast_gradnorm(x, w, b, backend="torch")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_the_current_one():
+    x, w = torch.randn(8, 16), torch.randn(300, 16)
+    expected = fast_gradnorm(x.to("cuda:0"), w.to("cuda:0"))
+    assert torch.equal(fast_gradnorm(x.to("cuda:1"), w.to("cuda:1")).cpu(), expected.cpu())
