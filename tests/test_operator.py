@@ -178,7 +178,7 @@ gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 @gpu
 @pytest.mark.parametrize("classes", [10, 1000])
 def test_cuda_graph(classes):
-    """Captured at a batch size that no kernel has seen: nothing may be compiled, allocated by the driver or waited for."""
+    """Captured at a batch size that no kernel has seen: nothing may be compiled or waited for."""
     w = torch.randn(classes, 32, device=DEVICE)
     fast_gradnorm(torch.randn(128, 32, device=DEVICE), w)
     x = torch.randn(96, 32, device=DEVICE)
