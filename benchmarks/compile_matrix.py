@@ -11,6 +11,7 @@ it should be on. Not in the interpreter: a process with TRITON_INTERPRET=1 canno
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -20,17 +21,40 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout's kernels, whatever else is installed
 
 import torch
 
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 HALF = (torch.float16, torch.bfloat16)
 TYPE = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
-BATCHES = (1, 16, 64, 65, 1024, 1025, 4096, 50000)
-DEPTHS = (1, 64, 2048)
-CLASSES = (1, 16, 17, 128, 129, 256, 257, 1000, 1024, 1025, 4096, 4097, 8192, 8193, 16384, 16385, 128256)
+BATCHES = (1, 16, 17, 32, 33, 64, 65, 1024, 1025, 50000)
+DEPTHS = (1, 256, 512, 1024, 2048, 8192)
+CLASSES = (
+    1,
+    16,
+    17,
+    128,
+    129,
+    256,
+    257,
+    512,
+    513,
+    1024,
+    1025,
+    2048,
+    2049,
+    4096,
+    4097,
+    8192,
+    8193,
+    16384,
+    16385,
+    128256,
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +67,7 @@ class Entry:
     constexprs: tuple[tuple[str, object], ...]
     num_warps: int
     num_stages: int
+    num_ctas: int = 1
 
     @property
     def tile(self) -> str:
@@ -50,10 +75,12 @@ class Entry:
         return f"{c['BLOCK_B']}x{c['BLOCK_C']}x{c['BLOCK_D']}"
 
     def __str__(self) -> str:
-        flags = [k.lower() for k, v in self.constexprs if v is True and k in ("HEAD", "RESIDENT")]
+        flags = [k.lower() for k, v in self.constexprs if v is True and k in ("HEAD", "RESIDENT", "TMA", "LONG")]
+        flags += [f"{k.lower()} {v}" for k, v in self.constexprs if k in ("STEP", "ROW_C", "TILE_C") and v]
+        flags += [f"{self.num_ctas} CTAs"] if self.num_ctas > 1 else []
         precision = dict(self.constexprs).get("PRECISION", "")
         kind = f"{self.dtype} {precision}" if self.dtype == "fp32" and precision else self.dtype
-        return f"{self.kernel:11} {self.arch:7} {kind:10} {self.tile:12} {' '.join(flags):14}"
+        return f"{self.kernel:11} {self.arch:7} {kind:10} {self.tile:12} {' '.join(flags):21}"
 
 
 @dataclass
@@ -69,39 +96,76 @@ class Outcome:
     problems: list[str] = field(default_factory=list)
 
 
+def kernels() -> dict[str, Any]:
+    """The device functions, by the name in the table."""
+    from gradnorm_fast.kernels import cluster, cooperative, few_rows, one_tile, rows, split
+
+    return {
+        "one_tile": one_tile.one_tile_kernel,
+        "few_rows": few_rows.few_rows_kernel,
+        "logits": split.logits_kernel,
+        "rows": rows.rows_kernel,
+        "cooperative": cooperative.cooperative_kernel,
+        "cluster": cluster.cluster_kernel,
+    }
+
+
 def entries(arch: str) -> list[Entry]:
     """Every configuration the launchers can choose on this architecture, by asking them."""
-    from gradnorm_fast.kernels import cooperative, one_tile, rows, split
+    import triton
+
+    from gradnorm_fast.kernels import cluster, cooperative, few_rows, one_tile, rows, split
+    from gradnorm_fast.kernels.targets import CLUSTERS, Config, TensorDescriptor
 
     found: dict[Entry, None] = {}
+    functions = kernels()
+    nvidia_tma = TensorDescriptor is not None and arch in ("sm_90", "sm_100")
 
-    def add(kernel: str, dtype: torch.dtype, config: tuple[int, int, int, int, int], **constexprs: object) -> None:
-        b, c, d, warps, stages = config
-        blocks = {"BLOCK_B": b, "BLOCK_C": c, "BLOCK_D": d}
-        found[Entry(kernel, arch, TYPE[dtype], tuple((constexprs | blocks).items()), warps, stages)] = None
+    def add(kernel: str, dtype: torch.dtype, config: Config, **constexprs: object) -> None:
+        blocks = {"BLOCK_B": config.block_b, "BLOCK_C": config.block_c, "BLOCK_D": config.block_d, "TMA": config.tma}
+        flags = {"HAS_BIAS": True, "EVEN_D": True, "UPCAST": False, "PRECISION": "ieee"}
+        every = flags | constexprs | blocks
+        used = tuple((k, v) for k, v in every.items() if k in functions[kernel].arg_names)
+        found[Entry(kernel, arch, TYPE[dtype], used, config.num_warps, config.num_stages, config.num_ctas)] = None
+
+    def add_matmul(dtype: torch.dtype, precision: str, b: int, c: int, d: int, head: bool) -> None:
+        options: dict[str, object] = {"PRECISION": precision, "HEAD": head}
+        if c <= one_tile.MAX_CLASSES:
+            add("one_tile", dtype, one_tile.configuration(b, c, d, dtype, arch), **options)
+            return
+        if b <= few_rows.MAX_ROWS and c <= few_rows.MAX_CLASSES:
+            config = few_rows.configuration(b, c, d, dtype, arch, PROCESSORS[arch])
+            row_c = max(128, triton.next_power_of_2(c))
+            add("few_rows", dtype, config, PRECISION=precision, HEAD=head, STEP=1, ROW_C=1)
+            finish = config._replace(block_b=1, block_c=1, block_d=1)
+            add("few_rows", dtype, finish, HEAD=head, STEP=2, ROW_C=row_c)
+            if c == 1000:  # kept ready, as below
+                add("few_rows", dtype, config, **options, STEP=few_rows.BOTH.value, ROW_C=row_c)
+        config = split.configuration(b, c, d, dtype, arch)
+        long = c > rows.MAX_RESIDENT
+        add("logits", dtype, config, **options, LONG=long, GROUP=split.GROUP)
+        if long:
+            of_rows = rows.configuration(b, c, torch.float32, arch)
+            add("rows", torch.float32, of_rows, HEAD=head, RESIDENT=False, TILE_C=config.block_c)
+        # Not chosen until they have run on a GPU, but kept ready for one:
+        config = cooperative.configuration(b, c, d, dtype, arch)
+        add("cooperative", dtype, config, **options, PHASE=cooperative.ALL.value)
+        if nvidia_tma and dtype in HALF:
+            add("logits", dtype, Config(128, 256, 64, 8, 4, tma=True), LONG=False, GROUP=split.GROUP)
+            for tile in ((128, 128), (64, 256)):
+                config = Config(*tile, 64, 8, 4, tma=True)
+                add("cooperative", dtype, config, **options, PHASE=cooperative.ALL.value)
+            if CLUSTERS and c <= cluster.MAX_CLASSES:
+                add("cluster", dtype, cluster.configuration(b, c, d, dtype, arch), **options)
 
     for dtype in (*HALF, torch.float32):
         for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
-            matmul = {"HAS_BIAS": True, "EVEN_D": True, "PRECISION": precision, "UPCAST": False}
-            for b in BATCHES:
-                for c in CLASSES:
-                    for d in DEPTHS:
-                        if c <= one_tile.MAX_CLASSES:
-                            config = one_tile.configuration(b, c, d, dtype, arch)
-                            add("one_tile", dtype, config, **matmul, HEAD=False)
-                            add("one_tile", dtype, config, **matmul, HEAD=True)
-                        else:
-                            config = split.configuration(b, c, d, dtype, arch)
-                            add("logits", dtype, config, **matmul, GROUP=split.GROUP)
-                            for head in (False, True):  # not chosen until it has run on a GPU, but kept ready for one
-                                config = cooperative.configuration(b, c, d, dtype, arch)
-                                add("cooperative", dtype, config, **matmul, HEAD=head, PHASE=cooperative.ALL.value)
+            for b, c, d, head in itertools.product(BATCHES, CLASSES, DEPTHS, (False, True)):
+                add_matmul(dtype, precision, b, c, d, head)
     for dtype in (*HALF, torch.float32, torch.float64):
-        for b in BATCHES:
-            for c in CLASSES:
-                config = rows.configuration(b, c, dtype, arch)
-                for head in (False, True):
-                    add("rows", dtype, config, HEAD=head, RESIDENT=c <= config.block_c)
+        for b, c, head in itertools.product(BATCHES, CLASSES, (False, True)):
+            config = rows.configuration(b, c, torch.promote_types(dtype, torch.float32), arch)
+            add("rows", dtype, config, HEAD=head, RESIDENT=c <= config.block_c, TILE_C=0)
     return list(found)
 
 
@@ -109,32 +173,32 @@ def _source(entry: Entry):  # type: ignore[no-untyped-def]
     """The kernel with argument types as a launch would give them: aligned pointers, contiguous rows."""
     import triton
 
-    from gradnorm_fast.kernels import cooperative, one_tile, rows, split
-
-    fn = {
-        "one_tile": one_tile.one_tile_kernel,
-        "logits": split.logits_kernel,
-        "rows": rows.rows_kernel,
-        "cooperative": cooperative.cooperative_kernel,
-    }[entry.kernel]
+    fn, of = kernels()[entry.kernel], dict(entry.constexprs)
     score = "fp64" if entry.dtype == "fp64" else "fp32"
-    pointers = {"X": entry.dtype, "W": entry.dtype, "BIAS": entry.dtype, "Z": entry.dtype, "OUT": score}
-    pointers |= {"SHARES": "fp32", "STATISTICS": "fp32", "COUNTERS": "i32", "PREDICTION": "i64"} | (
-        {"Z": "fp32"} if entry.kernel == "logits" else {}
-    )
-    constants = dict(entry.constexprs) | dict.fromkeys(("stride_xd", "stride_wd", "stride_zc", "stride_b"), 1)
+    pointers = dict.fromkeys(("X", "W", "XT", "WT", "BIAS", "Z"), entry.dtype)
+    pointers |= dict.fromkeys(("OUT", "SHARES", "STATISTICS", "PARTIAL", "NORMS"), score)
+    pointers |= {"COUNTERS": "i32", "COUNTER": "i32", "PREDICTION": "i64"}
+    if entry.kernel == "logits":
+        pointers["Z"] = "fp32"
+    elif entry.kernel == "rows" and of["TILE_C"]:
+        pointers["X"] = "fp32"  # the shares
+    constants = of | dict.fromkeys(("stride_xd", "stride_wd", "stride_zc", "stride_b"), 1)
     constants = {k: v for k, v in constants.items() if k in fn.arg_names}
     signature, attributes = {}, {}
     for i, name in enumerate(fn.arg_names):
         if name in constants:
             signature[name] = "constexpr"
+        elif name in ("XT", "WT") and (of.get("TMA", True)):
+            rows = of["BLOCK_B"] if name == "XT" else of["BLOCK_C"]
+            signature[name] = f"tensordesc<{entry.dtype}[{rows},{of['BLOCK_D']}]>"
+            continue
         elif name in pointers:
             signature[name] = "*" + pointers[name]
-        elif name == "inv_temperature" and entry.kernel == "rows":
-            signature[name] = "fp64"
         else:
-            signature[name] = "fp32" if name in ("inv_temperature", "scale", "bias_norm") else "i32"
-        if name in pointers or name in ("D", "stride_xb", "stride_wc", "stride_zb"):
+            signature[name] = (
+                "fp32" if name in ("inv_temperature", "inv_temperature_low", "scale", "bias_norm") else "i32"
+            )
+        if name in pointers or name in ("D", "stride_xb", "stride_wc", "stride_zb", "slice_d"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return triton.compiler.ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attributes)
 
@@ -151,7 +215,8 @@ def compile_entry(entry: Entry) -> Outcome:
         kernel = triton.compile(
             _source(entry),
             target=target,
-            options=dict(num_warps=entry.num_warps, num_stages=entry.num_stages, enable_fp_fusion=True),
+            options=dict(num_warps=entry.num_warps, num_stages=entry.num_stages, enable_fp_fusion=True)
+            | ({"num_ctas": entry.num_ctas} if entry.num_ctas > 1 else {}),
         )
     except Exception as error:  # whatever the compiler raises is the finding
         outcome.problems.append(f"does not compile: {type(error).__name__}: {str(error).strip()[-200:]}")
@@ -164,17 +229,31 @@ def compile_entry(entry: Entry) -> Outcome:
         outcome.problems.append(f"shared memory {outcome.shared} > {SHARED_LIMIT[entry.arch]}")
     if outcome.serialized:
         outcome.problems.append("wgmma serialized")
+    if entry.num_ctas > 1 and not features_replicated(kernel.asm["ttgir"]):
+        outcome.problems.append("features split over the CTAs")
     expected = expected_instruction(entry)
     if expected and not outcome.instructions.get(expected):
         outcome.problems.append(f"no {expected}")
     return outcome
 
 
+def features_replicated(ttgir: str) -> bool:
+    """Whether each CTA of a cluster multiplies whole features, rather than its share of the rows with all classes'.
+
+    The layout of the matmul's first operand says over which of its dimensions the CTAs are spread: none of them.
+    """
+    operands = re.findall(r"(?:warp_group_dot|tc_gen5_mma) .*? : !ttg\.memdesc<[^,]+, (#\w+)", ttgir)
+    layouts = dict(re.findall(r"^(#\w+) = .*?CGALayout = (\[\[.*?\]\])", ttgir, re.MULTILINE))
+    spread = [basis for operand in operands for basis in json.loads(layouts.get(operand, "[[1]]"))]
+    return bool(operands) and not any(map(any, spread))
+
+
 def expected_instruction(entry: Entry) -> str | None:
     """The tensor-core instruction this entry's matmul should be made of; None for exact float32 and for no matmul."""
-    if entry.kernel == "rows" or (entry.dtype == "fp32" and dict(entry.constexprs)["PRECISION"] == "ieee"):
+    of: dict[str, Any] = dict(entry.constexprs)
+    if entry.kernel == "rows" or of.get("STEP") == 2 or (entry.dtype == "fp32" and of["PRECISION"] == "ieee"):
         return None
-    rows = int(dict(entry.constexprs)["BLOCK_B"])  # type: ignore[call-overload]
+    rows = of["BLOCK_B"]
     large = rows >= 64  # the warpgroup instructions work on 64 rows at least
     return {"sm_80": "mma.sync", "sm_90": "wgmma" if large else "mma.sync",
             "sm_100": "tcgen05.mma" if large else "mma.sync", "gfx942": "mfma"}[entry.arch]  # fmt: skip
@@ -229,7 +308,7 @@ def main() -> int:
 
     outcomes = compile_all(args.arch, args.jobs)
     print(f"Triton {triton.__version__}, torch {torch.__version__}; compiled offline, not run")
-    print(f"{'kernel':11} {'arch':7} {'dtype':10} {'tile':12} {'':14} warps stages  regs spills shared  instructions")
+    print(f"{'kernel':11} {'arch':7} {'dtype':10} {'tile':12} {'':21} warps stages  regs spills shared  instructions")
     for o in outcomes:
         row = f"{o.entry} {o.entry.num_warps:5} {o.entry.num_stages:6} {o.registers:5} {o.spills:6} {o.shared:6}"
         counts = " ".join(f"{n} {c}" for n, c in o.instructions.items())

@@ -64,15 +64,18 @@ def run(
     if not uses_triton(backend, features.device):
         _torch_path.forward(features, logits, weight, bias, *rest)
         return out, prediction
-    from .kernels import one_tile, rows, split
+    from .kernels import plan, rows
+
+    def score(chosen: plan.Plan) -> Tensor:
+        plan.KERNELS[chosen.kernel](features, weight, bias, *rest, chosen.config)
+        return out[0]
 
     with _current(features.device):
         if logits is not None:
             rows.score_rows(features, logits, *rest)
-        elif weight is not None and weight.shape[0] <= one_tile.MAX_CLASSES and features.dtype != torch.float64:
-            one_tile.score_one_tile(features, weight, bias, *rest)
         else:
-            split.score_split(features, weight, bias, *rest)
+            assert weight is not None
+            score(plan.chosen(features, weight, score))
     return out, prediction
 
 

@@ -2,8 +2,8 @@
 in the registers of several CTAs.
 
     z = x·Wᵀ + b by class tiles, one per CTA, then two exchanges among the n CTAs of a group through global memory:
-    1   m_j, S_j = Σ exp d_j, Q_j = Σ expm1 d_j (d_j = (z − m_j)/T), the share of ‖x‖₁   ->  m, S, mean of every row
-    2   Σ|u|, Σ u, Σ sign u of the deviations u from that mean, tile by tile             ->  the score, by CTA 0
+    1   m_j, S_j, Q_j of the tile, the share of ‖x‖₁          ->  m, S, mean of every row (deviation.py has the merge)
+    2   Σ|u|, Σ u, Σ sign u of the deviations from that mean  ->  the score, by CTA 0
 
 A group walks the row blocks g, g + G, ...; a cooperative launch has all CTAs resident (or fails), so that waiting for
 one another cannot deadlock. Traffic: features and weight as in any matmul, 32·n bytes of statistics per row, no logits.
@@ -15,104 +15,88 @@ import torch
 import triton
 import triton.language as tl
 
-from .deviation import expm1, first_at, shift_of, store_scores, sum_deviations
-from .targets import INTERPRETED, Config, architecture, dot_precision
-from .tile import logits_tile, norm_share
+from .deviation import deviations_of_tile, first_at, statistics_of_tile, store_scores
+from .targets import (
+    ANY,
+    INTERPRETED,
+    Choice,
+    Config,
+    Table,
+    architecture,
+    choose,
+    descriptor,
+    descriptors_fit,
+    dot_precision,
+    multiprocessors,
+    upcast,
+)
+from .tile import barrier, logits_tile, merged_statistics, norm_share, read_statistics
 
 KINDS = tl.constexpr(8)  # of statistics: m, S, Q, share of ‖x‖₁, top class; then Σ|u|, Σu, Σ sign u
 TILES = tl.constexpr(2)  # class tiles whose statistics are read at a time; more of them spill
 ALL = tl.constexpr(0)  # PHASE: all three, with barriers between
 
 
-@triton.jit
-def _barrier(COUNTER, target):
-    """Wait until all CTAs of the group have come here; what they stored before can be read after."""
-    tl.debug_barrier()
-    tl.atomic_add(COUNTER, 1, sem="acq_rel")
-    while tl.atomic_add(COUNTER, 0, sem="acquire") < target:
-        pass
-    tl.debug_barrier()
-
-
-@triton.jit
-def _read(SLOT, kind, local, first, n_class_tiles, other, BLOCK_B: tl.constexpr):
-    """One kind of statistics of class tiles first, first + 1, ..., past the L1 cache.  # -> (BLOCK_B, TILES)"""
-    tiles = first + tl.arange(0, TILES)
-    at = SLOT + kind * BLOCK_B * n_class_tiles + local[:, None] * n_class_tiles + tiles[None, :]
-    return tl.load(at, mask=(tiles < n_class_tiles)[None, :], other=other, cache_modifier=".cg")
-
-
 @triton.jit(do_not_specialize=["B", "n_groups", "stride_o"])
 def cooperative_kernel(
-    X, W, BIAS, OUT, PREDICTION, STATISTICS, COUNTERS,
+    XT, WT, X, BIAS, OUT, PREDICTION, STATISTICS, COUNTERS,
     B, C, D, n_class_tiles, n_groups,
     inv_temperature, scale, bias_norm,
     stride_xb, stride_xd, stride_wc, stride_wd, stride_b, stride_o,
-    HAS_BIAS: tl.constexpr, HEAD: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HEAD: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     PHASE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """XT and WT: features and weight as `logits_tile` takes them, pointers or descriptors; X: the pointer."""
     group = tl.program_id(0) // n_class_tiles
     class_tile = tl.program_id(0) % n_class_tiles
-    classes = class_tile.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    klass = class_tile.to(tl.int64) * BLOCK_C
+    classes = klass + tl.arange(0, BLOCK_C)
     valid = (classes < C)[None, :]
     local = tl.arange(0, BLOCK_B)
     kind = BLOCK_B * n_class_tiles
     arrivals = 0
     for block in range(group, tl.cdiv(B, BLOCK_B), n_groups):
-        rows = tl.cast(block, tl.int64) * BLOCK_B + local
+        row = tl.cast(block, tl.int64) * BLOCK_B
         arrivals += n_class_tiles
         # Two slots in turn: CTA 0 may still read the last block's while the others write this one's. They cannot be two
         # blocks ahead, for that takes CTA 0's arrival at the barrier between.
         parity = arrivals // n_class_tiles % 2
-        SLOT = STATISTICS + (2 * group + parity).to(tl.int64) * KINDS * kind
-        mine = SLOT + local * n_class_tiles + class_tile
+        slot = STATISTICS + (2 * group + parity).to(tl.int64) * KINDS * kind + local * n_class_tiles
+        mine = slot + class_tile
         if PHASE < 3:
             z = logits_tile(
-                X, W, BIAS, rows, classes,
-                B, C, D, stride_xb, stride_xd, stride_wc, stride_wd, stride_b,
-                HAS_BIAS, EVEN_D, PRECISION, UPCAST, BLOCK_B, BLOCK_C, BLOCK_D,
+                XT, WT, BIAS, row, klass,
+                B, C, 0, D, stride_xb, stride_xd, stride_wc, stride_wd, stride_b,
+                HAS_BIAS, EVEN_D, TMA, PRECISION, UPCAST, BLOCK_B, BLOCK_C, BLOCK_D,
             )  # fmt: skip
             z = tl.where(valid, z, float("-inf"))  # (BLOCK_B, BLOCK_C)
 
         # 1. statistics of this tile alone
         if PHASE == ALL or PHASE == 1:
-            m = tl.max(z, 1)
-            d = (z - shift_of(m)[:, None]) * inv_temperature
-            e = tl.exp(d)
+            n = tl.minimum(C - class_tile * BLOCK_C, BLOCK_C)
+            m, s, q = statistics_of_tile(z, valid, n, inv_temperature)
             tl.store(mine, m)
-            tl.store(mine + kind, tl.sum(e, 1))
-            tl.store(mine + 2 * kind, tl.sum(tl.where(valid, expm1(d, e), 0.0), 1))
-            share = norm_share(X, rows, B, D, stride_xb, stride_xd, class_tile, n_class_tiles, BLOCK_B, BLOCK_D)
+            tl.store(mine + kind, s)
+            tl.store(mine + 2 * kind, q)
+            share = norm_share(
+                X, row, B, class_tile * BLOCK_D, D, n_class_tiles * BLOCK_D, stride_xb, stride_xd, BLOCK_B, BLOCK_D
+            )
             tl.store(mine + 3 * kind, share)
             if HEAD:
                 tl.store(mine + 4 * kind, first_at(z, m, classes[None, :].to(tl.int32)).to(tl.float32))
         if PHASE == ALL:
-            _barrier(COUNTERS + 2 * group, arrivals)
+            barrier(COUNTERS + 2 * group, arrivals)
 
-        # 2. of the whole row (deviation.py and rows.py have the merge), and this tile's part of the deviations
-        m = tl.full((BLOCK_B,), float("-inf"), tl.float32)
-        for j in range(0, n_class_tiles, TILES):
-            m = tl.maximum(m, tl.max(_read(SLOT, 0, local, j, n_class_tiles, float("-inf"), BLOCK_B), 1))
-        s = tl.zeros((BLOCK_B,), tl.float32)
-        q = tl.zeros((BLOCK_B,), tl.float32)
-        for j in range(0, n_class_tiles, TILES):
-            d_old = _read(SLOT, 0, local, j, n_class_tiles, float("-inf"), BLOCK_B) - shift_of(m)[:, None]
-            delta = expm1(d_old * inv_temperature, tl.exp(d_old * inv_temperature))
-            n = tl.minimum(tl.maximum(C - (j + tl.arange(0, TILES)) * BLOCK_C, 0), BLOCK_C).to(tl.float32)[None, :]
-            s += tl.sum(_read(SLOT, 1, local, j, n_class_tiles, 0.0, BLOCK_B) * (1.0 + delta), 1)
-            q += tl.sum(_read(SLOT, 2, local, j, n_class_tiles, 0.0, BLOCK_B) * (1.0 + delta) + n * delta, 1)
-        near = s > 0.5 * C
-        mean = tl.where(near, q, s) / C
+        # 2. of the whole row, and this tile's part of the deviations
+        m, near, mean = merged_statistics(slot, kind, C, n_class_tiles, inv_temperature, BLOCK_C, TILES)
         if PHASE == ALL or PHASE == 2:
-            d = (z - shift_of(m)[:, None]) * inv_temperature
-            e = tl.exp(d)
-            t = tl.where(near[:, None], expm1(d, e), e)
-            total, delta, sigma = sum_deviations(tl.where(valid, t - mean[:, None], 0.0))
+            total, delta, sigma = deviations_of_tile(z, valid, m, near, mean, inv_temperature)
             tl.store(mine + 5 * kind, total)
             tl.store(mine + 6 * kind, delta)
             tl.store(mine + 7 * kind, sigma)
         if PHASE == ALL:
-            _barrier(COUNTERS + 2 * group + 1, arrivals)
+            barrier(COUNTERS + 2 * group + 1, arrivals)
 
         # 3. the scores
         if (PHASE == ALL or PHASE == 3) and class_tile == 0:
@@ -122,31 +106,36 @@ def cooperative_kernel(
             sigma = tl.zeros((BLOCK_B,), tl.float32)
             index = tl.full((BLOCK_B,), 2147483647, tl.int32)
             for j in range(0, n_class_tiles, TILES):
-                norm += tl.sum(_read(SLOT, 3, local, j, n_class_tiles, 0.0, BLOCK_B), 1)
-                total += tl.sum(_read(SLOT, 5, local, j, n_class_tiles, 0.0, BLOCK_B), 1)
-                delta += tl.sum(_read(SLOT, 6, local, j, n_class_tiles, 0.0, BLOCK_B), 1)
-                sigma += tl.sum(_read(SLOT, 7, local, j, n_class_tiles, 0.0, BLOCK_B), 1)
+                norm += tl.sum(read_statistics(slot + 3 * kind, j, n_class_tiles, 0.0, TILES), 1)
+                total += tl.sum(read_statistics(slot + 5 * kind, j, n_class_tiles, 0.0, TILES), 1)
+                delta += tl.sum(read_statistics(slot + 6 * kind, j, n_class_tiles, 0.0, TILES), 1)
+                sigma += tl.sum(read_statistics(slot + 7 * kind, j, n_class_tiles, 0.0, TILES), 1)
                 if HEAD:
-                    tops = _read(SLOT, 0, local, j, n_class_tiles, float("-inf"), BLOCK_B)
-                    of_top = _read(SLOT, 4, local, j, n_class_tiles, 0.0, BLOCK_B).to(tl.int32)
+                    tops = read_statistics(slot, j, n_class_tiles, float("-inf"), TILES)
+                    of_top = read_statistics(slot + 4 * kind, j, n_class_tiles, 0.0, TILES).to(tl.int32)
                     index = tl.minimum(index, first_at(tops, m, of_top))
             s = mean * C + delta + tl.where(near, C, 0)
             store_scores(
-                OUT, PREDICTION, rows, B, stride_o,
+                OUT, PREDICTION, row + local, B, stride_o,
                 norm, m, index, s, (total - delta * sigma / C) / s,
                 inv_temperature, scale, bias_norm,
                 HEAD,
             )  # fmt: skip
 
 
+# Tiles whose logits outlive two exchanges in the registers.
+TABLE: Table = {
+    "any": [
+        Choice("half", 64, 2048, Config(16, 32, 128, 4, 3)),
+        Choice("half", ANY, ANY, Config(128, 128, 64, 8, 3)),
+        Choice("float32", 64, ANY, Config(16, 64, 32, 4, 3)),
+        Choice("float32", ANY, ANY, Config(32, 64, 32, 4, 3)),
+    ],
+}
+
+
 def configuration(b: int, c: int, d: int, dtype: torch.dtype, arch: str) -> Config:
-    """Tiles whose logits and second pass fit the registers; narrow ones for few rows, to have W read by many CTAs."""
-    stages = 2 if arch.startswith("gfx") else 3
-    if dtype == torch.float32:
-        return Config(16 if b <= 64 else 32, 64, 32, 4, stages)
-    if b <= 64 and c <= 2048:
-        return Config(16, 32, 128, 4, stages)
-    return Config(64, 64 if arch.startswith("sm_1") else 128, 64, 8, stages)
+    return choose(TABLE, b, c, dtype, arch)
 
 
 def score_cooperative(
@@ -171,23 +160,26 @@ def score_cooperative(
     if INTERPRETED:
         groups = blocks
     else:
-        processors = torch.cuda.get_device_properties(features.device).multi_processor_count
+        processors = multiprocessors(features.device)
         if tiles > processors:
             raise ValueError(f"{c} classes are {tiles} tiles of {cfg.block_c}, more than {processors} multiprocessors")
         groups = min(blocks, processors // tiles)
     slots = 2 * groups * KINDS.value
     statistics = torch.empty(slots * cfg.block_b * tiles, dtype=torch.float32, device=features.device)
     counters = torch.zeros(2 * groups, dtype=torch.int32, device=features.device)
+    tma = cfg.tma and descriptors_fit(arch, features, weight)
     for phase in (1, 2, 3) if INTERPRETED else (ALL.value,):
         cooperative_kernel[(groups * tiles,)](
-            features, weight, features if bias is None else bias, out, out if prediction is None else prediction,
+            descriptor(features, cfg.block_b, cfg.block_d) if tma else features,
+            descriptor(weight, cfg.block_c, cfg.block_d) if tma else weight,
+            features, features if bias is None else bias, out, out if prediction is None else prediction,
             statistics, counters,
             b, c, d, tiles, groups,
             1.0 / temperature, scale, bias_norm,
             features.stride(0), features.stride(1), weight.stride(0), weight.stride(1),
             0 if bias is None else bias.stride(0), out.stride(0),
-            HAS_BIAS=bias is not None, HEAD=prediction is not None, EVEN_D=d % cfg.block_d == 0,
-            PRECISION=dot_precision(features.dtype, arch), UPCAST=INTERPRETED and features.dtype == torch.bfloat16,
+            HAS_BIAS=bias is not None, HEAD=prediction is not None, EVEN_D=d % cfg.block_d == 0, TMA=tma,
+            PRECISION=dot_precision(features.dtype, arch, cfg.float32), UPCAST=upcast(features.dtype),
             PHASE=phase, BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d,
             num_warps=cfg.num_warps, num_stages=cfg.num_stages, enable_fp_fusion=True,
             **({} if INTERPRETED else {"launch_cooperative_grid": True}),

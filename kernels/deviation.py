@@ -8,6 +8,13 @@
 
 The plain |p − 1/C| loses every digit on near-uniform rows; this form stays within 7e-7 relative on all that the tests
 know. The correction makes the sum stationary in the mean: an error ε in it only counts for classes within ε of it.
+
+A row in tiles of classes: each tile has m_j, S_j = Σ exp(d_j) and Q_j = Σ expm1(d_j), d_j relative to its own m_j. With
+Δ_j = expm1((m_j − m)/T) the row's are S = Σ S_j(1 + Δ_j) and Q = Σ (Q_j(1 + Δ_j) + n_jΔ_j); the mean of t is Q/C or
+S/C, and then the deviations add up.
+
+expm1 costs three times what exp does, and rows of a trained network are not near uniform: a block computes it only if
+one of its rows needs it.
 """
 
 import triton
@@ -45,6 +52,12 @@ def first_at(z, m, classes):
 
 
 @triton.jit
+def any_of(flags):
+    """Whether one of the rows has the flag: a scalar, to branch on."""
+    return tl.max(flags.to(tl.int32), 0) > 0
+
+
+@triton.jit
 def sum_deviations(u):
     """Σ|u|, Σ u and Σ sign u over the classes.  # (B, C) -> 3 x (B,)"""
     sign = tl.where(u > 0.0, 1.0, 0.0) - tl.where(u < 0.0, 1.0, 0.0)
@@ -52,19 +65,58 @@ def sum_deviations(u):
 
 
 @triton.jit
+def _recomputed(m, inv_temperature):
+    """m, in a way no compiler sees through: what a rare branch derives from it is computed there, not kept for it."""
+    return m * tl.where(inv_temperature == inv_temperature, 1.0, 0.0)
+
+
+@triton.jit
 def deviation_of_rows(z, valid, C, inv_temperature):
     """Rows held whole: logits z (B, C'), −inf where not valid (C' >= C), to m, S and Σ|p − 1/C|, each (B,)."""
     m = tl.max(z, 1)
-    d = (z - shift_of(m)[:, None]) * inv_temperature
-    e = tl.exp(d)
-    s = tl.sum(e, 1)
-    near = s > 0.5 * C
-    t = tl.where(valid, tl.where(near[:, None], expm1(d, e), e), 0.0)
+    shift = shift_of(m)
+    t = tl.exp((z - shift[:, None]) * inv_temperature)
     q = tl.sum(t, 1)
-    s = tl.where(near, q + C, s)
+    s = q
+    near = s > 0.5 * C
+    if any_of(near):
+        d = (z - _recomputed(shift, inv_temperature)[:, None]) * inv_temperature
+        t = tl.where(near[:, None], tl.where(valid, expm1(d, tl.exp(d)), 0.0), t)
+        q = tl.sum(t, 1)
+        s = tl.where(near, q + C, s)
     u = tl.where(valid, t - (q / C)[:, None], 0.0)
     total, delta, sigma = sum_deviations(u)
     return m, s, (total - delta * sigma / C) / s
+
+
+@triton.jit
+def statistics_of_tile(z, valid, n, inv_temperature):
+    """m, S and Q of a tile of n classes by itself, logits −inf where not valid.  # (B, C') -> 3 x (B,)"""
+    m = tl.max(z, 1)
+    shift = shift_of(m)
+    s = tl.sum(tl.exp((z - shift[:, None]) * inv_temperature), 1)
+    q = s - n  # to the digits of n: enough where that is at least n/2
+    near = s > 0.5 * n
+    if any_of(near):
+        d = (z - _recomputed(shift, inv_temperature)[:, None]) * inv_temperature
+        q = tl.where(near, tl.sum(tl.where(valid, expm1(d, tl.exp(d)), 0.0), 1), q)
+    return m, s, q
+
+
+@triton.jit
+def deviations_of_tile(z, valid, m, near, mean, inv_temperature):
+    """Σ|u|, Σ u and Σ sign u of a tile, given the row's m, near and mean.  # (B, C') -> 3 x (B,)"""
+    shift = shift_of(m)
+    near_total, near_delta, near_sigma = tl.zeros_like(m), tl.zeros_like(m), tl.zeros_like(m)
+    if any_of(near):
+        d = (z - _recomputed(shift, inv_temperature)[:, None]) * inv_temperature
+        t = expm1(d, tl.exp(d))
+        near_total, near_delta, near_sigma = sum_deviations(tl.where(valid, t - mean[:, None], 0.0))
+    t = tl.exp((z - shift[:, None]) * inv_temperature)
+    total, delta, sigma = sum_deviations(tl.where(valid, t - mean[:, None], 0.0))
+    return (
+        tl.where(near, near_total, total), tl.where(near, near_delta, delta), tl.where(near, near_sigma, sigma),
+    )  # fmt: skip
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .deviation import deviation_of_rows, first_at, store_scores
-from .targets import INTERPRETED, Config, architecture, dot_precision
+from .targets import ANY, Choice, Config, Table, architecture, choose, dot_precision, upcast
 
 MAX_CLASSES = 256
 
@@ -65,19 +65,30 @@ def one_tile_kernel(
     )  # fmt: skip
 
 
+# Small row tiles while the batch is small, so that its features are read by more multiprocessors. float32 has no tensor
+# cores: a tile whose accumulators and operands fit the registers.
+TABLE: Table = {
+    "any": [
+        Choice("half", 1024, 16, Config(16, 16, 64, 4, 3)),
+        Choice("half", ANY, 16, Config(64, 16, 64, 4, 3)),
+        Choice("half", 1024, 128, Config(16, 128, 64, 8, 3)),
+        Choice("half", ANY, 128, Config(64, 128, 64, 8, 3)),
+        Choice("half", 1024, 256, Config(16, 256, 32, 8, 3)),
+        Choice("half", ANY, 256, Config(64, 256, 32, 8, 3)),
+        Choice("float32", 1024, 16, Config(16, 16, 32, 4, 2)),
+        Choice("float32", ANY, 16, Config(64, 16, 32, 4, 2)),
+        Choice("float32", 1024, 128, Config(16, 128, 32, 8, 2)),
+        Choice("float32", ANY, 128, Config(64, 128, 32, 8, 2)),
+        Choice("float32", ANY, 256, Config(16, 256, 32, 4, 2)),
+    ],
+    # 64 x 256 spills without warpgroup instructions, and with Blackwell's tensor memory
+    "sm_80": [Choice("half", ANY, 256, Config(16, 256, 32, 8, 3))],
+    "sm_100": [Choice("half", ANY, 256, Config(16, 256, 32, 8, 3))],
+}
+
+
 def configuration(b: int, c: int, d: int, dtype: torch.dtype, arch: str) -> Config:
-    """Small row tiles while the batch is small, so that its features are read by more multiprocessors."""
-    block_c = next(n for n in (16, 128, 256) if c <= n)
-    if dtype == torch.float32:  # without tensor cores: a tile whose accumulators and operands fit the registers
-        return Config(16 if b <= 1024 or block_c == 256 else 64, block_c, 32, 8 if block_c == 128 else 4, 2)
-    spills = block_c == 256 and arch.startswith("sm_1")  # 64 x 256 with HEAD, on Blackwell's tensor memory
-    return Config(
-        block_b=16 if b <= 1024 or spills else 64,
-        block_c=block_c,
-        block_d=32 if block_c == 256 else 64,
-        num_warps=4 if block_c == 16 else 8,
-        num_stages=2 if arch.startswith("gfx") else 3,
-    )
+    return choose(TABLE, b, c, dtype, arch)
 
 
 def score_one_tile(
@@ -102,7 +113,7 @@ def score_one_tile(
         features.stride(0), features.stride(1), weight.stride(0), weight.stride(1),
         0 if bias is None else bias.stride(0), out.stride(0),
         HAS_BIAS=bias is not None, HEAD=prediction is not None, EVEN_D=d % cfg.block_d == 0,
-        PRECISION=dot_precision(features.dtype, arch), UPCAST=INTERPRETED and features.dtype == torch.bfloat16,
+        PRECISION=dot_precision(features.dtype, arch, cfg.float32), UPCAST=upcast(features.dtype),
         BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d,
         num_warps=cfg.num_warps, num_stages=cfg.num_stages, enable_fp_fusion=True,
     )  # fmt: skip

@@ -4,32 +4,47 @@
 
 Rows of up to MAX_RESIDENT classes stay in registers. A longer row is read twice by the program that owns it: first for
 max, Σexp and Σexpm1, merged over blocks; then, from L2 where it fits, for the deviations. Traffic: one read of B·C
-logits and B·D features. This is also the second launch of `split.py`, whose features are the shares of ‖x‖₁.
+logits and B·D features. This is also the second launch of `split.py`, whose features are the shares of ‖x‖₁ and whose
+tiles have left the statistics of a long row, so that it is read once.
 """
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-from .deviation import deviation_of_rows, expm1, first_at, shift_of, store_scores
-from .targets import Config, architecture
+from .deviation import (
+    any_of,
+    deviation_of_rows,
+    expm1,
+    first_at,
+    shift_of,
+    statistics_of_tile,
+    store_scores,
+)
+from .targets import ANY, Choice, Config, Table, architecture, choose
+from .tile import merged_statistics
 
 MAX_RESIDENT = 8192
+TILES = tl.constexpr(256)  # class tiles whose statistics are read at a time
 
 
 @triton.jit(do_not_specialize=["B", "stride_o"])
 def rows_kernel(
-    X, Z, OUT, PREDICTION,
+    X, Z, STATISTICS, OUT, PREDICTION,
     B, C, D,
-    inv_temperature: tl.float64, scale, bias_norm,
+    inv_temperature, inv_temperature_low, scale, bias_norm,
     stride_xb, stride_xd, stride_zb, stride_zc, stride_o,
-    HEAD: tl.constexpr, RESIDENT: tl.constexpr,
+    HEAD: tl.constexpr, RESIDENT: tl.constexpr, TILE_C: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """TILE_C: of how many classes each are the tiles whose m, S and Q are in STATISTICS (3, B, tiles); 0 of none."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     live = (rows < B)[:, None]
     dtype = OUT.dtype.element_ty  # float32, or float64 for float64 logits
-    inv_temperature = tl.cast(inv_temperature, dtype)
+    inv_temperature = tl.cast(inv_temperature, dtype) + tl.cast(
+        inv_temperature_low, dtype
+    )  # float arguments are float32
 
     # 1. ‖x‖₁
     columns = tl.arange(0, BLOCK_D)
@@ -52,31 +67,33 @@ def rows_kernel(
         m, s, deviation = deviation_of_rows(z, valid, C, inv_temperature)
         index = first_at(z, m, classes) if HEAD else 0
     else:
-        # First read: m, S = Σ exp d and Q = Σ expm1 d relative to the running maximum. When that rises by a factor
-        # 1 + Δ (Δ = expm1 of the old maximum's d), S becomes S(1 + Δ) and Q of n classes Q(1 + Δ) + nΔ.
-        m = tl.full((BLOCK_B,), float("-inf"), dtype)
-        s = tl.zeros((BLOCK_B,), dtype)
-        q = tl.zeros((BLOCK_B,), dtype)
-        index = tl.zeros((BLOCK_B,), tl.int32)
-        for c in range(0, C, BLOCK_C):
-            valid = classes < C - c
-            z = tl.load(z_rows + (c + classes).to(tl.int64) * stride_zc, mask=live & valid, other=float("-inf"))
-            z = z.to(dtype)
-            block_m = tl.max(z, 1)
-            if HEAD:
-                index = tl.where(block_m > m, c + first_at(z, block_m, classes), index)
-            shift = shift_of(tl.maximum(m, block_m))
-            d_old = (m - shift) * inv_temperature
-            delta = expm1(d_old, tl.exp(d_old))
-            d = (z - shift[:, None]) * inv_temperature
-            e = tl.exp(d)
-            s = s * (1.0 + delta) + tl.sum(e, 1)
-            q = q * (1.0 + delta) + c * delta + tl.sum(tl.where(valid, expm1(d, e), 0.0), 1)
-            m = tl.maximum(m, block_m)
-        near = s > 0.5 * C
-        mean = tl.where(near, q, s) / C
+        if TILE_C:
+            tiles = tl.cdiv(C, TILE_C)
+            at = STATISTICS + tl.where(rows < B, rows, 0) * tiles
+            kind = tl.cast(B, tl.int64) * tiles
+            m, near, mean = merged_statistics(at, kind, C, tiles, inv_temperature, TILE_C, TILES)
+        else:  # a first read, merging as it goes
+            m = tl.full((BLOCK_B,), float("-inf"), dtype)
+            s = tl.zeros((BLOCK_B,), dtype)
+            q = tl.zeros((BLOCK_B,), dtype)
+            for c in range(0, C, BLOCK_C):
+                valid = classes < C - c
+                z = tl.load(z_rows + (c + classes).to(tl.int64) * stride_zc, mask=live & valid, other=float("-inf"))
+                n = tl.minimum(C - c, BLOCK_C)
+                block_m, block_s, block_q = statistics_of_tile(z.to(dtype), valid, n, inv_temperature)
+                shift = shift_of(tl.maximum(m, block_m))
+                d = (m - shift) * inv_temperature
+                delta = expm1(d, tl.exp(d))
+                block_d = (block_m - shift) * inv_temperature
+                block_delta = expm1(block_d, tl.exp(block_d))
+                s = s * (1.0 + delta) + block_s * (1.0 + block_delta)
+                q = q * (1.0 + delta) + c * delta + (block_q * (1.0 + block_delta) + n * block_delta)
+                m = tl.maximum(m, block_m)
+            near = s > 0.5 * C
+            mean = tl.where(near, q, s) / C
         shift = shift_of(m)
-        # Second read.
+        some_near = any_of(near)
+        index = tl.full((BLOCK_B,), 2147483647, tl.int32)
         totals = tl.zeros((BLOCK_B, BLOCK_C), dtype)
         deltas = tl.zeros((BLOCK_B, BLOCK_C), dtype)
         sigmas = tl.zeros((BLOCK_B, BLOCK_C), dtype)
@@ -84,15 +101,18 @@ def rows_kernel(
             valid = classes < C - c
             z = tl.load(z_rows + (c + classes).to(tl.int64) * stride_zc, mask=live & valid, other=float("-inf"))
             z = z.to(dtype)
+            if HEAD:
+                index = tl.minimum(index, first_at(z, m, c + classes))
             d = (z - shift[:, None]) * inv_temperature
-            e = tl.exp(d)
-            t = tl.where(near[:, None], expm1(d, e), e)
+            t = tl.exp(d)
+            if some_near:
+                t = tl.where(near[:, None], expm1(d, t), t)
             u = tl.where(valid, t - mean[:, None], 0.0)
             totals += tl.abs(u)
             deltas += u
             sigmas += tl.where(u > 0.0, 1.0, 0.0) - tl.where(u < 0.0, 1.0, 0.0)
         delta = tl.sum(deltas, 1)
-        s = mean * C + delta + tl.where(near, C, 0)  # Σt once more, now without the first read's many merges
+        s = mean * C + delta + tl.where(near, C, 0)  # Σt once more, now without the many merges
         deviation = (tl.sum(totals, 1) - delta * tl.sum(sigmas, 1) / C) / s
     store_scores(
         OUT, PREDICTION, rows, B, stride_o,
@@ -102,14 +122,22 @@ def rows_kernel(
     )  # fmt: skip
 
 
+# About 16 logits to a thread: enough loads in flight to stream, few enough to stay in registers.
+TABLE: Table = {
+    "any": [
+        Choice("any", ANY, 16, Config(64, 16, 32, 4, 2)),
+        Choice("any", ANY, 128, Config(16, 128, 128, 4, 2)),
+        Choice("any", ANY, 1024, Config(2, 1024, 1024, 4, 2)),
+        Choice("any", ANY, 4096, Config(1, 4096, 2048, 8, 2)),
+        Choice("float64", ANY, ANY, Config(1, 4096, 256, 8, 2)),
+        Choice("any", ANY, MAX_RESIDENT, Config(1, 8192, 2048, 16, 2)),
+        Choice("any", ANY, ANY, Config(1, 4096, 256, 8, 2)),
+    ],
+}
+
+
 def configuration(b: int, c: int, dtype: torch.dtype, arch: str) -> Config:
-    """About 16 logits to a thread: enough loads in flight to stream, few enough to stay in registers."""
-    resident = 4096 if dtype == torch.float64 else MAX_RESIDENT
-    if c > resident:
-        return Config(1, 4096, 256, 8, 2)
-    block_c = next(n for n in (16, 128, 1024, 4096, 8192) if c <= n)
-    block_b = max(1, 2048 // block_c)
-    return Config(block_b, block_c, max(16, 2048 // block_b), max(4, block_c // 512), 2)
+    return choose(TABLE, b, c, dtype, arch)
 
 
 def score_rows(
@@ -120,17 +148,24 @@ def score_rows(
     temperature: float,
     scale: float,
     bias_norm: float,
+    statistics: torch.Tensor | None = None,
+    tile_c: int = 0,
     config: Config | None = None,
 ) -> None:
-    """Scores of features (B, D) with logits (B, C), into out (1, B), or (6, B) with prediction."""
+    """Scores of features (B, D) with logits (B, C), into out (1, B), or (6, B) with prediction.
+
+    A row of more than MAX_RESIDENT classes is read once if m, S and Q of its tiles of tile_c classes are in statistics
+    (3, B, tiles), else twice.
+    """
     (b, d), c = features.shape, logits.shape[1]
     cfg = config or configuration(b, c, out.dtype, architecture(logits.device))
+    high = float(np.float32(1.0 / temperature))
     rows_kernel[(triton.cdiv(b, cfg.block_b),)](
-        features, logits, out, out if prediction is None else prediction,
+        features, logits, out if statistics is None else statistics, out, out if prediction is None else prediction,
         b, c, d,
-        1.0 / temperature, scale, bias_norm,
+        high, 1.0 / temperature - high, scale, bias_norm,
         features.stride(0), features.stride(1), logits.stride(0), logits.stride(1), out.stride(0),
-        HEAD=prediction is not None, RESIDENT=c <= cfg.block_c,
+        HEAD=prediction is not None, RESIDENT=c <= cfg.block_c, TILE_C=0 if statistics is None else tile_c,
         BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d,
         num_warps=cfg.num_warps, num_stages=cfg.num_stages, enable_fp_fusion=True,
     )  # fmt: skip

@@ -1,9 +1,10 @@
 """GradNorm scores where the classes do not fit one tile: logits to a bounded workspace, then one read of them.
 
-    launch 1    z = x·Wᵀ + b by tiles (BLOCK_B rows x BLOCK_C classes), and each class tile's share of ‖x‖₁
+    launch 1    z = x·Wᵀ + b by tiles (BLOCK_B rows x BLOCK_C classes), each class tile's share of ‖x‖₁ and, of rows too
+                long for launch 2 to hold, each tile's m, S and Q (deviation.py)
     launch 2    rows.py on these logits; its "features" are the shares, for ‖x‖₁ = ‖(share_1, share_2, ...)‖₁
 
-Traffic: B·D features and C·D weights per pass of the matmul, 4·B·C bytes of logits written and read, in chunks of
+Traffic: B·D features and C·D weights per pass of the matmul, 4·B·C bytes of logits written and read once, in chunks of
 rows that keep the workspace at WORKSPACE_BYTES, or at MIN_ROWS rows where those are more; W is read once per chunk.
 """
 
@@ -11,8 +12,20 @@ import torch
 import triton
 import triton.language as tl
 
-from .rows import score_rows
-from .targets import INTERPRETED, Config, architecture, dot_precision
+from .deviation import statistics_of_tile
+from .rows import MAX_RESIDENT, score_rows
+from .targets import (
+    ANY,
+    Choice,
+    Config,
+    Table,
+    architecture,
+    choose,
+    descriptor,
+    descriptors_fit,
+    dot_precision,
+    upcast,
+)
 from .tile import logits_tile, norm_share
 
 WORKSPACE_BYTES = 64 * 2**20
@@ -22,43 +35,64 @@ GROUP = 8  # row tiles that share a weight tile while it is in L2
 
 @triton.jit(do_not_specialize=["B"])
 def logits_kernel(
-    X, W, BIAS, Z, SHARES,
+    XT, WT, X, BIAS, Z, SHARES, STATISTICS,
     B, C, D, n_class_tiles,
+    inv_temperature,
     stride_xb, stride_xd, stride_wc, stride_wd, stride_b, stride_zb,
-    HAS_BIAS: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    LONG: tl.constexpr, GROUP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """XT and WT: features and weight as `logits_tile` takes them, pointers or descriptors; X: the pointer."""
     # 1. this program's tile: groups of GROUP row tiles, inside a group row tiles first
     pid = tl.program_id(0)
     n_row_tiles = tl.cdiv(B, BLOCK_B)
     group = pid // (GROUP * n_class_tiles)
     height = tl.minimum(n_row_tiles - group * GROUP, GROUP)
-    row_tile = group * GROUP + pid % (GROUP * n_class_tiles) % height
+    row = (group * GROUP + pid % (GROUP * n_class_tiles) % height).to(tl.int64) * BLOCK_B
     class_tile = pid % (GROUP * n_class_tiles) // height
-    rows = row_tile.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    classes = class_tile.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    klass = class_tile.to(tl.int64) * BLOCK_C
+    rows = row + tl.arange(0, BLOCK_B)
+    classes = klass + tl.arange(0, BLOCK_C)
 
     # 2. logits
     z = logits_tile(
-        X, W, BIAS, rows, classes,
-        B, C, D, stride_xb, stride_xd, stride_wc, stride_wd, stride_b,
-        HAS_BIAS, EVEN_D, PRECISION, UPCAST, BLOCK_B, BLOCK_C, BLOCK_D,
+        XT, WT, BIAS, row, klass,
+        B, C, 0, D, stride_xb, stride_xd, stride_wc, stride_wd, stride_b,
+        HAS_BIAS, EVEN_D, TMA, PRECISION, UPCAST, BLOCK_B, BLOCK_C, BLOCK_D,
     )  # fmt: skip
-    tl.store(Z + rows[:, None] * stride_zb + classes[None, :], z, mask=(rows < B)[:, None] & (classes < C)[None, :])
+    live = rows < B
+    tl.store(Z + rows[:, None] * stride_zb + classes[None, :], z, mask=live[:, None] & (classes < C)[None, :])
+    at = rows * n_class_tiles + class_tile
+    if LONG:
+        valid = (classes < C)[None, :]
+        n = tl.minimum(C - class_tile * BLOCK_C, BLOCK_C)
+        m, s, q = statistics_of_tile(tl.where(valid, z, float("-inf")), valid, n, inv_temperature)
+        kind = tl.cast(B, tl.int64) * n_class_tiles
+        tl.store(STATISTICS + at, m, mask=live)
+        tl.store(STATISTICS + kind + at, s, mask=live)
+        tl.store(STATISTICS + 2 * kind + at, q, mask=live)
 
     # 3. this class tile's share of ‖x‖₁
-    share = norm_share(X, rows, B, D, stride_xb, stride_xd, class_tile, n_class_tiles, BLOCK_B, BLOCK_D)
-    tl.store(SHARES + rows * n_class_tiles + class_tile, share, mask=rows < B)
+    share = norm_share(
+        X, row, B, class_tile * BLOCK_D, D, n_class_tiles * BLOCK_D, stride_xb, stride_xd, BLOCK_B, BLOCK_D
+    )
+    tl.store(SHARES + at, share, mask=live)
+
+
+# The largest tile that fits the registers; a narrow one for few rows, where reading W is all the work.
+TABLE: Table = {
+    "any": [
+        Choice("half", 64, ANY, Config(16, 32, 128, 4, 3)),
+        Choice("half", ANY, ANY, Config(128, 128, 64, 8, 3)),
+        Choice("float32", 64, ANY, Config(16, 64, 32, 4, 3)),
+        Choice("float32", ANY, ANY, Config(64, 128, 32, 8, 3)),
+        Choice("float64", ANY, ANY, Config(64, 128, 32, 8, 3)),  # of the statistics; the matmul is the library's
+    ],
+}
 
 
 def configuration(b: int, c: int, d: int, dtype: torch.dtype, arch: str) -> Config:
-    """A narrow tile for few rows, where reading W is all the work; else the largest that fits the registers."""
-    stages = 2 if arch.startswith("gfx") else 3
-    if dtype == torch.float32:
-        return Config(16, 64, 32, 4, stages) if b <= 64 else Config(64, 128, 32, 8, stages)
-    if b <= 64:
-        return Config(16, 32, 128, 4, stages)
-    return Config(128, 128, 64, 8, stages)
+    return choose(TABLE, b, c, dtype, arch)
 
 
 def score_split(
@@ -78,12 +112,14 @@ def score_split(
     arch = architecture(features.device)
     cfg = config or configuration(b, c, d, features.dtype, arch)
     fused = features.dtype != torch.float64  # float64 has no tensor cores to win: the matmul is the library's
-    n_class_tiles = triton.cdiv(c, cfg.block_c)
+    long = fused and c > MAX_RESIDENT
+    tiles = triton.cdiv(c, cfg.block_c)
     width = triton.cdiv(c, 4) * 4  # rows of logits start 16-byte aligned
-    row_bytes = 4 * (width + n_class_tiles) if fused else 8 * width
+    row_bytes = 4 * (width + (4 if long else 1) * tiles) if fused else 8 * width
     chunk = min(b, chunk or max(MIN_ROWS, WORKSPACE_BYTES // row_bytes // MIN_ROWS * MIN_ROWS))
     logits = torch.empty((chunk, width), dtype=out.dtype, device=features.device)
-    shares = torch.empty((chunk, n_class_tiles), dtype=out.dtype, device=features.device) if fused else None
+    shares = torch.empty(chunk * tiles, dtype=out.dtype, device=features.device) if fused else None
+    statistics = torch.empty(3 * chunk * tiles, dtype=out.dtype, device=features.device) if long else None
     for start in range(0, b, chunk):
         stop = min(start + chunk, b)
         x, z = features[start:stop], logits[: stop - start, :c]
@@ -93,18 +129,22 @@ def score_split(
             if bias is not None:
                 z += bias
         else:
-            norms = shares[: stop - start]
-            logits_kernel[(triton.cdiv(stop - start, cfg.block_b) * n_class_tiles,)](
-                x, weight, x if bias is None else bias, z, norms,
-                stop - start, c, d, n_class_tiles,
+            norms = shares[: (stop - start) * tiles].view(stop - start, tiles)
+            tma = cfg.tma and descriptors_fit(arch, x, weight)
+            logits_kernel[(triton.cdiv(stop - start, cfg.block_b) * tiles,)](
+                descriptor(x, cfg.block_b, cfg.block_d) if tma else x,
+                descriptor(weight, cfg.block_c, cfg.block_d) if tma else weight,
+                x, x if bias is None else bias, z, norms, norms if statistics is None else statistics,
+                stop - start, c, d, tiles,
+                1.0 / temperature,
                 x.stride(0), x.stride(1), weight.stride(0), weight.stride(1),
                 0 if bias is None else bias.stride(0), width,
-                HAS_BIAS=bias is not None, EVEN_D=d % cfg.block_d == 0, PRECISION=dot_precision(x.dtype, arch),
-                UPCAST=INTERPRETED and x.dtype == torch.bfloat16, GROUP=GROUP,
-                BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d,
+                HAS_BIAS=bias is not None, EVEN_D=d % cfg.block_d == 0, TMA=tma,
+                PRECISION=dot_precision(x.dtype, arch, cfg.float32), UPCAST=upcast(x.dtype),
+                LONG=long, GROUP=GROUP, BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d,
                 num_warps=cfg.num_warps, num_stages=cfg.num_stages, enable_fp_fusion=True,
             )  # fmt: skip
         score_rows(
             norms, z, out[:, start:stop], None if prediction is None else prediction[start:stop],
-            temperature, scale, bias_norm,
+            temperature, scale, bias_norm, statistics, cfg.block_c,
         )  # fmt: skip
