@@ -2,7 +2,8 @@
 
 The formula is that of kernels/deviation.py, arranged for a CPU: the logits of a chunk of rows are written once and then
 worked on in pieces: softmax, and two passes for Σ|p − 1/C| where that is large, as it is in practice. Rows where it
-is small are taken out and centred, with expm1 if near uniform. Extra memory stays below MEMORY, whatever B·C is.
+is small are taken out and centred, with expm1 if near uniform. Extra memory stays below MEMORY, whatever B·C is; in
+backward, apart from what gradients and a half-precision weight take in float32.
 """
 
 from __future__ import annotations
@@ -272,8 +273,8 @@ def backward(
     else:
         assert weight is not None
         classes, w = weight.shape[0], weight.to(dtype)
-        source = _head_logits(features, weight, bias, dtype, max(LOGITS // dtype.itemsize, classes))
-    for rows in slices(features.shape[0], classes * dtype.itemsize, LOGITS):
+        source = _head_logits(features, weight, bias, dtype, max(PIECE // dtype.itemsize, classes))
+    for rows in slices(features.shape[0], classes * dtype.itemsize, PIECE):
         x, z, g = features[rows].to(dtype), source(rows, 0, classes).to(dtype), grad[:, rows]
         prediction = z.argmax(1)
         p, u = _softmax(z, inv_temperature, torch.empty_like(z)), torch.empty_like(z)
@@ -283,8 +284,8 @@ def backward(
         grad_norm, grad_output = g[0] * output_norm, g[0] * (norm + bias_norm)
         if len(g) > 1:
             grad_norm, grad_output = grad_norm + g[1], grad_output + g[2]
-        sign = u.sign()
-        dz = p * (sign - (sign * p).sum(1, keepdim=True)) * (grad_output * scale * inv_temperature)[:, None]
+        dz = u.sign_()
+        dz.sub_((dz * p).sum(1, keepdim=True)).mul_(p).mul_((grad_output * scale * inv_temperature)[:, None])
         dz *= inv_temperature  # not squared before: 1/T² may overflow where dz is 0
         if len(g) > 1:
             msp = p.gather(1, prediction[:, None])[:, 0]
