@@ -2,7 +2,8 @@
 
 The formula is that of kernels/deviation.py, arranged for a CPU: the logits of a chunk of rows are written once and then
 worked on in pieces: softmax, and two passes for Σ|p − 1/C| where that is large, as it is in practice. Rows where it
-is small are taken out and centred, with expm1 if near uniform. Extra memory stays below MEMORY, whatever B·C is.
+is small are taken out and centred, with expm1 if near uniform. Extra memory stays below MEMORY, whatever B·C is; in
+backward, apart from what gradients and a half-precision weight take in float32.
 """
 
 from __future__ import annotations
@@ -106,47 +107,66 @@ def _shifted(z: Tensor, inv_temperature: float, out: Tensor) -> Tensor:
     return torch.sub(z, z.amax(1, keepdim=True), out=out).mul_(inv_temperature)
 
 
-def _centered(z: Tensor, inv_temperature: float, u: Tensor) -> Tensor:
-    """Into u the deviations s·(p − 1/C) of the rows of logits z, to the last digits.  # -> s (R,)
+def _expm1_(d: Tensor) -> Tensor:
+    """expm1 of d <= 0, in place. In float32 on a CPU, where torch's own may take 20 times an exp, by the polynomial of
+    kernels/deviation.py."""
+    if d.dtype != torch.float32 or d.device.type != "cpu":
+        return d.expm1_()
+    p = (d * (1 / 40320)).add_(1 / 5040)
+    for factorial in (720, 120, 24, 6, 2, 1):
+        p.mul_(d).add_(1 / factorial)
+    far = d <= -0.5
+    return torch.where(far, d.exp().sub_(1), p.mul_(d), out=d) if far.any() else d.mul_(p)
+
+
+def _centered(z: Tensor, inv_temperature: float, u: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """Into u the deviations s·(p − 1/C) of the rows of logits z, to the last digits.  # -> s, max p, each (R,)
 
     u = t − mean t, where t is p, or expm1 in near rows, and then less its own mean: that takes out what rounding the
-    first mean left.
+    first mean left. Given top, max p but for the rounding of Σ exp.
     """
-    near = _softmax(z, inv_temperature, u).amax(1) * z.shape[1] < 2.0  # Σ exp(d) = 1/(top probability) > C/2
+    near = top * z.shape[1] < 2.0  # Σ exp(d) = 1/top > C/2
     if z.device.type != "cpu":  # never wait for the data: both branches for every row
-        torch.where(near[:, None], _shifted(z, inv_temperature, torch.empty_like(u)).expm1_(), u, out=u)
+        p = _softmax(z, inv_temperature, u)
+        torch.where(near[:, None], _shifted(z, inv_temperature, torch.empty_like(u)).expm1_(), p, out=u)
     elif near.all():
-        _shifted(z, inv_temperature, u).expm1_()
-    elif near.any():
-        some = z[near]
-        u[near] = _shifted(some, inv_temperature, some).expm1_()
+        _expm1_(_shifted(z, inv_temperature, u))
+    else:
+        _softmax(z, inv_temperature, u)
+        if near.any():
+            some = z[near]
+            u[near] = _expm1_(_shifted(some, inv_temperature, some))
     q = u.sum(1)
     u.sub_((q / z.shape[1])[:, None])
     u.sub_(u.mean(1, keepdim=True))
-    return torch.where(near, q + z.shape[1], q)
+    s = torch.where(near, q + z.shape[1], q)
+    return s, torch.where(near, 1.0, top) / s
 
 
-def _deviation(z: Tensor, inv_temperature: float, scratch: Tensor) -> Tensor:
-    """Σ|p − 1/C| of the rows of logits z.  # (R, C) -> (R,)"""
+def _deviation(z: Tensor, inv_temperature: float, scratch: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ|p − 1/C| and max p of the rows of logits z, given top, max p roughly.  # (R, C) -> 2 x (R,)"""
     u = _in_scratch(scratch, z)
-    s = _centered(z, inv_temperature, u)
-    return u.abs_().sum(1) / s
+    s, msp = _centered(z, inv_temperature, u, top)
+    return u.abs_().sum(1) / s, msp
 
 
 def _score_rows(z: Tensor, inv_temperature: float, scratch: Tensor, head: bool) -> tuple[Tensor, ...]:
     """Logits z (R, C) to Σ|p − 1/C|; with head also to max_logit, msp, energy and prediction.  # each (R,)"""
     z = z.to(scratch.dtype)
     p = _softmax(z, inv_temperature, _in_scratch(scratch, z))
-    msp = p.amax(1) if head else p
     if z.device.type == "cpu":
+        msp = p.amax(1) if head else p
         # Σ|p − 1/C| = 2·Σ max(p − 1/C, 0) − (Σp − 1): two passes, good to the digits of the 1 that is taken off
         excess = p.sum(1) - 1.0
         deviation = 2.0 * (p.clamp_min_(1.0 / z.shape[1]).sum(1) - 1.0) - excess
         unsure = ((deviation < LARGE) | (excess.abs() > EXCESS * torch.finfo(p.dtype).eps)).nonzero()[:, 0]
         if len(unsure):
-            deviation[unsure] = _deviation(z[unsure], inv_temperature, scratch)
+            rows = z if len(unsure) == len(z) else z[unsure]
+            deviation[unsure], top = _deviation(rows, inv_temperature, scratch, p.amax(1)[unsure])
+            if head:
+                msp[unsure] = top
     else:  # never wait for the data
-        deviation = _deviation(z, inv_temperature, scratch)
+        deviation, msp = _deviation(z, inv_temperature, scratch, p.amax(1))
     if not head:
         return (deviation,)
     m, prediction = z.max(1)
@@ -169,13 +189,13 @@ def _score_long_row(
         rise = torch.expm1((old - shift) * inv_temperature)
         d = z.sub(shift[:, None]).mul_(inv_temperature)
         s = s * (1 + rise) + d.exp().sum(1)
-        q = q * (1 + rise) + seen * rise + d.expm1_().sum(1)
+        q = q * (1 + rise) + seen * rise + _expm1_(d).sum(1)
         seen += z.shape[1]
     near = s > 0.5 * classes
     mean = torch.where(near, q, s) / classes
     for tile in tiles:
         d = tile().to(scratch.dtype).sub(m[:, None]).mul_(inv_temperature)
-        u = torch.where(near[:, None], d.expm1(), d.exp_()).sub_(mean[:, None])
+        u = torch.where(near[:, None], _expm1_(d.clone()), d.exp_()).sub_(mean[:, None])
         total, delta, sigma = total + u.abs().sum(1), delta + u.sum(1), sigma + u.sign_().sum(1)
     s = mean * classes + delta + torch.where(near, classes, 0)
     return (total - delta * sigma / classes) / s, m, 1 / s, m + s.log() / inv_temperature, prediction
@@ -253,19 +273,19 @@ def backward(
     else:
         assert weight is not None
         classes, w = weight.shape[0], weight.to(dtype)
-        source = _head_logits(features, weight, bias, dtype, max(LOGITS // dtype.itemsize, classes))
-    for rows in slices(features.shape[0], classes * dtype.itemsize, LOGITS):
+        source = _head_logits(features, weight, bias, dtype, max(PIECE // dtype.itemsize, classes))
+    for rows in slices(features.shape[0], classes * dtype.itemsize, PIECE):
         x, z, g = features[rows].to(dtype), source(rows, 0, classes).to(dtype), grad[:, rows]
         prediction = z.argmax(1)
         p, u = _softmax(z, inv_temperature, torch.empty_like(z)), torch.empty_like(z)
-        s = _centered(z, inv_temperature, u)
+        s, _ = _centered(z, inv_temperature, u, p.amax(1))
         norm = x.abs().sum(1)
         output_norm = u.abs().sum(1) / s * scale * inv_temperature
         grad_norm, grad_output = g[0] * output_norm, g[0] * (norm + bias_norm)
         if len(g) > 1:
             grad_norm, grad_output = grad_norm + g[1], grad_output + g[2]
-        sign = u.sign()
-        dz = p * (sign - (sign * p).sum(1, keepdim=True)) * (grad_output * scale * inv_temperature)[:, None]
+        dz = u.sign_()
+        dz.sub_((dz * p).sum(1, keepdim=True)).mul_(p).mul_((grad_output * scale * inv_temperature)[:, None])
         dz *= inv_temperature  # not squared before: 1/T² may overflow where dz is 0
         if len(g) > 1:
             msp = p.gather(1, prediction[:, None])[:, 0]

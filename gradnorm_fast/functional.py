@@ -68,12 +68,13 @@ def fast_gradnorm(
 
     Raises:
         TypeError: an argument that is not a tensor, not floating point, or not of the dtype of features (under
-            torch.autocast all are cast as in torch.nn.functional.linear).
+            torch.autocast all are cast as in torch.nn.functional.linear); a temperature that is not a number, an
+            include_bias that is not a bool.
         ValueError: a shape, device, temperature, reduction or backend that does not fit.
     """
     features, weight, bias = _autocast(features, weight, bias)
     weight = _check_head(features, weight, bias, include_bias)
-    temperature = _check_options(features, temperature, reduction, backend)
+    temperature = _check_options(features, temperature, reduction, backend, include_bias)
     out, _ = _ops.scores(_rows(features), None, weight, bias, temperature, reduction, include_bias, backend, False)
     return out[0].reshape(features.shape[:-1])
 
@@ -95,7 +96,7 @@ def head_scores(
     """
     features, weight, bias = _autocast(features, weight, bias)
     weight = _check_head(features, weight, bias, include_bias)
-    temperature = _check_options(features, temperature, reduction, backend)
+    temperature = _check_options(features, temperature, reduction, backend, include_bias)
     out, prediction = _ops.scores(
         _rows(features), None, weight, bias, temperature, reduction, include_bias, backend, True
     )
@@ -137,7 +138,7 @@ def gradnorm_from_logits(
         lead = "".join(f"{n}, " for n in features.shape[:-1])
         raise ValueError(f"logits: expected shape ({lead}C) with C >= 1, got {tuple(logits.shape)}")
     _check_like("logits", logits, features, mixed=_autocasting(features.device))
-    temperature = _check_options(features, temperature, reduction, backend)
+    temperature = _check_options(features, temperature, reduction, backend, include_bias)
     out, _ = _ops.scores(
         _rows(features), _rows(logits), None, None, temperature, reduction, include_bias, backend, False
     )
@@ -170,7 +171,8 @@ def _check_tensor(name: str, value: object) -> None:
     if value.dtype not in _DTYPES:
         raise TypeError(f"{name}: expected dtype float16, bfloat16, float32 or float64, got {value.dtype}")
     if value.layout != torch.strided or value.is_nested:
-        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
+        got = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got {got}")
 
 
 def _check_like(name: str, value: Tensor, features: Tensor, mixed: bool = False) -> None:
@@ -219,7 +221,9 @@ def _check_head(features: Tensor, weight: Tensor, bias: Tensor | None, include_b
     return weight
 
 
-def _check_options(features: Tensor, temperature: object, reduction: object, backend: object) -> float:
+def _check_options(
+    features: Tensor, temperature: object, reduction: object, backend: object, include_bias: object = False
+) -> float:
     """Refuse options that do not fit; the temperature as a float."""
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float, np.floating, np.integer)):
         raise TypeError(f"temperature: expected a number, got {type(temperature).__name__}")
@@ -233,6 +237,8 @@ def _check_options(features: Tensor, temperature: object, reduction: object, bac
         )
     if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
         raise ValueError(f'reduction: expected "mean" (the paper) or "sum" (the official code), got {reduction!r}')
+    if not isinstance(include_bias, (bool, np.bool_)):
+        raise TypeError(f"include_bias: expected a bool, got {type(include_bias).__name__}")
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f'backend: expected "auto", "triton" or "torch", got {backend!r}')
     if backend == "triton" and why_not_triton(features.device):

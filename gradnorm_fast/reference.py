@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from .functional import _check_head, _check_options
+
 
 def autograd_gradnorm(
     features: Tensor,
@@ -26,7 +28,7 @@ def autograd_gradnorm(
     distribution, whose gradient is that of KL(uniform ‖ softmax); score = ‖∂loss/∂W‖₁ (+ ‖∂loss/∂b‖₁).
 
     Args:
-        features: (..., D), any floating dtype; the computation stays in it.
+        features: (..., D): float16, bfloat16, float32 or float64; the computation stays in it.
         weight: (C, D) or (C, D, 1, 1).
         bias: (C,) or None.
         temperature: T > 0.
@@ -37,25 +39,15 @@ def autograd_gradnorm(
         (...), in the dtype of features; larger = more in-distribution.
 
     Raises:
-        ValueError: shapes that do not fit, a temperature that is not positive, an unknown reduction, or include_bias
-            without a bias.
+        TypeError, ValueError: as `gradnorm_fast.fast_gradnorm`, but torch.autocast casts nothing here.
     """
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f'reduction: expected "mean" or "sum", got {reduction!r}')
-    if include_bias and bias is None:
-        raise ValueError("include_bias: expected a bias whose gradient to include, got bias=None")
-    if not temperature > 0:
-        raise ValueError(f"temperature: expected a positive number, got {temperature!r}")
-    if features.dim() == 0 or weight.dim() < 2 or features.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"features: expected shape (..., D) for a weight (C, D), got {tuple(features.shape)} for "
-            f"{tuple(weight.shape)}"
-        )
-    classes, depth = weight.shape[:2]
+    weight = _check_head(features, weight, bias, include_bias)
+    temperature = _check_options(features, temperature, reduction, "torch", include_bias)
+    classes, depth = weight.shape
     scores = []
     with torch.inference_mode(False), torch.enable_grad(), _no_autocast(features.device):
         layer = torch.nn.Linear(depth, classes, bias=bias is not None, device="meta")  # nothing to initialise
-        layer.weight = torch.nn.Parameter(weight.detach().clone().reshape(classes, depth))
+        layer.weight = torch.nn.Parameter(weight.detach().clone())
         if bias is not None:
             layer.bias = torch.nn.Parameter(bias.detach().clone())
         wanted = [layer.weight, layer.bias] if include_bias else [layer.weight]

@@ -38,6 +38,13 @@ def test_extra_memory_is_bounded(name):
     assert peak_extra_memory(lambda: function(*inputs, **options)) <= MEMORY
 
 
+@pytest.mark.parametrize("temperature", [1.0, 1e4])
+def test_extra_memory_of_the_backward_is_bounded(temperature):
+    x, w = random(4096, 64).requires_grad_(), random(4000, 64).requires_grad_()
+    scores = fast_gradnorm(x, w, temperature=temperature).sum()
+    assert peak_extra_memory(lambda: torch.autograd.grad(scores, (x, w))) <= MEMORY
+
+
 def test_more_logits_than_fit_any_memory_or_int32():
     """2^20 rows x 2^12 classes are 16 GiB of logits, 2^32 of them; the rows repeat, and so must the scores."""
     x, w = random(1, 4).expand(2**20, 4), random(2**12, 4)

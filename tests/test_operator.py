@@ -74,11 +74,12 @@ def test_opcheck_of_the_backward(needed):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_what_a_kernel_must_not_read_as_it_lies(backend):
-    """A lazily negated tensor, a tensor of forward-mode gradients, a batched gradient: the operator's business."""
+    """A tensor lazily negated or lazily zero, one of forward-mode gradients, batched ones: the operator's business."""
     x, w, b = problem(torch.float32, requires_grad=False)
     negated = torch.complex(torch.zeros_like(x), x).conj().imag
     assert negated.is_neg()
     assert torch.equal(fast_gradnorm(negated, w, b, backend=backend), fast_gradnorm(-x, w, b, backend=backend))
+    assert not fast_gradnorm(torch._efficientzerotensor(x.shape, device=DEVICE), w, b, backend=backend).any()
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
         with pytest.raises(RuntimeError, match="jvp"):

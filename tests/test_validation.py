@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from gradnorm_fast import fast_gradnorm, gradnorm_from_logits, head_scores
+from gradnorm_fast.reference import autograd_gradnorm
 
 X, W, B = torch.ones(2, 3), torch.ones(4, 3), torch.ones(4)
 CASES = [
@@ -11,6 +12,7 @@ CASES = [
     (dict(weight=None), TypeError, "weight: expected a torch.Tensor, got NoneType"),
     (dict(features=X.int()), TypeError, "features: expected dtype .* got torch.int32"),
     (dict(features=X.to_sparse()), TypeError, "features: expected a dense"),
+    (dict(features=torch.nested.nested_tensor([X, X])), TypeError, "features: expected a dense .* got a nested tensor"),
     (dict(features=torch.tensor(1.0)), ValueError, "features: expected shape"),
     (dict(features=torch.ones(2, 5)), ValueError, r"features: expected shape \(..., 3\)"),
     (dict(weight=torch.ones(3)), ValueError, r"weight: expected shape \(C, D\)"),
@@ -30,6 +32,7 @@ CASES = [
     (dict(reduction="avg"), ValueError, "reduction: expected"),
     (dict(backend="cuda"), ValueError, "backend: expected"),
     (dict(bias=None, include_bias=True), ValueError, "include_bias: expected a bias"),
+    (dict(include_bias="no"), TypeError, "include_bias: expected a bool, got str"),
 ]
 
 
@@ -39,6 +42,9 @@ def test_refusals(function, change, error, message):
     arguments = dict(features=X, weight=W, bias=B) | change
     with pytest.raises(error, match=message):
         function(**arguments)
+    if "backend" not in change:
+        with pytest.raises(error, match=message):
+            autograd_gradnorm(**arguments)
 
 
 def test_refusals_of_logits():
@@ -52,6 +58,8 @@ def test_refusals_of_logits():
     for wrong in (dict(temperature=10**400), dict(reduction=["mean", "sum"]), dict(backend=None), dict(temperature=0)):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
             gradnorm_from_logits(X, torch.ones(2, 4), **wrong)
+    with pytest.raises(TypeError, match="include_bias: expected a bool"):
+        gradnorm_from_logits(X, torch.ones(2, 4), include_bias="no")
     with pytest.raises(TypeError, match="logits: expected dtype"):
         gradnorm_from_logits(X, torch.ones(2, 4, dtype=torch.complex64))
 
