@@ -54,13 +54,13 @@ def end_to_end_tolerance(x, w, bias, temperature, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equals_autograd(backend, shape, dtype):
     x, w, bias = problem(*shape, dtype)
-    expected = autograd_gradnorm(x.double(), w.double(), bias.double(), temperature=2.0)
-    actual = fast_gradnorm(x, w, bias, temperature=2.0, backend=backend)
+    expected = autograd_gradnorm(x.double(), w.double(), bias.double(), temperature=3.0)
+    actual = fast_gradnorm(x, w, bias, temperature=3.0, backend=backend)
     assert actual.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     if shape[2] == 1:
         assert not actual.any()
     else:
-        assert relative(actual, expected) <= end_to_end_tolerance(x, w, bias, 2.0, dtype)
+        assert relative(actual, expected) <= end_to_end_tolerance(x, w, bias, 3.0, dtype)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
