@@ -116,8 +116,9 @@ def compare_methods(id_scores: HeadScores, ood_scores: Mapping[str, HeadScores],
 
 def results_table(results: Results) -> str:
     """Markdown in the layout of the paper's Table 1: a row per method; FPR95 (ID positive) and AUROC per set, in %."""
+    names = [name.replace("|", "\\|") for name in results]
     lines = [
-        "| | " + " | ".join(f"{name} FPR95 ↓ | AUROC ↑" for name in results) + " |",
+        "| | " + " | ".join(f"{name} FPR95 ↓ | AUROC ↑" for name in names) + " |",
         "|---|" + "---:|---:|" * len(results),
     ]
     for method in METHODS:

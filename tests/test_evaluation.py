@@ -235,6 +235,7 @@ def test_methods_side_by_side_and_their_average():
     lines = list(csv.DictReader(io.StringIO(results_csv(results))))
     assert len(lines) == 3 * len(METHODS) and lines[0]["ood"] == "near, far"
     assert float(lines[0]["auroc"]) == results["near, far"][lines[0]["method"]]["auroc"]
+    assert "| a\\|b FPR95" in results_table({"a|b": results["far"]})
     with pytest.raises(ValueError, match="at least one named set"):
         compare_methods(inside, {})
 
