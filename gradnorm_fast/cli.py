@@ -1,12 +1,14 @@
 """The command ``gradnorm-fast``.
 
 Each subcommand is one function, listed in `_SUBCOMMANDS`, that adds its parser and says what to run. What it runs
-raises ValueError, OSError or ImportError for what the user can put right; `main` turns those into one line.
+raises ValueError, OSError or ImportError for what the user can put right; `main` turns those, and all else, into one
+line.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
@@ -20,7 +22,7 @@ _PROG = "gradnorm-fast"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 done, 2 user error, 130 interrupted."""
+    """Run the command line and return its exit code: 0 done, 1 failed, 2 user error, 130 interrupted."""
     debug = False
     try:
         args = _build_parser().parse_args(argv)
@@ -29,11 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{_PROG}: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except Exception as error:  # also what the user's own model raises
         if debug:
             raise
-        print(f"{_PROG}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        foreseen = isinstance(error, ValueError | TypeError | OSError | ImportError)
+        reason = str(error) if foreseen else f"{type(error).__name__}: {error} (--debug shows where)"
+        if isinstance(error, OSError) and error.filename is not None:
+            reason = f"{error.filename}: {error.strerror}"
+        print(f"{_PROG}: error: {' '.join(reason.split())}", file=sys.stderr)
+        return 2 if foreseen else 1
     return 0
 
 
@@ -85,9 +91,9 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--strict", action="store_true", help="an unreadable image ends the run; else it is skipped")
     run.add_argument("--quiet", action="store_true", help="no progress")
     options = parser.add_argument_group("the score")
-    options.add_argument("--temperature", type=float, default=1.0, metavar="T", help="(%(default)s)")
-    options.add_argument("--reduction", choices=("mean", "sum"), default="mean", help="over classes (%(default)s)")
-    options.add_argument("--include-bias", action="store_true", help="count the bias's gradient")
+    options.add_argument("--temperature", type=float, metavar="T", help="(1.0)")
+    options.add_argument("--reduction", choices=("mean", "sum"), help="over classes (mean)")
+    options.add_argument("--include-bias", action="store_true", default=None, help="count the bias's gradient")
 
 
 def _positive(text: str) -> int:
@@ -101,6 +107,16 @@ def _size(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
     return int(text)
+
+
+def _finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
+    return value
 
 
 def _run(name: str) -> Callable[[argparse.Namespace], None]:
@@ -131,7 +147,7 @@ def _add_score(subparsers: Subparsers, common: _Parser) -> None:
     parser.add_argument("--bias", metavar="NPY", help="(C,)")
     parser.add_argument("--out", required=True, metavar="FILE", help=".csv, .npy or .parquet")
     parser.add_argument("--detector", metavar="JSON", help="from `fit`: adds is_ood")
-    parser.add_argument("--threshold", type=float, metavar="S", help="adds is_ood: a score below S")
+    parser.add_argument("--threshold", type=_finite, metavar="S", help="adds is_ood: a score below S")
     _add_model_options(parser)
     parser.set_defaults(command=_run("score"))
 
