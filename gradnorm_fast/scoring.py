@@ -221,10 +221,8 @@ def score_features(
             assert x is not None and w is not None
             yield indices, head_scores(x.to(w.dtype), w, b, **options), []
 
-    on_meta = (None if t is None else t.to("meta") for t in (weight, bias))
-    head_scores(
-        torch.empty(features.shape, dtype=weight.dtype, device="meta"), *on_meta, **options
-    )  # what does not fit
+    x, b = torch.empty(features.shape, dtype=weight.dtype, device="meta"), None if bias is None else bias.to("meta")
+    head_scores(x, weight.to("meta"), b, **options)  # refuses what does not fit, without reading anything
     sample = np.unique(np.linspace(0, max(len(features) - 1, 0), 16, dtype=int))[: len(features)]  # not terabytes
     of_all = digest([torch.from_numpy(np.array(features[sample])), weight, bias])
     settings = [sorted(options.items()), str(features.dtype), features.shape[1], of_all]
@@ -255,86 +253,74 @@ def _run(
     if world > 1 and not torch.distributed.is_initialized():
         # one process may have much more to do than another: waiting long is no error
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
-    header = f"# {hashlib.sha256(json.dumps([names, settings]).encode()).hexdigest()[:16]}\n"
+    header = b"gradnorm_fast " + hashlib.sha256(json.dumps([names, settings]).encode()).hexdigest().encode() + b"\n"
     part = out.with_name(f"{out.name}.part-{rank}-of-{world}")
     old = _parts(out)
-    rows = _Rows(len(names), old if resume else [], header)
+    values = _read(old if resume else [], header, len(names))
     _barrier(world)  # nobody writes before everybody has read
+    scored = np.flatnonzero(values[:, _PREDICTION] >= 0)
     if rank == 0:
         fresh = part.with_name(part.name + ".partial")
-        with open(fresh, "w") as file:
+        with open(fresh, "wb") as file:
             file.write(header)
-            file.writelines(rows.lines())
+            file.write(np.column_stack([scored, values[scored]]).tobytes())
         os.replace(fresh, part)
         for p in old:
             if p != part:
                 p.unlink()
     _barrier(world)
-    todo = np.flatnonzero(rows.state != _SCORED)[rank::world].tolist()  # unreadable ones are tried again
+    todo = np.setdiff1d(np.arange(len(names)), scored)[rank::world].tolist()  # unreadable ones are tried again
     bar = _Bar(len(todo), unit, progress and rank == 0)
     if rank == 0 and progress and resume:
-        bar.say(f"{int((rows.state == _SCORED).sum())} of {len(names)} {unit} are there already")
-    with open(part, "a" if rank == 0 else "w") as file:
+        bar.say(f"{len(scored)} of {len(names)} {unit} are there already")
+    with open(part, "wb" if rank else "ab") as file:
         if rank:
             file.write(header)
         for indices, scores, bad in batches(todo):
             if scores is not None:
-                columns = [getattr(scores, name).tolist() for name in FIELDS]
-                file.writelines(_line(i, row) for i, *row in zip(indices, *columns, strict=True))
+                columns = [getattr(scores, name).double().cpu().numpy() for name in FIELDS]
+                file.write(np.column_stack([indices, *columns]).tobytes())
             for i, reason in bad:
                 bar.say(f"cannot read {names[i]}: {reason}")
-                file.write(f"{i},unreadable\n")
+                file.write(np.array([i, *[_UNREADABLE] * len(FIELDS)]).tobytes())
             file.flush()
             bar.advance(len(indices) + len(bad))
     bar.close()
     _barrier(world)
     if rank:
         return None
-    rows = _Rows(len(names), [out.with_name(f"{out.name}.part-{r}-of-{world}") for r in range(world)], header)
-    missing = int((rows.state == _NOTHING).sum())
+    values = _read([out.with_name(f"{out.name}.part-{r}-of-{world}") for r in range(world)], header, len(names))
+    missing = int((values[:, _PREDICTION] == _NOTHING).sum())
     if missing:
         raise ValueError(f"{out}: {missing} of {len(names)} inputs have no row; is a process missing?")
-    good = np.flatnonzero(rows.state == _SCORED)
-    values = rows.values[good]
-    fields = {
-        name: values[:, k].astype(np.int64 if name == "prediction" else np.float32) for k, name in enumerate(FIELDS)
-    }
-    skipped = [names[i] for i in np.flatnonzero(rows.state == _UNREADABLE)]
-    return Table([names[i] for i in good], fields, skipped)
+    good = values[:, _PREDICTION] >= 0
+    types = {name: np.int64 if name == "prediction" else np.float32 for name in FIELDS}
+    fields = {name: values[good, k].astype(types[name]) for k, name in enumerate(FIELDS)}
+    return Table([names[i] for i in np.flatnonzero(good)], fields, [names[i] for i in np.flatnonzero(~good)])
 
 
-_NOTHING, _UNREADABLE, _SCORED = range(3)
+_PREDICTION = FIELDS.index("prediction")  #: which also says that there is no score
+_UNREADABLE, _NOTHING = -1.0, -2.0
 
 
-class _Rows:
-    """What the parts of a run say of its n inputs; ValueError where one is of another run."""
+def _read(parts: list[Path], header: bytes, n: int) -> np.ndarray[Any, Any]:
+    """FIELDS of each of n inputs, float64, from parts: rows of the input's number and its fields, behind a header.
 
-    def __init__(self, n: int, parts: list[Path], header: str) -> None:
-        self.state = np.full(n, _NOTHING, dtype=np.int8)
-        self.values = np.zeros((n, len(FIELDS)))
-        for part in parts:
-            with open(part) as file:
-                if file.readline() != header:
-                    raise ValueError(
-                        f"{part}: is of a run over other inputs, or with another model or options; remove it, or leave "
-                        "out --resume"
-                    )
-                for line in file:
-                    if not line.endswith("\n"):  # cut off
-                        break
-                    i, *row = line.split(",")
-                    if len(row) == len(FIELDS):
-                        self.state[int(i)], self.values[int(i)] = _SCORED, list(map(float, row))
-                    else:
-                        self.state[int(i)] = _UNREADABLE
-
-    def lines(self) -> Iterator[str]:
-        """Those with scores, to be read again."""
-        return (_line(i, self.values[i].tolist()) for i in np.flatnonzero(self.state == _SCORED).tolist())
-
-
-def _line(i: int, row: Iterable[float]) -> str:
-    return f"{i},{','.join(map(repr, row))}\n"
+    ValueError where a part is of another run.
+    """
+    values = np.full((n, len(FIELDS)), _NOTHING)
+    for part in parts:
+        with open(part, "rb") as file:
+            if file.readline() != header:
+                raise ValueError(
+                    f"{part}: is of a run over other inputs, or with another model or options; remove it, or leave out "
+                    "--resume"
+                )
+            numbers = np.fromfile(file)
+        columns = 1 + len(FIELDS)
+        rows = numbers[: len(numbers) // columns * columns].reshape(-1, columns)  # the last may have been cut off
+        values[rows[:, 0].astype(np.int64)] = rows[:, 1:]
+    return values
 
 
 def _barrier(world: int) -> None:

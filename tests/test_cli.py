@@ -125,7 +125,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(place, interrupt, capsys):
     sizes = interrupt(4)
     assert run(*few, "--images", "id") == 130
     part = Path("s.csv.part-0-of-1")
-    part.write_text(part.read_text() + "9,0.5")  # a line cut off in the middle
+    part.write_bytes(part.read_bytes() + bytes(20))  # a row cut off in the middle
     for other in (
         ("--images", "ood"),
         ("--images", "id", "--temperature", 2),
@@ -203,6 +203,12 @@ def test_every_image_once_through_links_and_repeated_folders(place):
     os.symlink("nothing", "ood/nowhere.png")
     found = scoring.find_images(["ood", "ood/linked", Path("ood")])
     assert len(found) == 12 + 20 + 1 == len({os.path.realpath(f) for f in found}) and "ood/nowhere.png" in found
+
+
+def test_workers_hand_over_one_tensor_per_batch():
+    """One each would be one open file each: more than a process may have, with a few workers."""
+    images, reasons = scoring._collate([torch.ones(3, 2, 2), "not an image", torch.zeros(3, 2, 2)])
+    assert images.shape == (2, 3, 2, 2) and reasons == [None, "not an image", None]
 
 
 def test_names_of_any_bytes(place):
