@@ -75,7 +75,7 @@ def evaluate(
     except ImportError as error:
         raise ImportError(f"evaluate needs scikit-learn: {_EXTRA}") from error
 
-    if bootstrap < 0 or not 0.0 < confidence < 1.0:
+    if not isinstance(bootstrap, int) or bootstrap < 0 or not 0.0 < confidence < 1.0:
         raise ValueError(f"bootstrap: expected a count and a confidence in (0, 1), got {bootstrap} and {confidence}")
     is_id = np.concatenate([np.ones(inside.size, dtype=int), np.zeros(outside.size, dtype=int)])
 

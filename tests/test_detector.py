@@ -368,6 +368,8 @@ def test_diagnosis():
     report = str(reversed_)
     assert reversed_.correlation < -0.9 and "run against one another" in report
     assert "direction is reversed" in report and "feature_norm" in report and reversed_.best != "gradnorm"
+    with pytest.raises(ValueError, match="feature_norm: expected finite scores of at least one image, got 200, 1 not"):
+        diagnose(scores(torch.cat([u[1:], u[:1] / 0]), 0 * u + 1, u)._replace(gradnorm=u))
     assert "collapsed" in str(diagnose(scores(torch.ones(200), 1 + 1e-5 * u, u)))
     report = GradNorm(small()).diagnose(loader(20, 1), loader(20, 5), progress=False)
     assert report.n_id == 20 and set(report.auroc) >= {"gradnorm", "msp", "energy"}

@@ -251,6 +251,6 @@ def test_bootstrap_intervals_hold_the_metric_and_narrow_with_the_sample():
     assert widths[1] < widths[0] / 4  # by the square root of 100, less what chance leaves
     narrow = evaluate(inside, outside, bootstrap=100, seed=5, confidence=0.5)
     assert narrow["auroc_high"] - narrow["auroc_low"] < widths[1]
-    for wrong in (dict(bootstrap=-1), dict(confidence=1.0)):
+    for wrong in (dict(bootstrap=-1), dict(bootstrap=2.5), dict(confidence=1.0)):
         with pytest.raises(ValueError, match="bootstrap: expected"):
             evaluate(inside, outside, **wrong)
