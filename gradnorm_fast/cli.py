@@ -8,10 +8,12 @@ line.
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
 
@@ -24,6 +26,8 @@ _PROG = "gradnorm-fast"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 1 failed, 2 user error, 130 interrupted."""
     debug = False
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that has no arrows is no reason to fail
+        sys.stdout.reconfigure(errors="replace")
     try:
         args = _build_parser().parse_args(argv)
         debug = "debug" in args
@@ -44,6 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
+    """Keeps the lines of the epilog, so that the examples can be copied."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.description = self.description and textwrap.fill(self.description, 80)
+
     def error(self, message: str) -> NoReturn:
         """Leave the reporting to `main`: one line, where argparse would print the usage as well."""
         raise ValueError(f"{message} (see {self.prog} --help)")
@@ -61,7 +71,7 @@ def _add_demo(subparsers: Subparsers, common: _Parser) -> None:
         help="train a small network on handwritten digits and score several OOD sets",
         description="Train a small network on the handwritten digits 0-6, score four OOD sets (digits 7-9, inverted "
         "digits, photograph patches, noise) with GradNorm and three other scores, and draw the result. Takes seconds.",
-        epilog=f"example: {_PROG} demo --output gradnorm_demo.png --device cpu --seed 0",
+        epilog=f"example:\n  {_PROG} demo --output gradnorm_demo.png --device cpu --seed 0",
     )
     parser.add_argument("--output", default="gradnorm_demo.png", metavar="PNG", help="picture to write (%(default)s)")
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda where there is one)")
@@ -87,7 +97,9 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--amp", action="store_true", help="half precision in the backbone")
     model.add_argument("--compile", action="store_true", help="torch.compile the backbone")
     run = parser.add_argument_group("the run")
-    run.add_argument("--resume", action="store_true", help="go on where an interrupted run of the same inputs stopped")
+    run.add_argument(
+        "--resume", action="store_true", help="go on where an interrupted run of the same inputs and options stopped"
+    )
     run.add_argument("--strict", action="store_true", help="an unreadable image ends the run; else it is skipped")
     run.add_argument("--quiet", action="store_true", help="no progress")
     options = parser.add_argument_group("the score")
@@ -138,8 +150,11 @@ def _add_score(subparsers: Subparsers, common: _Parser) -> None:
         description="Score images by a model, or features by a head, into a CSV, NPY or Parquet file with one row per "
         "input. Rows are kept as they come: an interrupted run goes on with --resume. Under torchrun each process "
         "takes its share.",
-        epilog=f"examples: {_PROG} score --model resnet50 --weights DEFAULT --images photos/ --out scores.csv; "
-        f"{_PROG} score --features F.npy --weight W.npy --bias b.npy --out scores.npy",
+        epilog="examples:\n"
+        f"  {_PROG} score --model resnet50 --weights DEFAULT --images photos/ --out scores.csv\n"
+        f"  {_PROG} score --features F.npy --weight W.npy --bias b.npy --out scores.npy\n"
+        f"  torchrun --nproc-per-node=4 -m gradnorm_fast score --model resnet50 --weights DEFAULT --images photos/ \\\n"
+        "    --detector gate.json --out scores.csv --resume",
     )
     parser.add_argument("--images", nargs="+", metavar="DIR", help="folders, searched through, or image files")
     parser.add_argument("--features", metavar="NPY", help="(N, D), in place of a model and images; may exceed memory")
@@ -159,7 +174,7 @@ def _add_fit(subparsers: Subparsers, common: _Parser) -> None:
         help="find the threshold from in-distribution images",
         description="Find the threshold that keeps a fraction of in-distribution images (not those of the training) "
         "and save it with the head's fingerprint.",
-        epilog=f"example: {_PROG} fit --model resnet50 --weights DEFAULT --id val/ --tpr 0.95 --out gate.json",
+        epilog=f"example:\n  {_PROG} fit --model resnet50 --weights DEFAULT --id val/ --tpr 0.95 --out gate.json",
     )
     parser.add_argument("--id", nargs="+", required=True, metavar="DIR", help="in-distribution images")
     parser.add_argument("--tpr", type=float, default=0.95, metavar="P", help="fraction to keep (%(default)s)")
@@ -175,8 +190,8 @@ def _add_eval(subparsers: Subparsers, common: _Parser) -> None:
         help="table and plots of one ID and several OOD folders",
         description="Tell ID from OOD folders by GradNorm and, from the same pass, MSP, MaxLogit, Energy and the "
         "feature norm: table (Markdown, CSV), plot, scores, and a JSON with what is needed to repeat it.",
-        epilog=f"example: {_PROG} eval --model resnet50 --weights DEFAULT --id imagenet/val --ood places=places/ "
-        "--ood textures=dtd/ --out results/",
+        epilog=f"example:\n  {_PROG} eval --model resnet50 --weights DEFAULT --id imagenet/val \\\n"
+        "    --ood places=places/ --ood textures=dtd/ --out results/",
     )
     parser.add_argument("--id", nargs="+", required=True, metavar="DIR", help="in-distribution images")
     parser.add_argument("--ood", action="append", required=True, metavar="NAME=DIR", help="may be given several times")
@@ -193,7 +208,7 @@ def _add_env(subparsers: Subparsers, common: _Parser) -> None:
         help="versions, devices, and which kernel would run",
         description="Versions, devices, and which kernel would run for a shape and why. With --check every kernel is "
         "run on every device and held against float64.",
-        epilog=f"example: {_PROG} env --check --shape 256 2048 1000 --dtype bfloat16",
+        epilog=f"example:\n  {_PROG} env --check --shape 256 2048 1000 --dtype bfloat16",
     )
     parser.add_argument("--shape", type=_positive, nargs=3, default=(256, 2048, 1000), metavar=("B", "D", "C"))
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"), default="float32")
@@ -207,7 +222,7 @@ def _add_bench(subparsers: Subparsers, common: _Parser) -> None:
         parents=[common],
         help="the benchmark suite (in a clone of the repository)",
         description="Hands what follows over to benchmarks/compare.py.",
-        epilog=f"example: {_PROG} bench -- --workload x1000",
+        epilog=f"example:\n  {_PROG} bench -- --workload x1000",
     )
     parser.add_argument("rest", nargs="*", metavar="OPTION", help="of benchmarks/compare.py, after --")
     parser.set_defaults(command=_run("bench"))
@@ -225,7 +240,7 @@ def _build_parser() -> _Parser:
     parser = _Parser(
         prog=_PROG,
         description="GradNorm out-of-distribution scores from features and a linear head, without backpropagation.",
-        epilog=f"example: {_PROG} demo --output gradnorm_demo.png",
+        epilog=f"example:\n  {_PROG} demo --output gradnorm_demo.png",
         parents=[common],
     )
     parser.add_argument("--version", action="version", version=f"{_PROG} {__version__}")

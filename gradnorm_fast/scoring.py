@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -92,13 +93,15 @@ def read_image(path: str | os.PathLike[str]) -> Any:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(path) as image:
-            if image.mode[0] not in "IF":
-                return image.convert("RGB")
-            pixels = np.asarray(image)  # 16 bits: PIL's own conversion would make all but the darkest white
-            if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 0xFFFF:
-                raise ValueError(f"pixels of {image.mode!r}, which have no fixed range")
-            return Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # large images, odd palettes
+            with Image.open(path) as image:
+                if image.mode[0] not in "IF":
+                    return image.convert("RGB")
+                pixels = np.asarray(image)  # 16 bits: PIL's own conversion would make all but the darkest white
+        if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 0xFFFF:
+            raise ValueError(f"pixels of {image.mode!r}, which have no fixed range")
+        return Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
     except UnidentifiedImageError:
         raise ValueError("not an image") from None
     except Exception as error:  # whatever PIL's decoders stumble over in a broken file
@@ -273,18 +276,23 @@ def _run(
     bar = _Bar(len(todo), unit, progress and rank == 0)
     if rank == 0 and progress and resume:
         bar.say(f"{len(scored)} of {len(names)} {unit} are there already")
-    with open(part, "wb" if rank else "ab") as file:
-        if rank:
-            file.write(header)
-        for indices, scores, bad in batches(todo):
-            if scores is not None:
-                columns = [getattr(scores, name).double().cpu().numpy() for name in FIELDS]
-                file.write(np.column_stack([indices, *columns]).tobytes())
-            for i, reason in bad:
-                bar.say(f"cannot read {names[i]}: {reason}")
-                file.write(np.array([i, *[_UNREADABLE] * len(FIELDS)]).tobytes())
-            file.flush()
-            bar.advance(len(indices) + len(bad))
+    try:
+        with open(part, "wb" if rank else "ab") as file:
+            if rank:
+                file.write(header)
+            for indices, scores, bad in batches(todo):
+                if scores is not None:
+                    columns = [getattr(scores, name).double().cpu().numpy() for name in FIELDS]
+                    file.write(np.column_stack([indices, *columns]).tobytes())
+                for i, reason in bad:
+                    bar.say(f"cannot read {names[i]}: {reason}")
+                    file.write(np.array([i, *[_UNREADABLE] * len(FIELDS)]).tobytes())
+                file.flush()
+                bar.advance(len(indices) + len(bad))
+    except BaseException:
+        if part.stat().st_size == len(header):  # nothing to go on with
+            part.unlink()
+        raise
     bar.close()
     _barrier(world)
     if rank:

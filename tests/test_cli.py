@@ -246,6 +246,13 @@ def test_eval(place):
     assert "GradNorm" in Path("r/table.md").read_text() and len(table("r/table.csv")) == 10
 
 
+def test_a_terminal_without_arrows(place):
+    command = [sys.executable, "-m", "gradnorm_fast", "eval", *SCORE[1:], "--id", "id", "--ood", "a=ood", "--out", "r"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "FPR95 ? | AUROC ?" in done.stdout, done.stderr
+
+
 def test_two_processes_score_every_input_once(place):
     Path("id/broken.png").write_text("no image")
     command = [
@@ -349,6 +356,7 @@ def test_more_mistakes(place, capsys):
         assert run(*arguments) == 2, arguments
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1, err
+        assert not list(place.rglob("*.part*")), arguments
 
 
 def test_what_the_users_own_code_raises_gets_one_line_too(place, capsys):
