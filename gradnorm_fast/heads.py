@@ -135,7 +135,8 @@ def module_named(model: nn.Module, head: str | nn.Module) -> tuple[str, nn.Modul
 def compile_backbone(model: nn.Module, head: nn.Module, compiler: Callable[[nn.Module], None]) -> None:
     """Compile, in place, the largest parts of the model without the head in them, whose hook must stay visible."""
     for child in model.children():
-        if any(module is head for module in child.modules()):
+        never_called = isinstance(child, nn.ModuleList | nn.ModuleDict)
+        if never_called or any(module is head for module in child.modules()):
             if child is not head:
                 compile_backbone(child, head, compiler)
         else:

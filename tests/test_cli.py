@@ -1,6 +1,7 @@
 """The command line as a user meets it: files out, one line per mistake, interrupted and resumed, in two processes."""
 
 import csv
+import io
 import json
 import os
 import subprocess
@@ -246,15 +247,17 @@ def test_eval(place):
     assert "GradNorm" in Path("r/table.md").read_text() and len(table("r/table.csv")) == 10
 
 
-def test_a_terminal_without_arrows(place):
-    command = [sys.executable, "-m", "gradnorm_fast", "eval", *SCORE[1:], "--id", "id", "--ood", "a=ood", "--out", "r"]
-    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(HERE.parent)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "FPR95 ? | AUROC ?" in done.stdout, done.stderr
+def test_a_terminal_without_arrows(place, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True))
+    assert run("eval", *SCORE[1:], "--id", "id", "--ood", "a=ood", "--out", "r") == 0
+    assert b"FPR95 ? | AUROC ?" in sys.stdout.buffer.getvalue()
 
 
-def test_two_processes_score_every_input_once(place):
+def test_two_processes_score_every_input_once_and_go_on_from_one(place, interrupt):
     Path("id/broken.png").write_text("no image")
+    arguments = [*SCORE, "--images", "id", "--batch-size", "4", "--out", "two.csv"]
+    interrupt(3)
+    assert run(*arguments) == 130 and Path("two.csv.part-0-of-1").exists()
     command = [
         sys.executable,
         "-m",
@@ -265,9 +268,8 @@ def test_two_processes_score_every_input_once(place):
         "gradnorm_fast",
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
-    arguments = [*SCORE, "--images", "id", "--batch-size", "4", "--out", "two.csv"]
     done = subprocess.run(
-        [*command, *arguments], env=environment, capture_output=True, text=True, cwd=place, timeout=120
+        [*command, *arguments, "--resume"], env=environment, capture_output=True, text=True, cwd=place, timeout=120
     )
     assert done.returncode == 0, done.stderr
     assert run(*SCORE, "--images", "id", "--batch-size", 4, "--out", "one.csv") == 0
@@ -277,8 +279,17 @@ def test_two_processes_score_every_input_once(place):
     assert not list(place.glob("*.part*"))
 
 
-def test_amp_workers_and_compile(place):
+def test_amp_workers_and_compile(place, monkeypatch):
     assert run(*SCORE, "--images", "id", "--out", "a.csv") == 0
+    real, compiled = torch.nn.Module.compile, []
+
+    def compile_quickly(self):
+        compiled.append(type(self).__name__)
+        real(self, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
+    assert run(*SCORE, "--images", "id", "--out", "c.csv", "--compile") == 0
+    assert compiled == ["Conv2d", "ReLU", "AdaptiveAvgPool2d", "Flatten"] and table("c.csv") == table("a.csv")
     assert run(*SCORE, "--images", "id", "--out", "b.csv", "--amp", "--workers", 2) == 0
     for a, b in zip(table("a.csv"), table("b.csv"), strict=True):
         assert a["path"] == b["path"] and float(a["score"]) == pytest.approx(float(b["score"]), rel=0.1)

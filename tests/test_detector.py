@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import nn
 
-from gradnorm_fast import GradNorm, fast_gradnorm
+from gradnorm_fast import GradNorm, fast_gradnorm, heads
 from gradnorm_fast.reference import autograd_gradnorm
 
 from conftest import DEVICE
@@ -213,6 +213,18 @@ def test_the_model_is_left_as_it_was():
 def test_wrappers(wrap):
     model, x = small(), images()
     assert torch.equal(GradNorm(wrap(model)).score(x), GradNorm(model).score(x))
+
+
+def test_what_is_compiled_is_called_and_has_no_head():
+    class Blocks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks, self.top = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]), nn.Sequential(nn.ReLU())
+            self.top.append(nn.Linear(4, 2))
+
+    model, compiled = Blocks(), []
+    heads.compile_backbone(model, model.top[1], compiled.append)
+    assert compiled == [*model.blocks, model.top[0]]
 
 
 def test_distributed_data_parallel():
