@@ -71,7 +71,7 @@ def _add_demo(subparsers: Subparsers, common: _Parser) -> None:
         help="train a small network on handwritten digits and score several OOD sets",
         description="Train a small network on the handwritten digits 0-6, score four OOD sets (digits 7-9, inverted "
         "digits, photograph patches, noise) with GradNorm and three other scores, and draw the result. Takes seconds.",
-        epilog=f"example:\n  {_PROG} demo --output gradnorm_demo.png --device cpu --seed 0",
+        epilog=f"example: {_PROG} demo --output gradnorm_demo.png --device cpu --seed 0",
     )
     parser.add_argument("--output", default="gradnorm_demo.png", metavar="PNG", help="picture to write (%(default)s)")
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda where there is one)")
@@ -174,7 +174,7 @@ def _add_fit(subparsers: Subparsers, common: _Parser) -> None:
         help="find the threshold from in-distribution images",
         description="Find the threshold that keeps a fraction of in-distribution images (not those of the training) "
         "and save it with the head's fingerprint.",
-        epilog=f"example:\n  {_PROG} fit --model resnet50 --weights DEFAULT --id val/ --tpr 0.95 --out gate.json",
+        epilog=f"example: {_PROG} fit --model resnet50 --weights DEFAULT --id val/ --tpr 0.95 --out gate.json",
     )
     parser.add_argument("--id", nargs="+", required=True, metavar="DIR", help="in-distribution images")
     parser.add_argument("--tpr", type=float, default=0.95, metavar="P", help="fraction to keep (%(default)s)")
@@ -190,7 +190,7 @@ def _add_eval(subparsers: Subparsers, common: _Parser) -> None:
         help="table and plots of one ID and several OOD folders",
         description="Tell ID from OOD folders by GradNorm and, from the same pass, MSP, MaxLogit, Energy and the "
         "feature norm: table (Markdown, CSV), plot, scores, and a JSON with what is needed to repeat it.",
-        epilog=f"example:\n  {_PROG} eval --model resnet50 --weights DEFAULT --id imagenet/val \\\n"
+        epilog=f"example: {_PROG} eval --model resnet50 --weights DEFAULT --id imagenet/val \\\n"
         "    --ood places=places/ --ood textures=dtd/ --out results/",
     )
     parser.add_argument("--id", nargs="+", required=True, metavar="DIR", help="in-distribution images")
@@ -208,7 +208,7 @@ def _add_env(subparsers: Subparsers, common: _Parser) -> None:
         help="versions, devices, and which kernel would run",
         description="Versions, devices, and which kernel would run for a shape and why. With --check every kernel is "
         "run on every device and held against float64.",
-        epilog=f"example:\n  {_PROG} env --check --shape 256 2048 1000 --dtype bfloat16",
+        epilog=f"example: {_PROG} env --check --shape 256 2048 1000 --dtype bfloat16",
     )
     parser.add_argument("--shape", type=_positive, nargs=3, default=(256, 2048, 1000), metavar=("B", "D", "C"))
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"), default="float32")
@@ -222,7 +222,7 @@ def _add_bench(subparsers: Subparsers, common: _Parser) -> None:
         parents=[common],
         help="the benchmark suite (in a clone of the repository)",
         description="Hands what follows over to benchmarks/compare.py.",
-        epilog=f"example:\n  {_PROG} bench -- --workload x1000",
+        epilog=f"example: {_PROG} bench -- --workload x1000",
     )
     parser.add_argument("rest", nargs="*", metavar="OPTION", help="of benchmarks/compare.py, after --")
     parser.set_defaults(command=_run("bench"))
@@ -240,7 +240,7 @@ def _build_parser() -> _Parser:
     parser = _Parser(
         prog=_PROG,
         description="GradNorm out-of-distribution scores from features and a linear head, without backpropagation.",
-        epilog=f"example:\n  {_PROG} demo --output gradnorm_demo.png",
+        epilog=f"example: {_PROG} demo --output gradnorm_demo.png",
         parents=[common],
     )
     parser.add_argument("--version", action="version", version=f"{_PROG} {__version__}")

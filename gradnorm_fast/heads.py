@@ -227,6 +227,6 @@ def _no_head(calls: dict[str, tuple[nn.Module, _Call]], logits: Tensor) -> str:
             "not hold; choose a model with a linear head after pooling"
         )
     return (
-        f"{message}; the last one called is {name!r}, shape {call.shape}. If the model ends in a softmax or "
-        "scales its logits, take that off"
+        f"{message}; the last one called is {name!r}, shape {call.shape}. If the model ends in a softmax, "
+        "scales its logits or averages several heads, take that off"
     )

@@ -77,9 +77,8 @@ def _images_in(folder: Path) -> list[str]:
         visited.add(real)
         folders.sort()
         images = (Path(root, file) for file in files if os.path.splitext(file)[1].lower() in EXTENSIONS)
-        found += [
-            str(image) for image in images if image.is_file() or image.is_symlink()
-        ]  # a link to nothing is reported
+        # no pipes; but links to nothing, which are then reported as unreadable
+        found += [str(image) for image in images if image.is_file() or image.is_symlink()]
     return sorted(found)
 
 
@@ -249,7 +248,7 @@ def _run(
 ) -> Table | None:
     """Score this process's share of the inputs, then gather everyone's in rank 0, which returns it.
 
-    Every input is scored once: of those to do, process r of n takes r, r + n, r + 2n, ... Rows in the order of `names`.
+    Every input is scored once: of those to do, process r of n takes r, r + n, r + 2n, ..., in the order of `names`.
     With resume, what is in the parts of a run over the same names with the same settings is not done again.
     """
     rank, world = rank_and_world()
@@ -282,7 +281,7 @@ def _run(
                 file.write(header)
             for indices, scores, bad in batches(todo):
                 if scores is not None:
-                    columns = [getattr(scores, name).double().cpu().numpy() for name in FIELDS]
+                    columns = [getattr(scores, name).cpu().double().numpy() for name in FIELDS]
                     file.write(np.column_stack([indices, *columns]).tobytes())
                 for i, reason in bad:
                     bar.say(f"cannot read {names[i]}: {reason}")
