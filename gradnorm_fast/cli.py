@@ -1,15 +1,19 @@
 """The command ``gradnorm-fast``.
 
 Each subcommand is one function, listed in `_SUBCOMMANDS`, that adds its parser and says what to run. What it runs
-raises ValueError, OSError or ImportError for what the user can put right; `main` turns those into one line.
+raises ValueError, OSError or ImportError for what the user can put right; `main` turns those, and all else, into one
+line.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import math
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
 
@@ -20,8 +24,10 @@ _PROG = "gradnorm-fast"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 done, 2 user error, 130 interrupted."""
+    """Run the command line and return its exit code: 0 done, 1 failed, 2 user error, 130 interrupted."""
     debug = False
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that has no arrows is no reason to fail
+        sys.stdout.reconfigure(errors="replace")
     try:
         args = _build_parser().parse_args(argv)
         debug = "debug" in args
@@ -29,15 +35,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{_PROG}: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except Exception as error:  # also what the user's own model raises
         if debug:
             raise
-        print(f"{_PROG}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        foreseen = isinstance(error, ValueError | TypeError | OSError | ImportError)
+        reason = str(error) if foreseen else f"{type(error).__name__}: {error} (--debug shows where)"
+        if isinstance(error, OSError) and error.filename is not None:
+            reason = f"{error.filename}: {error.strerror}"
+        print(f"{_PROG}: error: {' '.join(reason.split())}", file=sys.stderr)
+        return 2 if foreseen else 1
     return 0
 
 
 class _Parser(argparse.ArgumentParser):
+    """Keeps the lines of the epilog, so that the examples can be copied."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.description = self.description and textwrap.fill(self.description, 80)
+
     def error(self, message: str) -> NoReturn:
         """Leave the reporting to `main`: one line, where argparse would print the usage as well."""
         raise ValueError(f"{message} (see {self.prog} --help)")
@@ -81,13 +97,15 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--amp", action="store_true", help="half precision in the backbone")
     model.add_argument("--compile", action="store_true", help="torch.compile the backbone")
     run = parser.add_argument_group("the run")
-    run.add_argument("--resume", action="store_true", help="go on where an interrupted run of the same inputs stopped")
+    run.add_argument(
+        "--resume", action="store_true", help="go on where an interrupted run of the same inputs and options stopped"
+    )
     run.add_argument("--strict", action="store_true", help="an unreadable image ends the run; else it is skipped")
     run.add_argument("--quiet", action="store_true", help="no progress")
     options = parser.add_argument_group("the score")
-    options.add_argument("--temperature", type=float, default=1.0, metavar="T", help="(%(default)s)")
-    options.add_argument("--reduction", choices=("mean", "sum"), default="mean", help="over classes (%(default)s)")
-    options.add_argument("--include-bias", action="store_true", help="count the bias's gradient")
+    options.add_argument("--temperature", type=float, metavar="T", help="(1.0)")
+    options.add_argument("--reduction", choices=("mean", "sum"), help="over classes (mean)")
+    options.add_argument("--include-bias", action="store_true", default=None, help="count the bias's gradient")
 
 
 def _positive(text: str) -> int:
@@ -101,6 +119,16 @@ def _size(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
     return int(text)
+
+
+def _finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
+    return value
 
 
 def _run(name: str) -> Callable[[argparse.Namespace], None]:
@@ -122,8 +150,11 @@ def _add_score(subparsers: Subparsers, common: _Parser) -> None:
         description="Score images by a model, or features by a head, into a CSV, NPY or Parquet file with one row per "
         "input. Rows are kept as they come: an interrupted run goes on with --resume. Under torchrun each process "
         "takes its share.",
-        epilog=f"examples: {_PROG} score --model resnet50 --weights DEFAULT --images photos/ --out scores.csv; "
-        f"{_PROG} score --features F.npy --weight W.npy --bias b.npy --out scores.npy",
+        epilog="examples:\n"
+        f"  {_PROG} score --model resnet50 --weights DEFAULT --images photos/ --out scores.csv\n"
+        f"  {_PROG} score --features F.npy --weight W.npy --bias b.npy --out scores.npy\n"
+        f"  torchrun --nproc-per-node=4 -m gradnorm_fast score --model resnet50 --weights DEFAULT --images photos/ \\\n"
+        "    --detector gate.json --out scores.csv --resume",
     )
     parser.add_argument("--images", nargs="+", metavar="DIR", help="folders, searched through, or image files")
     parser.add_argument("--features", metavar="NPY", help="(N, D), in place of a model and images; may exceed memory")
@@ -131,7 +162,7 @@ def _add_score(subparsers: Subparsers, common: _Parser) -> None:
     parser.add_argument("--bias", metavar="NPY", help="(C,)")
     parser.add_argument("--out", required=True, metavar="FILE", help=".csv, .npy or .parquet")
     parser.add_argument("--detector", metavar="JSON", help="from `fit`: adds is_ood")
-    parser.add_argument("--threshold", type=float, metavar="S", help="adds is_ood: a score below S")
+    parser.add_argument("--threshold", type=_finite, metavar="S", help="adds is_ood: a score below S")
     _add_model_options(parser)
     parser.set_defaults(command=_run("score"))
 
@@ -159,8 +190,8 @@ def _add_eval(subparsers: Subparsers, common: _Parser) -> None:
         help="table and plots of one ID and several OOD folders",
         description="Tell ID from OOD folders by GradNorm and, from the same pass, MSP, MaxLogit, Energy and the "
         "feature norm: table (Markdown, CSV), plot, scores, and a JSON with what is needed to repeat it.",
-        epilog=f"example: {_PROG} eval --model resnet50 --weights DEFAULT --id imagenet/val --ood places=places/ "
-        "--ood textures=dtd/ --out results/",
+        epilog=f"example: {_PROG} eval --model resnet50 --weights DEFAULT --id imagenet/val \\\n"
+        "    --ood places=places/ --ood textures=dtd/ --out results/",
     )
     parser.add_argument("--id", nargs="+", required=True, metavar="DIR", help="in-distribution images")
     parser.add_argument("--ood", action="append", required=True, metavar="NAME=DIR", help="may be given several times")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 from . import __version__, heads, scoring
-from .detector import GradNorm
+from .detector import GradNorm, check_tpr
 from .evaluation import METHODS, Results, compare_methods, plot_roc, plot_scores, results_csv, results_table
 
 
@@ -28,37 +29,52 @@ def score(args: argparse.Namespace) -> None:
     """Scores of images, or of rows of features, into a file."""
     out = Path(args.out)
     scoring.check_suffix(out)
-    _check_folder(out.parent)
+    _check_out(out)
     if (args.features is None) == (args.images is None):
         raise ValueError("score: expected --images with --model, or --features with --weight")
-    threshold = _Threshold(args)
+    threshold = args.threshold
     if args.features is not None:
+        _refuse(
+            args, "--features", "model", "weights", "checkpoint", "classes", "head", "resize", "mean", "std", "detector"
+        )
         table = _score_features(args, out)
     else:
-        detector, transform = _detector(args)
-        table = _score_images(args, detector, transform, args.images, out)
+        _refuse(args, "--images", "weight", "bias")
+        if args.detector is not None:
+            _refuse(args, "--detector", "threshold", "head", *_OPTIONS)
+        paths = scoring.find_images(args.images)
+        detector, transform = _detector(args, paths)
+        if args.detector is not None:
+            threshold = detector.threshold
+        table = _score_images(args, detector, transform, paths, out)
     if table is None:  # another process writes
         return
-    is_ood = threshold.of(table.scores["gradnorm"])
+    scores = table.scores["gradnorm"]
+    is_ood = None if threshold is None else ~(scores >= threshold)
     scoring.write_table(table, out, is_ood)
+    scoring.discard_parts(out)
     print(f"{out}: {len(table.paths)} scored" + (f", {len(table.skipped)} unreadable" if table.skipped else ""))
     if is_ood is not None:
-        print(f"{int(is_ood.sum())} of {len(is_ood)} below the threshold {threshold.value:.6g}")
+        print(f"{int(is_ood.sum())} of {len(is_ood)} below the threshold {threshold:.6g}")
 
 
 def fit(args: argparse.Namespace) -> None:
     """A threshold from in-distribution images, saved as a detector."""
     out = Path(args.out)
-    _check_folder(out.parent)
-    detector, transform = _detector(args)
-    table = _score_images(args, detector, transform, args.id, out)
+    _check_out(out)
+    check_tpr(args.tpr)
+    paths = scoring.find_images(args.id)
+    detector, transform = _detector(args, paths)
+    table = _score_images(args, detector, transform, paths, out)
     if table is None:
         return
     detector.fit_scores(table.scores["gradnorm"], args.tpr)
     detector.save(out)
-    print(
-        f"{out}: threshold {detector.threshold:.6g} from {len(table.paths)} images keeps {args.tpr:.0%} of such images"
-    )
+    scoring.discard_parts(out)
+    n = len(table.paths)
+    print(f"{out}: threshold {detector.threshold:.6g} from {n} images keeps {100 * args.tpr:g}% of such images")
+    if math.isinf(detector.threshold):
+        print(f"{n} images are too few to reject any: about {math.ceil(1 / (1 - args.tpr)) - 1} are needed")
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -69,29 +85,39 @@ def evaluate(args: argparse.Namespace) -> None:
         name, separator, folder = item.partition("=")
         if not separator or not name or not folder:
             raise ValueError(f"--ood: expected NAME=DIR, got {item!r}")
-        if name in ood or name == "average":
+        if os.path.basename(name) != name or not name.isprintable():
+            raise ValueError(f"--ood: expected a name that can be part of a file's, got {name!r}")
+        if name in ood or name in ("id", "average"):
             raise ValueError(f"--ood: the name {name!r} is taken")
         ood[name] = folder
-    files = {name: scoring.find_images([folder]) for name, folder in ood.items()}
-    inside = scoring.find_images(args.id)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: expected a folder, {out} is a file")
+    sets = {"id": scoring.find_images(args.id)}
+    sets |= {name: scoring.find_images([folder]) for name, folder in ood.items()}
     if find_spec("sklearn") is None or find_spec("matplotlib") is None:
         raise ImportError('eval needs scikit-learn and matplotlib: pip install "gradnorm_fast[eval]"')
+    for paths in sets.values():
+        scoring.first_readable(paths)
+    detector, transform = _detector(args, sets["id"])
     out.mkdir(parents=True, exist_ok=True)
-    detector, transform = _detector(args)
+    files = {name: out / f"scores-{name}.csv" for name in sets}
     tables = {}
-    for name, paths in {"": inside, **files}.items():
-        print(f"{name or 'in-distribution'}: {len(paths)} images", file=sys.stderr)
-        keep = out / f"scores-{name or 'id'}.csv"
-        table = tables[name] = _score_images(args, detector, transform, paths, keep)
+    for name, paths in sets.items():
+        if not args.quiet and scoring.rank_and_world()[0] == 0:
+            print(f"{name}: {len(paths)} images", file=sys.stderr)
+        table = _score_images(args, detector, transform, paths, files[name])
         if table is not None:
-            scoring.write_table(table, keep)
-    if any(table is None for table in tables.values()):
+            tables[name] = table
+            scoring.write_table(table, files[name])
+    if not tables:
         return
-    scores = {name: table.head_scores() for name, table in tables.items() if table is not None}
-    id_scores = scores.pop("")
+    scores = {name: table.head_scores() for name, table in tables.items()}
+    id_scores = scores.pop("id")
     results = compare_methods(id_scores, scores, bootstrap=args.bootstrap)
-    _write_evaluation(out, results, args, detector, {n: len(t.paths) for n, t in tables.items() if t is not None})
+    _write_evaluation(out, results, args, detector, transform, tables)
     _draw(out / "scores.png", id_scores, scores)
+    for file in files.values():  # only now: an interrupted run goes on with the sets that are complete
+        scoring.discard_parts(file)
     print(results_table(results))
     print(
         f"\nFPR95 with ID positive, in %. Files in {out}: table.md, table.csv, results.json, scores.png, scores-*.csv"
@@ -127,26 +153,23 @@ def bench(args: argparse.Namespace) -> None:
         raise ValueError(f"bench: compare.py ended with exit code {code}")
 
 
-class _Threshold:
-    """From --detector or --threshold; none without either."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.value: float | None = args.threshold
-        if args.detector is not None:
-            if args.threshold is not None:
-                raise ValueError("threshold: give --threshold or --detector, not both")
-            if args.features is not None:
-                raise ValueError("detector: it belongs to a model and images; with --features use --threshold")
-            self.args = args
-
-    def of(self, scores: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
-        if self.value is None and hasattr(self, "args"):
-            self.value = self.args.fitted.threshold
-        return None if self.value is None else ~(scores >= self.value)
+_OPTIONS = ("temperature", "reduction", "include_bias")  #: None where not given
 
 
-def _detector(args: argparse.Namespace) -> tuple[GradNorm, Any]:
-    """The detector of --model on --device, and the preprocessing."""
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name in _OPTIONS if (value := getattr(args, name)) is not None}
+
+
+def _refuse(args: argparse.Namespace, given: str, *names: str) -> None:
+    """What would be silently without effect beside another argument."""
+    for name in names:
+        if getattr(args, name) is not None:
+            hint = " (pretrained weights are --weights)" if name == "weight" else ""
+            raise ValueError(f"{name}: it does not go with {given}{hint}")
+
+
+def _detector(args: argparse.Namespace, paths: list[str]) -> tuple[GradNorm, Any]:
+    """The detector of --model on --device, its head verified on the first image that can be read; the preprocessing."""
     from .models import default_transform, load_model
 
     if args.model is None:
@@ -155,30 +178,28 @@ def _detector(args: argparse.Namespace) -> tuple[GradNorm, Any]:
         raise ImportError('images need torchvision: pip install "gradnorm_fast[eval]"')
     device = _device(args.device)
     model, transform = load_model(args.model, args.weights, args.checkpoint, args.classes)
-    if args.weights is None and args.checkpoint is None and ":" not in args.model:
+    known = ":" not in args.model or args.model.startswith("timm:")
+    if known and args.weights is None and args.checkpoint is None and scoring.rank_and_world()[0] == 0:
         print("note: no --weights and no --checkpoint: the model's weights are random", file=sys.stderr)
     if transform is None or args.resize is not None or args.mean is not None or args.std is not None:
         given = {"mean": args.mean, "std": args.std}
         size = None if args.resize == 0 else args.resize
-        if args.resize is None and ":" not in args.model:
+        if args.resize is None and known:
             size = 224
         transform = default_transform(size, **{k: v for k, v in given.items() if v is not None})
     model.to(device)
     saved = getattr(args, "detector", None)
-    if saved is not None:
-        detector = args.fitted = GradNorm.load(saved, model)
-    else:
-        options = {"temperature": args.temperature, "reduction": args.reduction, "include_bias": args.include_bias}
-        detector = GradNorm(model, args.head, **options)
+    detector = GradNorm(model, args.head, **_options(args)) if saved is None else GradNorm.load(saved, model)
+    path, image = scoring.first_readable(paths)
+    detector.score(scoring.transformed(image, transform, path)[None])
+    if args.compile and detector._head is not None:
+        heads.compile_backbone(detector.model, detector._head, lambda module: module.compile())
     return detector, transform
 
 
 def _score_images(
-    args: argparse.Namespace, detector: GradNorm, transform: Any, images: list[str], out: Path
+    args: argparse.Namespace, detector: GradNorm, transform: Any, paths: list[str], out: Path
 ) -> scoring.Table | None:
-    paths = scoring.find_images(images)
-    if args.compile:
-        _compile(detector, transform, paths)
     return scoring.score_images(
         detector,
         paths,
@@ -193,24 +214,6 @@ def _score_images(
     )
 
 
-def _compile(detector: GradNorm, transform: Any, paths: list[str]) -> None:
-    """Compile everything but the head, once that is known."""
-    if getattr(detector.model, "_gradnorm_compiled", False):
-        return
-    from PIL import Image
-
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                detector.score(transform(image.convert("RGB"))[None])
-        except (OSError, ValueError):
-            continue
-        break
-    if detector._head is not None:
-        heads.compile_backbone(detector.model, detector._head, lambda module: module.compile())
-        detector.model._gradnorm_compiled = True  # type: ignore[assignment]
-
-
 def _score_features(args: argparse.Namespace, out: Path) -> scoring.Table | None:
     if args.weight is None:
         raise ValueError("weight: expected --weight W.npy with --features")
@@ -221,7 +224,6 @@ def _score_features(args: argparse.Namespace, out: Path) -> scoring.Table | None
         raise ValueError(f"features: expected shape (N, D) in {args.features}, got {features.shape}")
     if bias is not None:
         bias = bias.to(weight.dtype)
-    options = {"temperature": args.temperature, "reduction": args.reduction, "include_bias": args.include_bias}
     return scoring.score_features(
         features,
         weight,
@@ -231,7 +233,7 @@ def _score_features(args: argparse.Namespace, out: Path) -> scoring.Table | None
         resume=args.resume,
         progress=not args.quiet,
         device=_device(args.device),
-        **options,
+        **_options(args),
     )
 
 
@@ -242,51 +244,64 @@ def _array(name: str, path: str, mapped: bool = False) -> np.ndarray[Any, Any]:
         raise ValueError(f"{name}: no file {path}") from None
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"{name}: cannot read {path} as a NumPy array: {error}") from None
-    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+    if not isinstance(array, np.ndarray) or array.dtype not in (np.float16, np.float32, np.float64):
         raise ValueError(
-            f"{name}: expected floating-point numbers in {path}, got {getattr(array, 'dtype', 'an archive')}"
+            f"{name}: expected float16, float32 or float64 in {path}, got {getattr(array, 'dtype', 'an archive')}"
         )
     return array
 
 
 def _device(name: str | None) -> torch.device:
     if name is None:
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        return (
-            torch.device("cuda", local % torch.cuda.device_count())
-            if torch.cuda.is_available()
-            else torch.device("cpu")
-        )
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: {name!r} is not there, torch sees {torch.cuda.device_count() or 'no'} CUDA GPU")
+        if device.type != "cuda":
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device: expected one that is here, as cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ValueError(f"device: {name!r} is not there, torch sees {count or 'no'} CUDA GPU")
+        if device.index is None:  # each process of torchrun its own
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % count)
     return device
 
 
-def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise ValueError(f"out: no folder {folder}")
+def _check_out(out: Path) -> None:
+    if not out.parent.is_dir():
+        raise ValueError(f"out: no folder {out.parent}")
+    if out.is_dir():
+        raise ValueError(f"out: expected a file, {out} is a folder")
 
 
 def _write_evaluation(
-    out: Path, results: Results, args: argparse.Namespace, detector: GradNorm, counts: dict[str, int]
+    out: Path,
+    results: Results,
+    args: argparse.Namespace,
+    detector: GradNorm,
+    transform: Any,
+    tables: dict[str, scoring.Table],
 ) -> None:
-    (out / "table.md").write_text(results_table(results) + "\n")
-    (out / "table.csv").write_text(results_csv(results))
-    asked = {k: v for k, v in vars(args).items() if k not in ("command", "fitted") and not k.startswith("_")}
+    (out / "table.md").write_text(results_table(results) + "\n", encoding="utf-8")
+    (out / "table.csv").write_text(results_csv(results), encoding="utf-8")
     repeat = {
-        "gradnorm_fast": __version__,
-        "torch": torch.__version__,
-        "arguments": asked,
+        "versions": {"gradnorm_fast": __version__} | {p: _version(p) for p in ("torch", "torchvision", "scikit-learn")},
+        "folder": os.getcwd(),
+        "arguments": {name: value for name, value in vars(args).items() if name != "command"},
+        "device": str(next(detector.model.parameters()).device),
+        "preprocessing": str(transform),
+        "temperature": detector.temperature,
+        "reduction": detector.reduction,
+        "include_bias": detector.include_bias,
         "head": detector.head_name,
         "fingerprint": detector._fingerprint(),
-        "images": {name or "id": n for name, n in counts.items()},
+        "images": {name: len(table.paths) for name, table in tables.items()},
+        "unreadable": {name: table.skipped for name, table in tables.items()},
         "results": results,
     }
-    (out / "results.json").write_text(json.dumps(repeat, indent=1, default=str))
+    (out / "results.json").write_text(json.dumps(repeat, indent=1, default=str), encoding="utf-8")
 
 
 def _draw(path: Path, id_scores: Any, ood_scores: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from . import heads
 from .functional import HeadScores, _check_options, fast_gradnorm, head_scores
 
 _FORMAT = 1
+_KEYS = {"head", "fingerprint", "temperature", "reduction", "include_bias", "tpr", "calibration"}
 
 
 class Prediction(NamedTuple):
@@ -103,17 +104,17 @@ class GradNorm:
         Raises:
             ValueError: tpr not in (0, 1); no images; a score that is not finite.
         """
-        _check_tpr(tpr)
+        check_tpr(tpr)
         return self.fit_scores(self.score_loader(id_loader, progress), tpr)
 
     def fit_scores(self, scores: Tensor | np.ndarray[Any, Any], tpr: float = 0.95) -> GradNorm:
         """`fit` from scores (N,) that are there already."""
-        _check_tpr(tpr)
+        check_tpr(tpr)
         scores = torch.as_tensor(scores).detach().cpu().float().flatten()
         bad = int((~scores.isfinite()).sum())
         if len(scores) == 0 or bad:
             raise ValueError(
-                f"id_loader: expected images with finite scores, got {len(scores)} images, {bad} not finite"
+                f"fit: expected finite scores of at least one image, got {len(scores)} images, {bad} not finite"
             )
         self._calibration, self._tpr = scores.sort().values, tpr
         return self
@@ -126,7 +127,9 @@ class GradNorm:
         rejected = max(0, min(n, math.floor(allowed * (n + 1)) + 1))  # then down to (1 + k)/(n + 1) <= allowed, exactly
         while rejected >= 0 and (1 + rejected) / (n + 1) > allowed:
             rejected -= 1
-        return float(calibration[rejected]) if rejected >= 0 else -math.inf
+        if rejected < 0 or rejected == n:  # none is OOD; or all are, where 1 − tpr rounds to 1
+            return math.copysign(math.inf, rejected)
+        return float(calibration[rejected])
 
     def p_value(self, scores: Tensor) -> Tensor:
         """(1 + #{calibration scores <= s})/(n + 1) of each score, float64: small where the image is unusual.
@@ -145,7 +148,7 @@ class GradNorm:
         """
         self._fitted()
         scores = self.head_scores(images)
-        return Prediction(scores.prediction, scores.gradnorm, self.is_ood(scores.gradnorm))
+        return Prediction(scores.prediction, scores.gradnorm.float(), self.is_ood(scores.gradnorm))
 
     def is_ood(self, scores: Tensor) -> Tensor:
         """Whether each score is below the threshold, or NaN."""
@@ -190,7 +193,7 @@ class GradNorm:
             raise ValueError(
                 f"{path}: expected a detector saved by GradNorm.save, got something else ({error})"
             ) from None
-        if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        if not isinstance(state, dict) or state.get("format") != _FORMAT or not state.keys() >= _KEYS:
             raise ValueError(f"{path}: expected a detector saved by GradNorm.save, format {_FORMAT}")
         options = {key: state[key] for key in ("temperature", "reduction", "include_bias")}
         detector = cls(model, state["head"], **options)
@@ -260,7 +263,7 @@ class GradNorm:
         return digest.hexdigest()
 
 
-def _check_tpr(tpr: float) -> None:
+def check_tpr(tpr: float) -> None:
     if not isinstance(tpr, int | float) or not 0.0 < tpr < 1.0:
         raise ValueError(f"tpr: expected a fraction between 0 and 1, as 0.95, got {tpr!r}")
 

@@ -49,7 +49,7 @@ class Diagnosis:
 
 
 def diagnose(id_scores: HeadScores, ood_scores: HeadScores | None = None) -> Diagnosis:
-    """Look at the scores of ID images, and of OOD images if there are any.  # fields of shape (N,)
+    """Look at the scores of ID images, fields of shape (N,), and of OOD images, (M,), if there are any.
 
     ValueError for scores that are empty or not finite.
     """
@@ -90,8 +90,9 @@ def diagnose(id_scores: HeadScores, ood_scores: HeadScores | None = None) -> Dia
 
 def _array(scores: object, name: str) -> npt.NDArray[np.float64]:
     array = np.asarray(scores.detach().cpu().double() if hasattr(scores, "detach") else scores, dtype=np.float64)
-    if array.size == 0 or not np.isfinite(array).all():
-        raise ValueError(f"{name}: expected finite scores of at least one image, got {array.size}")
+    bad = np.count_nonzero(~np.isfinite(array))
+    if array.size == 0 or bad:
+        raise ValueError(f"{name}: expected finite scores of at least one image, got {array.size}, {bad} not finite")
     return array
 
 

@@ -75,7 +75,7 @@ def evaluate(
     except ImportError as error:
         raise ImportError(f"evaluate needs scikit-learn: {_EXTRA}") from error
 
-    if bootstrap < 0 or not 0.0 < confidence < 1.0:
+    if not isinstance(bootstrap, int) or bootstrap < 0 or not 0.0 < confidence < 1.0:
         raise ValueError(f"bootstrap: expected a count and a confidence in (0, 1), got {bootstrap} and {confidence}")
     is_id = np.concatenate([np.ones(inside.size, dtype=int), np.zeros(outside.size, dtype=int)])
 
@@ -116,8 +116,9 @@ def compare_methods(id_scores: HeadScores, ood_scores: Mapping[str, HeadScores],
 
 def results_table(results: Results) -> str:
     """Markdown in the layout of the paper's Table 1: a row per method; FPR95 (ID positive) and AUROC per set, in %."""
+    names = [name.replace("|", "\\|") for name in results]
     lines = [
-        "| | " + " | ".join(f"{name} FPR95 ↓ | AUROC ↑" for name in results) + " |",
+        "| | " + " | ".join(f"{name} FPR95 ↓ | AUROC ↑" for name in names) + " |",
         "|---|" + "---:|---:|" * len(results),
     ]
     for method in METHODS:

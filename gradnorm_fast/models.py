@@ -25,7 +25,7 @@ def load_model(
             that returns the model or (model, transform); the current folder is searched first.
         weights: torchvision: "DEFAULT" or an enum name as "IMAGENET1K_V1"; timm: "DEFAULT" for the pretrained ones.
         checkpoint: a state dict file, read without executing what is in it; also one under the key "state_dict" or
-            "model", and with the prefix "module." of DataParallel.
+            "model", and with the prefixes of DataParallel and torch.compile.
         classes: of torchvision and timm models that are not ImageNet's.
 
     Raises:
@@ -88,13 +88,16 @@ def _timm(name: str, weights: str | None, classes: int | None) -> tuple[nn.Modul
     if weights not in (None, "DEFAULT"):
         raise ValueError(f"weights: a timm model's name says which; expected DEFAULT or nothing, got {weights!r}")
     if not timm.is_model(name):
-        raise ValueError(f"model: timm has no model {name!r}; near: {', '.join(timm.list_models(f'{name[:4]}*')[:5])}")
+        near = ", ".join(timm.list_models(f"*{name[:4]}*")[:5]) or "none"
+        raise ValueError(f"model: timm has no model {name!r} (near: {near})")
     model = timm.create_model(name, pretrained=weights is not None, **options)
     return model, timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 
 
 def _own(name: str) -> tuple[nn.Module, Transform | None]:
     module_name, _, function_name = name.partition(":")
+    if not module_name or not function_name:
+        raise ValueError(f"model: expected module:function, got {name!r}")
     sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
@@ -119,15 +122,15 @@ def _load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"checkpoint: no file {os.fspath(path)}") from None
-    except Exception as error:  # torch raises whatever its unpickler does
-        reason = str(error).strip().splitlines()[0][:150] if str(error).strip() else type(error).__name__
-        raise ValueError(f"checkpoint: cannot read {os.fspath(path)} as a state dict: {reason}") from None
+    except Exception as error:  # torch raises whatever its unpickler does, with advice to unpickle what is not trusted
+        reason = getattr(error, "strerror", None) or "expected what torch.save(model.state_dict()) writes"
+        raise ValueError(f"checkpoint: cannot read {os.fspath(path)}: {reason}") from None
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"checkpoint: expected a state dict in {os.fspath(path)}, got {type(state).__name__}")
-    state = {name.removeprefix("module."): value for name, value in state.items()}
+    state = {name.removeprefix("_orig_mod.").removeprefix("module."): value for name, value in state.items()}
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:

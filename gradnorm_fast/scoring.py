@@ -1,17 +1,22 @@
 """Scores of many inputs into a file: streamed, resumable, and in several processes.
 
-A run writes its rows as it goes into PATH.part-RANK-of-WORLD; the last step gathers them in the order of the inputs. So
-nothing is lost when a run is interrupted, and `resume` goes on behind the rows that are there.
+A run writes its rows as it goes into PATH.part-RANK-of-WORLD; the last step gathers them in the order of the inputs.
+The parts stay until the caller has written what it makes of them and says `discard_parts`. So nothing is lost when a
+run is interrupted, and `resume` goes on with the rows that are there, in as many processes as one likes.
 """
 
 from __future__ import annotations
 
 import csv
+import glob
 import hashlib
+import json
 import os
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,24 +44,90 @@ class Table(NamedTuple):
 
 
 def find_images(folders: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """All images under the folders (or named themselves), sorted by path within each; ValueError if there are none."""
+    """All images under the folders (or named themselves), each once, sorted by path within each folder.
+
+    ValueError if there are none.
+    """
     found: list[str] = []
     for folder in map(Path, folders):
-        if folder.is_file():
+        if not folder.is_dir():
+            if not folder.exists():
+                raise ValueError(f"images: no folder {folder}")
             found.append(str(folder))
             continue
-        if not folder.is_dir():
-            raise ValueError(f"images: no folder {folder}")
-        inside = sorted(str(p) for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+        inside = _images_in(folder)
         if not inside:
             raise ValueError(f"images: no image in {folder} (looked for {' '.join(sorted(EXTENSIONS))})")
         found += inside
-    return found
+    return list(dict.fromkeys(found))
+
+
+def _images_in(folder: Path) -> list[str]:
+    """Sorted; linked folders are followed, each folder visited once, so that links in a circle end."""
+
+    def unreadable(error: OSError) -> None:
+        raise error
+
+    found, visited = [], set()
+    for root, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
+        real = os.path.realpath(root)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders.sort()
+        images = (Path(root, file) for file in files if os.path.splitext(file)[1].lower() in EXTENSIONS)
+        # no pipes; but links to nothing, which are then reported as unreadable
+        found += [str(image) for image in images if image.is_file() or image.is_symlink()]
+    return sorted(found)
 
 
 def rank_and_world() -> tuple[int, int]:
     """This process's number and how many there are, as torchrun says."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def read_image(path: str | os.PathLike[str]) -> Any:
+    """An image file as an 8 bit RGB image of PIL; ValueError where it cannot be read."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # large images, odd palettes
+            with Image.open(path) as image:
+                if image.mode[0] not in "IF":
+                    return image.convert("RGB")
+                pixels = np.asarray(image)  # 16 bits: PIL's own conversion would make all but the darkest white
+        if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 0xFFFF:
+            raise ValueError(f"pixels of {image.mode!r}, which have no fixed range")
+        return Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
+    except UnidentifiedImageError:
+        raise ValueError("not an image") from None
+    except Exception as error:  # whatever PIL's decoders stumble over in a broken file
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(reason) from None
+
+
+def first_readable(paths: list[str]) -> tuple[str, Any]:
+    """The first image that can be read, with its path; ValueError where none can."""
+    reasons = []
+    for path in paths:
+        try:
+            return path, read_image(path)
+        except ValueError as error:
+            reasons.append(f"{path}: {error}")
+    raise ValueError(f"images: none of {len(paths)} can be read: {reasons[0]}" + (", ..." if reasons[1:] else ""))
+
+
+def transformed(image: Any, transform: Callable[[Any], Tensor], path: str) -> Tensor:
+    """The preprocessed image; ValueError where the preprocessing fails, which is no fault of the file."""
+    try:
+        tensor = transform(image)
+    except Exception as error:
+        raise ValueError(f"images: the preprocessing fails on {path}: {error or type(error).__name__}") from error
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"images: expected the preprocessing to return a tensor, got {type(tensor).__name__}")
+    return tensor
 
 
 class _Images(torch.utils.data.Dataset[Any]):
@@ -66,15 +137,28 @@ class _Images(torch.utils.data.Dataset[Any]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, i: int) -> Tensor | str:
-        """The image, or why there is none."""
-        from PIL import Image
-
+    def __getitem__(self, i: int) -> Tensor | str | ValueError:
+        """The image, or why it cannot be read, or what is wrong with all of them."""
         try:
-            with Image.open(self.paths[i]) as image:
-                return self.transform(image.convert("RGB"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            return " ".join(str(error).split()) or type(error).__name__
+            image = read_image(self.paths[i])
+        except ValueError as error:
+            return str(error)
+        try:
+            return transformed(image, self.transform, self.paths[i])
+        except ValueError as error:
+            return error
+
+
+def _collate(items: list[Tensor | str | ValueError]) -> tuple[Tensor | None, list[str | None]] | ValueError:
+    """One tensor of the images, stacked by the worker, and for each item why it is not among them, or None."""
+    wrong = [item for item in items if isinstance(item, ValueError)]
+    images = [item for item in items if isinstance(item, Tensor)]
+    shapes = {tuple(image.shape) for image in images}
+    if len(shapes) > 1:
+        wrong.append(ValueError(f"images: of several sizes, {sorted(shapes)[:2]}; use --resize N"))
+    if wrong:
+        return wrong[0]
+    return torch.stack(images) if images else None, [item if isinstance(item, str) else None for item in items]
 
 
 def score_images(
@@ -93,31 +177,28 @@ def score_images(
     """Score images by a detector; see `_run`. With strict an unreadable image is a ValueError."""
 
     def batches(todo: list[int]) -> Iterator[tuple[list[int], HeadScores | None, list[tuple[int, str]]]]:
-        loader = torch.utils.data.DataLoader(
-            _Images([paths[i] for i in todo], transform),
-            batch_size,
-            num_workers=workers,
-            collate_fn=list,
-            persistent_workers=False,
-        )
+        images = _Images([paths[i] for i in todo], transform)
+        loader = torch.utils.data.DataLoader(images, batch_size, num_workers=workers, collate_fn=_collate)
         start = 0
         device = next(detector.model.parameters()).device.type
-        for items in loader:
-            indices, start = todo[start : start + len(items)], start + len(items)
-            bad = [(i, item) for i, item in zip(indices, items, strict=True) if isinstance(item, str)]
+        for batch in loader:
+            if isinstance(batch, ValueError):
+                raise batch
+            tensor, reasons = batch
+            indices, start = todo[start : start + len(reasons)], start + len(reasons)
+            bad = [(i, reason) for i, reason in zip(indices, reasons, strict=True) if reason is not None]
             if bad and strict:
                 raise ValueError(f"images: cannot read {paths[bad[0][0]]}: {bad[0][1]}")
-            good = [(i, item) for i, item in zip(indices, items, strict=True) if not isinstance(item, str)]
             scores = None
-            if good:
-                shapes = {tuple(item.shape) for _, item in good}
-                if len(shapes) > 1:
-                    raise ValueError(f"images: of several sizes, {sorted(shapes)[:2]}; use --resize N")
+            if tensor is not None:
                 with torch.autocast(device, enabled=amp):
-                    scores = detector.head_scores(torch.stack([item for _, item in good]))
-            yield [i for i, _ in good], scores, bad
+                    scores = detector.head_scores(tensor)
+            yield [i for i, reason in zip(indices, reasons, strict=True) if reason is None], scores, bad
 
-    return _run(paths, batches, out, "images", resume, progress)
+    options = [detector.temperature, detector.reduction, detector.include_bias, amp]
+    preprocessing = re.sub(r" at 0x[0-9a-f]+", "", repr(transform))  # an address differs from run to run
+    settings = [*options, preprocessing, digest(detector.model.state_dict().values())]
+    return _run(paths, settings, batches, out, "images", resume, progress)
 
 
 def score_features(
@@ -142,74 +223,126 @@ def score_features(
             assert x is not None and w is not None
             yield indices, head_scores(x.to(w.dtype), w, b, **options), []
 
-    return _run([str(i) for i in range(len(features))], batches, out, "rows", resume, progress)
+    x, b = torch.empty(features.shape, dtype=weight.dtype, device="meta"), None if bias is None else bias.to("meta")
+    head_scores(x, weight.to("meta"), b, **options)  # refuses what does not fit, without reading anything
+    sample = np.unique(np.linspace(0, max(len(features) - 1, 0), 16, dtype=int))[: len(features)]  # not terabytes
+    of_all = digest([torch.from_numpy(np.array(features[sample])), weight, bias])
+    settings = [sorted(options.items()), str(features.dtype), features.shape[1], of_all]
+    return _run([str(i) for i in range(len(features))], settings, batches, out, "rows", resume, progress)
+
+
+def digest(tensors: Iterable[Any]) -> str:
+    """Of all values, to tell models and inputs apart; what is no tensor is left out."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for t in tensors:
+        if isinstance(t, Tensor):
+            hashed.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
 
 
 Batches = Callable[[list[int]], Iterator[tuple[list[int], HeadScores | None, list[tuple[int, str]]]]]
 
 
-def _run(names: list[str], batches: Batches, out: Path, unit: str, resume: bool, progress: bool) -> Table | None:
+def _run(
+    names: list[str], settings: list[Any], batches: Batches, out: Path, unit: str, resume: bool, progress: bool
+) -> Table | None:
     """Score this process's share of the inputs, then gather everyone's in rank 0, which returns it.
 
-    Every input is scored once: process r of n takes inputs r, r + n, r + 2n, ... Bitwise the order of `names`.
+    Every input is scored once: of those to do, process r of n takes r, r + n, r + 2n, ..., in the order of `names`.
+    With resume, what is in the parts of a run over the same names with the same settings is not done again.
     """
     rank, world = rank_and_world()
     if world > 1 and not torch.distributed.is_initialized():
         # one process may have much more to do than another: waiting long is no error
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+    header = b"gradnorm_fast " + hashlib.sha256(json.dumps([names, settings]).encode()).hexdigest().encode() + b"\n"
     part = out.with_name(f"{out.name}.part-{rank}-of-{world}")
-    identity = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
-    part.parent.mkdir(parents=True, exist_ok=True)
-    done = _rows_of(part, identity) if resume else {}
-    fresh = part.with_name(part.name + ".partial")
-    with open(fresh, "w", newline="") as file:
-        csv.writer(file).writerows([["#", identity], *(done[i] for i in sorted(done))])
-    os.replace(fresh, part)
-    mine = range(rank, len(names), world)
-    bar = _Bar(len(mine), len(done), unit, progress and rank == 0)
-    with open(part, "a", newline="") as file:
-        writer = csv.writer(file)
-        for indices, scores, bad in batches([i for i in mine if i not in done]):
-            if scores is not None:
-                columns = [getattr(scores, name).tolist() for name in FIELDS]
-                writer.writerows([i, *map(repr, row)] for i, *row in zip(indices, *columns, strict=True))
-            for i, reason in bad:
-                bar.say(f"cannot read {names[i]}: {reason}")
-                writer.writerow([i, "unreadable"])
-            file.flush()
-            bar.advance(len(indices) + len(bad))
+    old = _parts(out)
+    values = _read(old if resume else [], header, len(names))
+    _barrier(world)  # nobody writes before everybody has read
+    scored = np.flatnonzero(values[:, _PREDICTION] >= 0)
+    if rank == 0:
+        fresh = part.with_name(part.name + ".partial")
+        with open(fresh, "wb") as file:
+            file.write(header)
+            file.write(np.column_stack([scored, values[scored]]).tobytes())
+        os.replace(fresh, part)
+        for p in old:
+            if p != part:
+                p.unlink()
+    _barrier(world)
+    todo = np.setdiff1d(np.arange(len(names)), scored)[rank::world].tolist()  # unreadable ones are tried again
+    bar = _Bar(len(todo), unit, progress and rank == 0)
+    if rank == 0 and progress and resume:
+        bar.say(f"{len(scored)} of {len(names)} {unit} are there already")
+    try:
+        with open(part, "wb" if rank else "ab") as file:
+            if rank:
+                file.write(header)
+            for indices, scores, bad in batches(todo):
+                if scores is not None:
+                    columns = [getattr(scores, name).cpu().double().numpy() for name in FIELDS]
+                    file.write(np.column_stack([indices, *columns]).tobytes())
+                for i, reason in bad:
+                    bar.say(f"cannot read {names[i]}: {reason}")
+                    file.write(np.array([i, *[_UNREADABLE] * len(FIELDS)]).tobytes())
+                file.flush()
+                bar.advance(len(indices) + len(bad))
+    except BaseException:
+        if part.stat().st_size == len(header):  # nothing to go on with
+            part.unlink()
+        raise
     bar.close()
-    if world > 1:
-        torch.distributed.barrier()
+    _barrier(world)
     if rank:
-        torch.distributed.barrier()  # the parts are read before anybody starts another run
         return None
-    parts = [out.with_name(f"{out.name}.part-{r}-of-{world}") for r in range(world)]
-    rows = {i: row for p in parts for i, row in _rows_of(p, identity).items()}
-    missing = len(names) - len(rows)
+    values = _read([out.with_name(f"{out.name}.part-{r}-of-{world}") for r in range(world)], header, len(names))
+    missing = int((values[:, _PREDICTION] == _NOTHING).sum())
     if missing:
         raise ValueError(f"{out}: {missing} of {len(names)} inputs have no row; is a process missing?")
-    good = [i for i in sorted(rows) if len(rows[i]) > 2]
-    text = {name: np.array([rows[i][k] for i in good]) for k, name in enumerate(FIELDS, 1)}
-    fields = {k: v.astype(np.int64 if k == "prediction" else np.float32) for k, v in text.items()}
-    table = Table([names[i] for i in good], fields, [names[i] for i in sorted(rows) if len(rows[i]) == 2])
-    for p in parts:
-        p.unlink()
+    good = values[:, _PREDICTION] >= 0
+    types = {name: np.int64 if name == "prediction" else np.float32 for name in FIELDS}
+    fields = {name: values[good, k].astype(types[name]) for k, name in enumerate(FIELDS)}
+    return Table([names[i] for i in np.flatnonzero(good)], fields, [names[i] for i in np.flatnonzero(~good)])
+
+
+_PREDICTION = FIELDS.index("prediction")  #: which also says that there is no score
+_UNREADABLE, _NOTHING = -1.0, -2.0
+
+
+def _read(parts: list[Path], header: bytes, n: int) -> np.ndarray[Any, Any]:
+    """FIELDS of each of n inputs, float64, from parts: rows of the input's number and its fields, behind a header.
+
+    ValueError where a part is of another run.
+    """
+    values = np.full((n, len(FIELDS)), _NOTHING)
+    for part in parts:
+        with open(part, "rb") as file:
+            if file.readline() != header:
+                raise ValueError(
+                    f"{part}: is of a run over other inputs, or with another model or options; remove it, or leave out "
+                    "--resume"
+                )
+            numbers = np.fromfile(file)
+        columns = 1 + len(FIELDS)
+        rows = numbers[: len(numbers) // columns * columns].reshape(-1, columns)  # the last may have been cut off
+        values[rows[:, 0].astype(np.int64)] = rows[:, 1:]
+    return values
+
+
+def _barrier(world: int) -> None:
     if world > 1:
         torch.distributed.barrier()
-    return table
 
 
-def _rows_of(part: Path, identity: str) -> dict[int, list[str]]:
-    """The whole rows of a part of a run over the same inputs; none where there is no such part."""
-    if not part.exists():
-        return {}
-    with open(part, newline="") as file:
-        lines = [line for line in file if line.endswith("\n")]  # the last may have been cut off
-    rows = list(csv.reader(lines))
-    if not rows or rows[0] != ["#", identity]:
-        raise ValueError(f"{part}: is of a run over other inputs; remove it, or leave out --resume")
-    return {int(row[0]): row for row in rows[1:] if len(row) in (2, 1 + len(FIELDS))}
+def _parts(out: Path) -> list[Path]:
+    return sorted(out.parent.glob(f"{glob.escape(out.name)}.part-*-of-*[0-9]"))
+
+
+def discard_parts(out: Path) -> None:
+    """Remove the parts of a run, once all that was to come of them is written."""
+    for part in _parts(out):
+        part.unlink()
 
 
 def write_table(table: Table, path: Path, is_ood: np.ndarray[Any, Any] | None = None) -> None:
@@ -224,12 +357,14 @@ def write_table(table: Table, path: Path, is_ood: np.ndarray[Any, Any] | None = 
     check_suffix(path)
     partial = path.with_name(path.name + ".partial")
     if path.suffix == ".csv":
-        with open(partial, "w", newline="") as file:
+        with open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:  # names are any bytes
             writer = csv.writer(file)
             writer.writerow(columns)
-            writer.writerows(
-                zip(*(c if isinstance(c, list) else c.astype(str).tolist() for c in columns.values()), strict=True)
-            )
+            for start in range(0, len(table.paths), 1 << 16):
+                some = (c[start : start + (1 << 16)] for c in columns.values())
+                writer.writerows(
+                    zip(*(c if isinstance(c, list) else c.astype(str).tolist() for c in some), strict=True)
+                )
     elif path.suffix == ".npy":
         arrays = {k: np.asarray(v) for k, v in columns.items()}
         rows = np.empty(len(table.paths), dtype=[(k, a.dtype) for k, a in arrays.items()])
@@ -258,17 +393,16 @@ def check_suffix(path: Path) -> None:
 class _Bar:
     """tqdm on a terminal, a line every half minute elsewhere."""
 
-    def __init__(self, total: int, done: int, unit: str, show: bool) -> None:
-        self.total, self.done, self.unit, self.show = total, done, unit, show
+    def __init__(self, total: int, unit: str, show: bool) -> None:
+        self.total, self.done, self.unit, self.show = total, 0, unit, show
         self.said = self.start = time.monotonic()
-        self.first = done
         self.bar: Any = None
         if show and sys.stderr.isatty():
             try:
                 from tqdm.auto import tqdm
             except ImportError:
                 return
-            self.bar = tqdm(total=total, initial=done, unit=f" {unit}")
+            self.bar = tqdm(total=total, unit=f" {unit}")
 
     def advance(self, n: int) -> None:
         self.done += n
@@ -276,7 +410,7 @@ class _Bar:
             self.bar.update(n)
         elif self.show and (time.monotonic() - self.said > 30 or self.done == self.total):
             self.said = time.monotonic()
-            rate = (self.done - self.first) / max(1e-9, self.said - self.start)
+            rate = self.done / max(1e-9, self.said - self.start)
             print(f"{self.done}/{self.total} {self.unit}, {rate:.0f}/s", file=sys.stderr)
 
     def say(self, message: str) -> None:

@@ -1,13 +1,15 @@
 """The detector on real architectures: the head it finds, the scores, the threshold, and the model left as it was."""
 
 import copy
+import json
+import weakref
 
 import pytest
 import torch
 import torchvision
 from torch import nn
 
-from gradnorm_fast import GradNorm, fast_gradnorm
+from gradnorm_fast import GradNorm, fast_gradnorm, heads
 from gradnorm_fast.reference import autograd_gradnorm
 
 from conftest import DEVICE
@@ -134,6 +136,55 @@ def test_a_head_that_is_not_the_last_layer_is_refused():
         GradNorm(model, nn.Linear(8, 4))
 
 
+class Cosine(nn.Linear):
+    def forward(self, x):
+        return 10 * nn.functional.linear(nn.functional.normalize(x), nn.functional.normalize(self.weight))
+
+
+class Calls(Small):
+    """Calls its head in another way."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.call = call
+
+    def forward(self, x):
+        return self.call(self.fc, self.body(x))
+
+
+def test_a_head_that_is_no_product_or_called_twice_is_refused():
+    model = small()
+    model.fc = Cosine(8, 8).to(DEVICE)
+    for head in (None, "fc"):
+        with pytest.raises(ValueError, match=r"'fc', a Cosine, does not compute x·Wᵀ \+ b"):
+            GradNorm(model, head).score(images())
+    with pytest.raises(ValueError, match="expected one call of it in a pass, the model made 2"):
+        GradNorm(Calls(lambda fc, x: fc(fc(x))).to(DEVICE)).score(images())
+    named = Calls(lambda fc, x: fc(input=x)).to(DEVICE).eval()
+    torch.testing.assert_close(GradNorm(named).score(images()).double(), truth(named, images()), rtol=1e-5, atol=0.0)
+
+
+def test_finding_the_head_keeps_no_activations():
+    """A ViT's tokens or a ResNet's maps, all of them at once, are gigabytes."""
+    kept, alive = [], []
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.fc = nn.ModuleList(nn.Linear(12, 12) for _ in range(3)), nn.Linear(12, 5)
+
+        def forward(self, x):
+            x = x.flatten(1, 2)
+            for layer in self.layers:
+                x = layer(x)
+                kept.append(weakref.ref(x))
+            alive.append(sum(r() is not None for r in kept))
+            return self.fc(x.mean(1))
+
+    GradNorm(Tokens().to(DEVICE)).score(images())
+    assert alive[0] == 1
+
+
 def test_the_model_is_left_as_it_was():
     model = small()
     model.train()
@@ -162,6 +213,18 @@ def test_the_model_is_left_as_it_was():
 def test_wrappers(wrap):
     model, x = small(), images()
     assert torch.equal(GradNorm(wrap(model)).score(x), GradNorm(model).score(x))
+
+
+def test_what_is_compiled_is_called_and_has_no_head():
+    class Blocks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks, self.top = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]), nn.Sequential(nn.ReLU())
+            self.top.append(nn.Linear(4, 2))
+
+    model, compiled = Blocks(), []
+    heads.compile_backbone(model, model.top[1], compiled.append)
+    assert compiled == [*model.blocks, model.top[0]]
 
 
 def test_distributed_data_parallel():
@@ -232,6 +295,15 @@ def test_threshold_agrees_with_p_values_for_any_size(n, tpr):
     assert torch.equal(tried < detector.threshold, detector.p_value(tried) <= 1 - tpr)
 
 
+def test_a_tpr_that_rejects_everything():
+    detector = GradNorm(small()).fit_scores(torch.rand(9), 1e-20)
+    assert detector.threshold == torch.inf and detector.is_ood(torch.tensor([1e9])).all()
+
+
+def test_predictions_of_a_float64_model_are_float32():
+    assert GradNorm(small().double()).fit_scores(torch.rand(40)).predict(images()).scores.dtype == torch.float32
+
+
 def test_refusals_of_fit():
     detector = GradNorm(small())
     with pytest.raises(ValueError, match="no threshold yet"):
@@ -263,6 +335,14 @@ def test_save_and_load(tmp_path):
     (tmp_path / "x.json").write_text("not json")
     with pytest.raises(ValueError, match="expected a detector saved"):
         GradNorm.load(tmp_path / "x.json", model)
+    state = json.loads((tmp_path / "d.json").read_text())
+    del state["calibration"]
+    (tmp_path / "x.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="expected a detector saved"):
+        GradNorm.load(tmp_path / "x.json", model)
+    other.fc = nn.Sequential(other.fc)
+    with pytest.raises(ValueError, match="'fc' is a Sequential"):
+        GradNorm.load(tmp_path / "d.json", other)
     with pytest.raises(ValueError, match="head is not known yet"):
         GradNorm(model).save(tmp_path / "y.json")
 
@@ -300,6 +380,8 @@ def test_diagnosis():
     report = str(reversed_)
     assert reversed_.correlation < -0.9 and "run against one another" in report
     assert "direction is reversed" in report and "feature_norm" in report and reversed_.best != "gradnorm"
+    with pytest.raises(ValueError, match="feature_norm: expected finite scores of at least one image, got 200, 1 not"):
+        diagnose(scores(torch.cat([u[1:], u[:1] / 0]), 0 * u + 1, u)._replace(gradnorm=u))
     assert "collapsed" in str(diagnose(scores(torch.ones(200), 1 + 1e-5 * u, u)))
     report = GradNorm(small()).diagnose(loader(20, 1), loader(20, 5), progress=False)
     assert report.n_id == 20 and set(report.auroc) >= {"gradnorm", "msp", "energy"}

@@ -235,6 +235,7 @@ def test_methods_side_by_side_and_their_average():
     lines = list(csv.DictReader(io.StringIO(results_csv(results))))
     assert len(lines) == 3 * len(METHODS) and lines[0]["ood"] == "near, far"
     assert float(lines[0]["auroc"]) == results["near, far"][lines[0]["method"]]["auroc"]
+    assert "| a\\|b FPR95" in results_table({"a|b": results["far"]})
     with pytest.raises(ValueError, match="at least one named set"):
         compare_methods(inside, {})
 
@@ -250,6 +251,6 @@ def test_bootstrap_intervals_hold_the_metric_and_narrow_with_the_sample():
     assert widths[1] < widths[0] / 4  # by the square root of 100, less what chance leaves
     narrow = evaluate(inside, outside, bootstrap=100, seed=5, confidence=0.5)
     assert narrow["auroc_high"] - narrow["auroc_low"] < widths[1]
-    for wrong in (dict(bootstrap=-1), dict(confidence=1.0)):
+    for wrong in (dict(bootstrap=-1), dict(bootstrap=2.5), dict(confidence=1.0)):
         with pytest.raises(ValueError, match="bootstrap: expected"):
             evaluate(inside, outside, **wrong)
