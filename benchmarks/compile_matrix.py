@@ -124,6 +124,8 @@ def entries(arch: str) -> list[Entry]:
     def add(kernel: str, dtype: torch.dtype, config: Config, **constexprs: object) -> None:
         blocks = {"BLOCK_B": config.block_b, "BLOCK_C": config.block_c, "BLOCK_D": config.block_d, "TMA": config.tma}
         flags = {"HAS_BIAS": True, "EVEN_D": True, "UPCAST": False, "PRECISION": "ieee"}
+        flags |= {"MAX_SLICES": few_rows.MAX_SLICES, "KINDS": cooperative.KINDS}
+        flags |= {"TILES": rows.TILES if kernel == "rows" else cooperative.TILES}
         every = flags | constexprs | blocks
         used = tuple((k, v) for k, v in every.items() if k in functions[kernel].arg_names)
         found[Entry(kernel, arch, TYPE[dtype], used, config.num_warps, config.num_stages, config.num_ctas)] = None
@@ -136,11 +138,11 @@ def entries(arch: str) -> list[Entry]:
         if b <= few_rows.MAX_ROWS and c <= few_rows.MAX_CLASSES:
             config = few_rows.configuration(b, c, d, dtype, arch, PROCESSORS[arch])
             row_c = max(128, triton.next_power_of_2(c))
-            add("few_rows", dtype, config, PRECISION=precision, HEAD=head, STEP=1, ROW_C=1)
+            add("few_rows", dtype, config, PRECISION=precision, HEAD=False, STEP=1, ROW_C=1)
             finish = config._replace(block_b=1, block_c=1, block_d=1)
             add("few_rows", dtype, finish, HEAD=head, STEP=2, ROW_C=row_c)
             if c == 1000:  # kept ready, as below
-                add("few_rows", dtype, config, **options, STEP=few_rows.BOTH.value, ROW_C=row_c)
+                add("few_rows", dtype, config, **options, STEP=few_rows.BOTH, ROW_C=row_c)
         config = split.configuration(b, c, d, dtype, arch)
         long = c > rows.MAX_RESIDENT
         add("logits", dtype, config, **options, LONG=long, GROUP=split.GROUP)
@@ -149,13 +151,11 @@ def entries(arch: str) -> list[Entry]:
             add("rows", torch.float32, of_rows, HEAD=head, RESIDENT=False, TILE_C=config.block_c)
         # Not chosen until they have run on a GPU, but kept ready for one:
         config = cooperative.configuration(b, c, d, dtype, arch)
-        add("cooperative", dtype, config, **options, PHASE=cooperative.ALL.value)
+        add("cooperative", dtype, config, **options, PHASE=cooperative.ALL)
         if nvidia_tma and dtype in HALF:
-            add("logits", dtype, Config(128, 256, 64, 8, 4, tma=True), LONG=False, GROUP=split.GROUP)
-            for tile in ((128, 128), (64, 256)):
-                config = Config(*tile, 64, 8, 4, tma=True)
-                add("cooperative", dtype, config, **options, PHASE=cooperative.ALL.value)
-            if CLUSTERS and c <= cluster.MAX_CLASSES:
+            tile = (128, 256) if arch == "sm_90" else (128, 128)
+            add("logits", dtype, Config(*tile, 64, 8, 4, tma=True), LONG=False, GROUP=split.GROUP)
+            if CLUSTERS and c <= cluster.MAX_CLASSES.get(arch, 4096):
                 add("cluster", dtype, cluster.configuration(b, c, d, dtype, arch), **options)
 
     for dtype in (*HALF, torch.float32):

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from .deviation import deviation_of_rows, first_at, store_scores
+from .launch import launch
 from .targets import (
     ANY,
     CLUSTERS,
@@ -25,6 +26,7 @@ from .targets import (
     Config,
     Table,
     architecture,
+    cdiv,
     choose,
     descriptor,
     descriptors_fit,
@@ -32,7 +34,7 @@ from .targets import (
 )
 from .tile import logits_tile, norm_share
 
-MAX_CLASSES = 4096
+MAX_CLASSES = {"sm_100": 2048}  # 4096 on other architectures
 
 
 @triton.jit(do_not_specialize=["B", "stride_o"])
@@ -65,13 +67,18 @@ def cluster_kernel(
     )  # fmt: skip
 
 
-# 64 x 256 logits a CTA: 128 x 256 spills.
+# 64 x 256 logits a CTA, since 128 x 256 spills; 64 x 128 beside Blackwell's tensor memory.
 TABLE: Table = {
     "any": [
         Choice("half", ANY, 512, Config(64, 512, 64, 8, 3, tma=True, num_ctas=2)),
         Choice("half", ANY, 1024, Config(64, 1024, 64, 8, 3, tma=True, num_ctas=4)),
         Choice("half", ANY, 2048, Config(64, 2048, 64, 8, 3, tma=True, num_ctas=8)),
         Choice("half", ANY, 4096, Config(64, 4096, 64, 8, 3, tma=True, num_ctas=16)),
+    ],
+    "sm_100": [
+        Choice("half", ANY, 512, Config(64, 512, 64, 8, 3, tma=True, num_ctas=4)),
+        Choice("half", ANY, 1024, Config(64, 1024, 64, 8, 3, tma=True, num_ctas=8)),
+        Choice("half", ANY, 2048, Config(64, 2048, 64, 8, 3, tma=True, num_ctas=16)),
     ],
 }
 
@@ -82,11 +89,12 @@ def configuration(b: int, c: int, d: int, dtype: torch.dtype, arch: str) -> Conf
 
 def fits(features: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the kernel can take these."""
+    arch = architecture(features.device)
     return (
         (CLUSTERS or INTERPRETED)
         and features.dtype.itemsize == 2
-        and weight.shape[0] <= MAX_CLASSES
-        and descriptors_fit(architecture(features.device), features, weight)
+        and weight.shape[0] <= MAX_CLASSES.get(arch, 4096)
+        and descriptors_fit(arch, features, weight)
     )
 
 
@@ -109,18 +117,18 @@ def score_cluster(
     arch = architecture(features.device)
     if not fits(features, weight):
         raise ValueError(
-            f"cluster takes halves, {MAX_CLASSES} classes, rows that TMA can read, sm_90 and Triton 3.8; got "
-            f"{features.dtype}, {c}, strides {features.stride()} and {weight.stride()}, {arch}, {triton.__version__}"
+            f"cluster takes halves, at most {MAX_CLASSES.get(arch, 4096)} classes, rows that TMA can read, sm_90 and "
+            f"Triton 3.8; got {features.dtype}, {c}, strides {features.stride()} and {weight.stride()}, {arch} and "
+            f"{triton.__version__}"
         )
     cfg = config or configuration(b, c, d, features.dtype, arch)
-    cluster_kernel[(triton.cdiv(b, cfg.block_b),)](
+    launch(cluster_kernel, cdiv(b, cfg.block_b), cfg, (
         descriptor(features, cfg.block_b, cfg.block_d), descriptor(weight, cfg.block_c, cfg.block_d),
         features, features if bias is None else bias, out, out if prediction is None else prediction,
         b, c, d,
         1.0 / temperature, scale, bias_norm,
         features.stride(0), features.stride(1), 0 if bias is None else bias.stride(0), out.stride(0),
+    ), dict(
         HAS_BIAS=bias is not None, HEAD=prediction is not None, UPCAST=upcast(features.dtype),
         BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d,
-        num_warps=cfg.num_warps, num_stages=cfg.num_stages, enable_fp_fusion=True,
-        **({} if INTERPRETED else {"num_ctas": cfg.num_ctas}),
-    )  # fmt: skip
+    ))  # fmt: skip

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .deviation import deviations_of_tile, first_at, statistics_of_tile, store_scores
+from .launch import launch
 from .targets import (
     ANY,
     INTERPRETED,
@@ -23,6 +24,7 @@ from .targets import (
     Config,
     Table,
     architecture,
+    cdiv,
     choose,
     descriptor,
     descriptors_fit,
@@ -32,9 +34,9 @@ from .targets import (
 )
 from .tile import barrier, logits_tile, merged_statistics, norm_share, read_statistics
 
-KINDS = tl.constexpr(8)  # of statistics: m, S, Q, share of ‖x‖₁, top class; then Σ|u|, Σu, Σ sign u
-TILES = tl.constexpr(2)  # class tiles whose statistics are read at a time; more of them spill
-ALL = tl.constexpr(0)  # PHASE: all three, with barriers between
+KINDS = 8  # of statistics: m, S, Q, share of ‖x‖₁, top class; then Σ|u|, Σu, Σ sign u
+TILES = 2  # class tiles whose statistics are read at a time; more of them spill
+ALL = 0  # PHASE: all three, with barriers between
 
 
 @triton.jit(do_not_specialize=["B", "n_groups", "stride_o"])
@@ -45,7 +47,8 @@ def cooperative_kernel(
     stride_xb, stride_xd, stride_wc, stride_wd, stride_b, stride_o,
     HAS_BIAS: tl.constexpr, HEAD: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    PHASE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    PHASE: tl.constexpr, KINDS: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """XT and WT: features and weight as `logits_tile` takes them, pointers or descriptors; X: the pointer."""
     group = tl.program_id(0) // n_class_tiles
@@ -73,7 +76,7 @@ def cooperative_kernel(
             z = tl.where(valid, z, float("-inf"))  # (BLOCK_B, BLOCK_C)
 
         # 1. statistics of this tile alone
-        if PHASE == ALL or PHASE == 1:
+        if PHASE == 0 or PHASE == 1:
             n = tl.minimum(C - class_tile * BLOCK_C, BLOCK_C)
             m, s, q = statistics_of_tile(z, valid, n, inv_temperature)
             tl.store(mine, m)
@@ -85,21 +88,21 @@ def cooperative_kernel(
             tl.store(mine + 3 * kind, share)
             if HEAD:
                 tl.store(mine + 4 * kind, first_at(z, m, classes[None, :].to(tl.int32)).to(tl.float32))
-        if PHASE == ALL:
+        if PHASE == 0:
             barrier(COUNTERS + 2 * group, arrivals)
 
         # 2. of the whole row, and this tile's part of the deviations
         m, near, mean = merged_statistics(slot, kind, C, n_class_tiles, inv_temperature, BLOCK_C, TILES)
-        if PHASE == ALL or PHASE == 2:
+        if PHASE == 0 or PHASE == 2:
             total, delta, sigma = deviations_of_tile(z, valid, m, near, mean, inv_temperature)
             tl.store(mine + 5 * kind, total)
             tl.store(mine + 6 * kind, delta)
             tl.store(mine + 7 * kind, sigma)
-        if PHASE == ALL:
+        if PHASE == 0:
             barrier(COUNTERS + 2 * group + 1, arrivals)
 
         # 3. the scores
-        if (PHASE == ALL or PHASE == 3) and class_tile == 0:
+        if (PHASE == 0 or PHASE == 3) and class_tile == 0:
             norm = tl.zeros((BLOCK_B,), tl.float32)
             total = tl.zeros((BLOCK_B,), tl.float32)
             delta = tl.zeros((BLOCK_B,), tl.float32)
@@ -127,10 +130,12 @@ def cooperative_kernel(
 TABLE: Table = {
     "any": [
         Choice("half", 64, 2048, Config(16, 32, 128, 4, 3)),
-        Choice("half", ANY, ANY, Config(128, 128, 64, 8, 3)),
+        Choice("half", ANY, ANY, Config(64, 128, 64, 8, 3)),
         Choice("float32", 64, ANY, Config(16, 64, 32, 4, 3)),
-        Choice("float32", ANY, ANY, Config(32, 64, 32, 4, 3)),
+        Choice("float32", ANY, ANY, Config(16, 64, 32, 4, 3)),
     ],
+    "sm_90": [Choice("half", ANY, ANY, Config(64, 256, 64, 8, 4, tma=True))],
+    "sm_100": [Choice("half", ANY, ANY, Config(64, 256, 64, 8, 4, tma=True))],
 }
 
 
@@ -156,7 +161,7 @@ def score_cooperative(
     (b, d), c = features.shape, weight.shape[0]
     arch = architecture(features.device)
     cfg = config or configuration(b, c, d, features.dtype, arch)
-    tiles, blocks = triton.cdiv(c, cfg.block_c), triton.cdiv(b, cfg.block_b)
+    tiles, blocks = cdiv(c, cfg.block_c), cdiv(b, cfg.block_b)
     if INTERPRETED:
         groups = blocks
     else:
@@ -164,12 +169,12 @@ def score_cooperative(
         if tiles > processors:
             raise ValueError(f"{c} classes are {tiles} tiles of {cfg.block_c}, more than {processors} multiprocessors")
         groups = min(blocks, processors // tiles)
-    slots = 2 * groups * KINDS.value
+    slots = 2 * groups * KINDS
     statistics = torch.empty(slots * cfg.block_b * tiles, dtype=torch.float32, device=features.device)
     counters = torch.zeros(2 * groups, dtype=torch.int32, device=features.device)
     tma = cfg.tma and descriptors_fit(arch, features, weight)
-    for phase in (1, 2, 3) if INTERPRETED else (ALL.value,):
-        cooperative_kernel[(groups * tiles,)](
+    for phase in (1, 2, 3) if INTERPRETED else (ALL,):
+        launch(cooperative_kernel, groups * tiles, cfg, (
             descriptor(features, cfg.block_b, cfg.block_d) if tma else features,
             descriptor(weight, cfg.block_c, cfg.block_d) if tma else weight,
             features, features if bias is None else bias, out, out if prediction is None else prediction,
@@ -178,9 +183,8 @@ def score_cooperative(
             1.0 / temperature, scale, bias_norm,
             features.stride(0), features.stride(1), weight.stride(0), weight.stride(1),
             0 if bias is None else bias.stride(0), out.stride(0),
+        ), dict(
             HAS_BIAS=bias is not None, HEAD=prediction is not None, EVEN_D=d % cfg.block_d == 0, TMA=tma,
             PRECISION=dot_precision(features.dtype, arch, cfg.float32), UPCAST=upcast(features.dtype),
-            PHASE=phase, BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d,
-            num_warps=cfg.num_warps, num_stages=cfg.num_stages, enable_fp_fusion=True,
-            **({} if INTERPRETED else {"launch_cooperative_grid": True}),
-        )  # fmt: skip
+            PHASE=phase, KINDS=KINDS, TILES=TILES, BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d,
+        ), cooperative=True)  # fmt: skip

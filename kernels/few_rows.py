@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .deviation import deviation_of_rows, first_at, store_scores
+from .launch import launch
 from .targets import (
     ANY,
     INTERPRETED,
@@ -21,18 +22,20 @@ from .targets import (
     Config,
     Table,
     architecture,
+    cdiv,
     choose,
     dot_precision,
     multiprocessors,
+    power_of_2,
     upcast,
 )
 from .tile import barrier, logits_tile, norm_share
 
 MAX_ROWS = 64
 MAX_CLASSES = 4096  # one program holds a row to finish it
-MAX_SLICES = tl.constexpr(16)
+MAX_SLICES = 16
 ONE_LAUNCH = False
-BOTH = tl.constexpr(0)  # STEP: 1 and 2 with a barrier between
+BOTH = 0  # STEP: 1 and 2 with a barrier between
 
 
 @triton.jit(do_not_specialize=["B", "stride_o"])
@@ -42,12 +45,12 @@ def few_rows_kernel(
     inv_temperature, scale, bias_norm,
     stride_xb, stride_xd, stride_wc, stride_wd, stride_b, stride_o,
     HAS_BIAS: tl.constexpr, HEAD: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    STEP: tl.constexpr, ROW_C: tl.constexpr,
+    STEP: tl.constexpr, ROW_C: tl.constexpr, MAX_SLICES: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """PARTIAL: (slices, B, C) logits of each slice; NORMS: (B, slices)."""
     pid = tl.program_id(0)
-    if STEP == BOTH or STEP == 1:
+    if STEP != 2:
         class_tile = pid % n_class_tiles
         k = pid // n_class_tiles
         first = k * slice_d
@@ -66,9 +69,9 @@ def few_rows_kernel(
         if class_tile == 0:
             share = norm_share(X, zero, B, first, last, BLOCK_D, stride_xb, stride_xd, BLOCK_B, BLOCK_D)
             tl.store(NORMS + local * n_slices + k, share, mask=local < B)
-    if STEP == BOTH:
+    if STEP == 0:
         barrier(COUNTER, n_class_tiles * n_slices)
-    if STEP == BOTH or STEP == 2:
+    if STEP != 1:
         columns = tl.arange(0, ROW_C)[None, :]
         valid = columns < C
         slices = tl.arange(0, MAX_SLICES)[None, :]
@@ -102,13 +105,14 @@ TABLE: Table = {
         Choice("float32", 32, ANY, Config(32, 32, 64, 4, 4)),
         Choice("float32", 64, ANY, Config(64, 32, 64, 4, 4)),
     ],
+    "sm_80": [Choice("float32", 64, ANY, Config(64, 32, 32, 4, 4))],
 }
 
 
 def configuration(b: int, c: int, d: int, dtype: torch.dtype, arch: str, processors: int) -> Config:
     config, slices = choose(TABLE, b, c, dtype, arch), 1
-    tiles = triton.cdiv(c, config.block_c)
-    while slices < MAX_SLICES.value and 2 * slices * tiles <= processors and 2 * slices * config.block_d <= d:
+    tiles = cdiv(c, config.block_c)
+    while slices < MAX_SLICES and 2 * slices * tiles <= processors and 2 * slices * config.block_d <= d:
         slices *= 2
     return config._replace(slices=slices)
 
@@ -138,30 +142,29 @@ def score_few_rows(
     cfg = config or configuration(b, c, d, features.dtype, arch, multiprocessors(device))
     if b > cfg.block_b:
         raise ValueError(f"config: expected a tile of at least {b} rows, got {cfg.block_b}")
-    tiles = triton.cdiv(c, cfg.block_c)
+    tiles = cdiv(c, cfg.block_c)
     programs = tiles * cfg.slices
     if one_launch and not INTERPRETED and programs > multiprocessors(device):
         raise ValueError(f"one launch holds {multiprocessors(device)} programs, got {tiles} x {cfg.slices}")
     partial = torch.empty(cfg.slices * b * c, dtype=torch.float32, device=device)
     norms = torch.empty(b * cfg.slices, dtype=torch.float32, device=device)
-    tile = {"BLOCK_B": cfg.block_b, "BLOCK_C": cfg.block_c, "BLOCK_D": cfg.block_d}
-    row = {"ROW_C": max(128, triton.next_power_of_2(c))}
-    steps: list[tuple[int, int, dict[str, object]]]  # which, on how many programs, with what
+    row_c = max(128, power_of_2(c))
     if one_launch and not INTERPRETED:
-        counter = torch.zeros(1, dtype=torch.int32, device=device)
-        steps = [(BOTH.value, programs, tile | row | {"launch_cooperative_grid": True})]
-    else:
+        counter, steps = torch.zeros(1, dtype=torch.int32, device=device), ((BOTH, programs, row_c, cfg),)
+    else:  # what a step does not use does not compile it anew
         counter = norms
-        steps = [(1, programs, tile | {"ROW_C": 1}), (2, b, dict.fromkeys(tile, 1) | row)]
-    for step, grid, options in steps:
-        few_rows_kernel[(grid,)](
+        steps = ((1, programs, 1, cfg), (2, b, row_c, cfg._replace(block_b=1, block_c=1, block_d=1)))
+    for step, grid, width, tile in steps:
+        launch(few_rows_kernel, grid, tile, (
             features, weight, features if bias is None else bias, out, out if prediction is None else prediction,
             partial, norms, counter,
-            b, c, d, tiles, cfg.slices, triton.cdiv(triton.cdiv(d, cfg.slices), cfg.block_d) * cfg.block_d,
+            b, c, d, tiles, cfg.slices, cdiv(cdiv(d, cfg.slices), cfg.block_d) * cfg.block_d,
             1.0 / temperature, scale, bias_norm,
             features.stride(0), features.stride(1), weight.stride(0), weight.stride(1),
             0 if bias is None else bias.stride(0), out.stride(0),
-            HAS_BIAS=bias is not None, HEAD=prediction is not None, EVEN_D=d % cfg.block_d == 0,
+        ), dict(
+            HAS_BIAS=bias is not None, HEAD=prediction is not None and step != 1, EVEN_D=d % cfg.block_d == 0,
             PRECISION=dot_precision(features.dtype, arch, cfg.float32), UPCAST=upcast(features.dtype),
-            STEP=step, num_warps=cfg.num_warps, num_stages=cfg.num_stages, enable_fp_fusion=True, **options,
-        )  # fmt: skip
+            STEP=step, ROW_C=width, MAX_SLICES=MAX_SLICES,
+            BLOCK_B=tile.block_b, BLOCK_C=tile.block_c, BLOCK_D=tile.block_d,
+        ), cooperative=step == BOTH)  # fmt: skip

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from .deviation import deviation_of_rows, first_at, store_scores
-from .targets import ANY, Choice, Config, Table, architecture, choose, dot_precision, upcast
+from .launch import launch
+from .targets import ANY, Choice, Config, Table, architecture, cdiv, choose, dot_precision, upcast
 
 MAX_CLASSES = 256
 
@@ -106,14 +107,14 @@ def score_one_tile(
     (b, d), c = features.shape, weight.shape[0]
     arch = architecture(features.device)
     cfg = config or configuration(b, c, d, features.dtype, arch)
-    one_tile_kernel[(triton.cdiv(b, cfg.block_b),)](
+    launch(one_tile_kernel, cdiv(b, cfg.block_b), cfg, (
         features, weight, features if bias is None else bias, out, out if prediction is None else prediction,
         b, c, d,
         1.0 / temperature, scale, bias_norm,
         features.stride(0), features.stride(1), weight.stride(0), weight.stride(1),
         0 if bias is None else bias.stride(0), out.stride(0),
+    ), dict(
         HAS_BIAS=bias is not None, HEAD=prediction is not None, EVEN_D=d % cfg.block_d == 0,
         PRECISION=dot_precision(features.dtype, arch, cfg.float32), UPCAST=upcast(features.dtype),
         BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d,
-        num_warps=cfg.num_warps, num_stages=cfg.num_stages, enable_fp_fusion=True,
-    )  # fmt: skip
+    ))  # fmt: skip

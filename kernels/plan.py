@@ -16,16 +16,15 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from itertools import product
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from triton.errors import TritonError
 
 from . import cluster, cooperative, few_rows, one_tile, split
-from .targets import ANY, INTERPRETED, Config, TensorDescriptor, architecture, multiprocessors
+from .targets import ANY, INTERPRETED, Config, TensorDescriptor, architecture, cdiv, multiprocessors, power_of_2
 
 
 class Plan(NamedTuple):
@@ -51,7 +50,7 @@ def chosen(features: torch.Tensor, weight: torch.Tensor, run: Callable[[Plan], t
         return by_table(ANY, c, d, features.dtype, device)
     if os.environ.get("GRADNORM_FAST_AUTOTUNE") != "1" or features.dtype == torch.float64:
         return by_table(b, c, d, features.dtype, device)
-    key = (triton.next_power_of_2(b), c, d, features.dtype, device, torch.get_float32_matmul_precision())
+    key = (power_of_2(b), c, d, features.dtype, device, torch.get_float32_matmul_precision())
     if key not in _tuned:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return by_table(b, c, d, features.dtype, device)
@@ -59,6 +58,7 @@ def chosen(features: torch.Tensor, weight: torch.Tensor, run: Callable[[Plan], t
     return _tuned[key]
 
 
+@lru_cache(4096)
 def by_table(b: int, c: int, d: int, dtype: torch.dtype, device: torch.device) -> Plan:
     """The default: a pure function of shape, dtype and device."""
     arch = architecture(device)
@@ -105,7 +105,7 @@ def candidates(features: torch.Tensor, weight: torch.Tensor) -> Iterator[Plan]:
     if b <= few_rows.MAX_ROWS and c <= few_rows.MAX_CLASSES:
         default = few_rows.configuration(b, c, d, features.dtype, arch, processors)
         for classes, step, n in product((16, 32, 64), (64, 128, 256) if half else (32, 64), (1, 2, 4, 8, 16)):
-            programs = triton.cdiv(c, classes) * n
+            programs = cdiv(c, classes) * n
             if n * step <= d and processors // 4 <= programs <= 4 * processors:
                 config = default._replace(block_c=classes, block_d=step, slices=n)
                 yield Plan("few_rows", config)
@@ -118,9 +118,9 @@ def candidates(features: torch.Tensor, weight: torch.Tensor) -> Iterator[Plan]:
     else:
         wide = ((128, 128, 32, 8), (64, 128, 32, 8), (64, 64, 32, 4))
     yield from tiles("split", *wide, tma=tma)
-    yield from tiles("cooperative", *(s for s in wide if triton.cdiv(c, s[1]) <= processors), tma=tma)
+    yield from tiles("cooperative", *(s for s in wide if cdiv(c, s[1]) <= processors), tma=tma)
     if cluster.fits(features, weight):
-        whole = max(512, triton.next_power_of_2(c))
+        whole = max(512, power_of_2(c))
         for rows, classes, n in product((64, 128), (128, 256), stages):
             if whole // classes <= 16 and rows * classes <= 128 * 128:
                 yield Plan("cluster", Config(rows, whole, 64, 8, n, tma=True, num_ctas=whole // classes))

@@ -22,11 +22,12 @@ from .deviation import (
     statistics_of_tile,
     store_scores,
 )
-from .targets import ANY, Choice, Config, Table, architecture, choose
+from .launch import launch
+from .targets import ANY, Choice, Config, Table, architecture, cdiv, choose
 from .tile import merged_statistics
 
 MAX_RESIDENT = 8192
-TILES = tl.constexpr(256)  # class tiles whose statistics are read at a time
+TILES = 256  # class tiles whose statistics are read at a time
 
 
 @triton.jit(do_not_specialize=["B", "stride_o"])
@@ -35,7 +36,7 @@ def rows_kernel(
     B, C, D,
     inv_temperature, inv_temperature_low, scale, bias_norm,
     stride_xb, stride_xd, stride_zb, stride_zc, stride_o,
-    HEAD: tl.constexpr, RESIDENT: tl.constexpr, TILE_C: tl.constexpr,
+    HEAD: tl.constexpr, RESIDENT: tl.constexpr, TILE_C: tl.constexpr, TILES: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """TILE_C: of how many classes each are the tiles whose m, S and Q are in STATISTICS (3, B, tiles); 0 of none."""
@@ -129,7 +130,7 @@ TABLE: Table = {
         Choice("any", ANY, 128, Config(16, 128, 128, 4, 2)),
         Choice("any", ANY, 1024, Config(2, 1024, 1024, 4, 2)),
         Choice("any", ANY, 4096, Config(1, 4096, 2048, 8, 2)),
-        Choice("float64", ANY, ANY, Config(1, 4096, 256, 8, 2)),
+        Choice("float64", ANY, ANY, Config(1, 2048, 256, 8, 2)),
         Choice("any", ANY, MAX_RESIDENT, Config(1, 8192, 2048, 16, 2)),
         Choice("any", ANY, ANY, Config(1, 4096, 256, 8, 2)),
     ],
@@ -160,12 +161,13 @@ def score_rows(
     (b, d), c = features.shape, logits.shape[1]
     cfg = config or configuration(b, c, out.dtype, architecture(logits.device))
     high = float(np.float32(1.0 / temperature))
-    rows_kernel[(triton.cdiv(b, cfg.block_b),)](
+    launch(rows_kernel, cdiv(b, cfg.block_b), cfg, (
         features, logits, out if statistics is None else statistics, out, out if prediction is None else prediction,
         b, c, d,
         high, 1.0 / temperature - high, scale, bias_norm,
         features.stride(0), features.stride(1), logits.stride(0), logits.stride(1), out.stride(0),
+    ), dict(
         HEAD=prediction is not None, RESIDENT=c <= cfg.block_c, TILE_C=0 if statistics is None else tile_c,
+        TILES=TILES,
         BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d,
-        num_warps=cfg.num_warps, num_stages=cfg.num_stages, enable_fp_fusion=True,
-    )  # fmt: skip
+    ))  # fmt: skip

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .deviation import statistics_of_tile
+from .launch import launch
 from .rows import MAX_RESIDENT, score_rows
 from .targets import (
     ANY,
@@ -20,6 +21,7 @@ from .targets import (
     Config,
     Table,
     architecture,
+    cdiv,
     choose,
     descriptor,
     descriptors_fit,
@@ -113,8 +115,8 @@ def score_split(
     cfg = config or configuration(b, c, d, features.dtype, arch)
     fused = features.dtype != torch.float64  # float64 has no tensor cores to win: the matmul is the library's
     long = fused and c > MAX_RESIDENT
-    tiles = triton.cdiv(c, cfg.block_c)
-    width = triton.cdiv(c, 4) * 4  # rows of logits start 16-byte aligned
+    tiles = cdiv(c, cfg.block_c)
+    width = cdiv(c, 4) * 4  # rows of logits start 16-byte aligned
     row_bytes = 4 * (width + (4 if long else 1) * tiles) if fused else 8 * width
     chunk = min(b, chunk or max(MIN_ROWS, WORKSPACE_BYTES // row_bytes // MIN_ROWS * MIN_ROWS))
     logits = torch.empty((chunk, width), dtype=out.dtype, device=features.device)
@@ -131,7 +133,7 @@ def score_split(
         else:
             norms = shares[: (stop - start) * tiles].view(stop - start, tiles)
             tma = cfg.tma and descriptors_fit(arch, x, weight)
-            logits_kernel[(triton.cdiv(stop - start, cfg.block_b) * tiles,)](
+            launch(logits_kernel, cdiv(stop - start, cfg.block_b) * tiles, cfg, (
                 descriptor(x, cfg.block_b, cfg.block_d) if tma else x,
                 descriptor(weight, cfg.block_c, cfg.block_d) if tma else weight,
                 x, x if bias is None else bias, z, norms, norms if statistics is None else statistics,
@@ -139,11 +141,11 @@ def score_split(
                 1.0 / temperature,
                 x.stride(0), x.stride(1), weight.stride(0), weight.stride(1),
                 0 if bias is None else bias.stride(0), width,
+            ), dict(
                 HAS_BIAS=bias is not None, EVEN_D=d % cfg.block_d == 0, TMA=tma,
                 PRECISION=dot_precision(x.dtype, arch, cfg.float32), UPCAST=upcast(x.dtype),
                 LONG=long, GROUP=GROUP, BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d,
-                num_warps=cfg.num_warps, num_stages=cfg.num_stages, enable_fp_fusion=True,
-            )  # fmt: skip
+            ))  # fmt: skip
         score_rows(
             norms, z, out[:, start:stop], None if prediction is None else prediction[start:stop],
             temperature, scale, bias_norm, statistics, cfg.block_c,

@@ -3,6 +3,12 @@
 In the interpreter the steps between the barriers of a cooperative launch are launches of their own.
 """
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -215,6 +221,21 @@ def test_autotuned_scores_are_the_scores(monkeypatch):
     monkeypatch.setenv("GRADNORM_FAST_AUTOTUNE", "1")
     torch.testing.assert_close(fast_gradnorm(x, w, bias, backend="triton"), expected, rtol=1e-5, atol=0)
     assert len(plan._tuned) == 1
+
+
+# Launching
+
+
+def test_a_launch_past_the_binder_is_the_binders_launch():
+    """The same binary with the same arguments, whatever Triton would have compiled anew."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("recorded_launches.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    calls = json.loads(done.stdout)
+    assert all(by_binder and by_binder == first == again for by_binder, first, again in calls)
+    binaries = [by_binder[0][4] for by_binder, _, _ in calls[:4]]  # 64 rows, 1, not aligned, an odd D
+    assert len(set(binaries)) == 4
 
 
 # On a GPU

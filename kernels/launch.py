@@ -1,0 +1,58 @@
+"""Launching a kernel, the second time past Triton's binder: 1 µs and its key's 3 in place of 8, where two launches of a
+few µs each are the whole call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+
+from .targets import INTERPRETED, Config
+
+# The versions whose compiled kernels take these arguments. Others, and AMD's (which also looks at how much memory is
+# behind a pointer), go through the binder every time.
+KNOWN = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 10) and torch.version.hip is None
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def launch(
+    kernel: Any,
+    programs: int,
+    config: Config,
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+    cooperative: bool = False,
+) -> None:
+    """kernel[(programs,)](*arguments, **constants), the constants being the kernel's last parameters, in its order."""
+    if INTERPRETED:
+        kernel[(programs,)](*arguments, **constants)
+        return
+    if KNOWN:
+        active = triton.runtime.driver.active
+        device = active.get_current_device()
+        key = (id(kernel), device, config, cooperative, *constants.values(), *map(_kind, arguments))
+        again = _compiled.get(key)
+        if again is not None and not triton.knobs.runtime.launch_enter_hook.calls:  # hooks are a profiler's
+            again.run(
+                programs, 1, 1, active.get_current_stream(device), again.function, again.packed_metadata,
+                None, None, None, *arguments, *constants.values(),
+            )  # fmt: skip
+            return
+    options: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if cooperative:
+        options["launch_cooperative_grid"] = True
+    if config.num_ctas > 1:
+        options["num_ctas"] = config.num_ctas
+    compiled = kernel[(programs,)](*arguments, **constants, **options, enable_fp_fusion=True)
+    if KNOWN:
+        _compiled[key] = compiled
+
+
+def _kind(argument: Any) -> object:
+    """All that Triton compiles anew for: dtype and alignment, being 1, a multiple of 16 or more than 32 bits."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.data_ptr() & 15 == 0
+    if isinstance(argument, int):
+        return argument == 1, argument & 15 == 0, argument.bit_length() > 31
+    return type(argument)
