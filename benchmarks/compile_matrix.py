@@ -144,7 +144,7 @@ def entries(arch: str) -> list[Entry]:
             if c == 1000:  # kept ready, as below
                 add("few_rows", dtype, config, **options, STEP=few_rows.BOTH, ROW_C=row_c)
         config = split.configuration(b, c, d, dtype, arch)
-        long = c > rows.MAX_RESIDENT
+        long = c > rows.MAX_RESIDENT and config.block_b * config.block_c <= split.STATISTICS_TILE
         add("logits", dtype, config, **options, LONG=long, GROUP=split.GROUP)
         if long:
             of_rows = rows.configuration(b, c, torch.float32, arch)

@@ -32,13 +32,13 @@ def ours(weight: Tensor, bias: Tensor, backend: str = "auto") -> Score:
     return lambda features: fast_gradnorm(features, weight, bias, backend=backend)
 
 
-def cooperative(weight: Tensor, bias: Tensor) -> Score:
-    """The single-launch kernel that no call chooses yet."""
-    from gradnorm_fast.kernels.cooperative import score_cooperative
+def kernel(weight: Tensor, bias: Tensor, name: str) -> Score:
+    """One kernel by itself, those included that no call chooses yet; ValueError for a shape it does not take."""
+    from gradnorm_fast.kernels import plan
 
     def score(features: Tensor) -> Tensor:
         out = torch.empty(1, len(features), device=features.device)
-        score_cooperative(features, weight, bias, out, None, 1.0, 1.0, 0.0)
+        plan.KERNELS[name](features, weight, bias, out, None, 1.0, 1.0, 0.0)
         return out[0]
 
     return score
@@ -91,7 +91,9 @@ ALL = {
     BASELINE: Implementation(matmul, scores=False),
     OURS: Implementation(ours, tolerance=1e-4),
     "fast_gradnorm, torch path": Implementation(partial(ours, backend="torch"), tolerance=1e-4),
-    "cooperative kernel": Implementation(cooperative, tolerance=1e-4),
+    "few_rows, one launch": Implementation(partial(kernel, name="few_rows, one launch"), tolerance=1e-4),
+    "cooperative": Implementation(partial(kernel, name="cooperative"), tolerance=1e-4),
+    "cluster": Implementation(partial(kernel, name="cluster"), tolerance=1e-4),
     "torch.compile": Implementation(compiled),
     "eager": Implementation(eager),
     "vmap": Implementation(vmap, capturable=False),
@@ -101,7 +103,7 @@ ALL = {
 
 def for_device(device: str) -> dict[str, Implementation]:
     """On a CPU fast_gradnorm is its torch path and kernels run in no time worth measuring."""
-    gpu_only = ("fast_gradnorm, torch path", "cooperative kernel")
+    gpu_only = ("fast_gradnorm, torch path", "few_rows, one launch", "cooperative", "cluster")
     return {k: v for k, v in ALL.items() if device.startswith("cuda") or k not in gpu_only}
 
 

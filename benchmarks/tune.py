@@ -1,7 +1,7 @@
-"""Time every plausible configuration of every kernel, per workload: what the tables in kernels/ are chosen by.
+"""Time every plausible configuration of every kernel, per workload: what the tables in kernels/ are to be chosen by.
 
     python benchmarks/tune.py --out benchmarks/results/h200          on a GPU
-    python benchmarks/tune.py --dry-run --out /tmp/tune              without: two tiny shapes, in the interpreter
+    python benchmarks/tune.py --dry-run --out /tmp/tune              without: tiny shapes, in the interpreter
 
 Each candidate is checked against the torch path first. Results are written after every workload, best first.
 """
@@ -9,7 +9,6 @@ Each candidate is checked against the torch path first. Results are written afte
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import statistics
@@ -27,8 +26,7 @@ if "--dry-run" in sys.argv:
 import torch
 
 from gradnorm_fast import fast_gradnorm
-from gradnorm_fast.kernels import cooperative, one_tile, split
-from gradnorm_fast.kernels.targets import Config, architecture
+from gradnorm_fast.kernels import plan
 
 import measure
 from workloads import Workload
@@ -42,48 +40,27 @@ GPU = [
         (10000, 512, 100), (4096, 768, 1000), (4096, 2048, 21843),
     ]
 ]  # fmt: skip
-DRY = [Workload(20, 24, 40), Workload(20, 24, 300)]
+DRY = [Workload(20, 24, 40), Workload(20, 32, 300, "bfloat16"), Workload(70, 32, 300, "bfloat16")]
 WORKERS = 8  # processes that compile before anything is timed
 
-Score = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+def plans(w: Workload, x: torch.Tensor, weight: torch.Tensor) -> Iterator[plan.Plan]:
+    """The default first, then what is worth timing; in a dry run two of each kernel."""
+    default = plan.by_table(w.batch, w.classes, w.depth, x.dtype, x.device)
+    seen: list[plan.Plan] = []
+    for candidate in (default, *plan.candidates(x, weight)):
+        alike = sum(p.kernel == candidate.kernel for p in seen)
+        if candidate not in seen and (x.device.type == "cuda" or alike < 2):
+            seen.append(candidate)
+            yield candidate
 
 
-def kernels(w: Workload) -> dict[str, Any]:
-    """The launchers that can take this workload."""
-    if w.classes <= one_tile.MAX_CLASSES:
-        return {"one_tile": one_tile.score_one_tile}
-    return {"split": split.score_split, "cooperative": cooperative.score_cooperative}
-
-
-def candidates(kernel: str, w: Workload) -> Iterator[Config]:
-    """The default first, then a grid around what the regime suggests."""
-    module = {"one_tile": one_tile, "split": split, "cooperative": cooperative}[kernel]
-    dtype = getattr(torch, w.dtype)
-    arch = architecture(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    default = module.configuration(w.batch, w.classes, w.depth, dtype, arch)
-    yield default
-    half = w.dtype != "float32"
-    if kernel == "one_tile":
-        rows, classes = (16, 32, 64, 128), (default.block_c,)
-        steps = (32, 64, 128) if half else (16, 32, 64)
-    elif w.batch <= 64:
-        rows, classes, steps = (16,), (16, 32, 64, 128), (64, 128, 256) if half else (32, 64)
-    else:
-        rows, classes, steps = (64, 128), (64, 128, 256), (32, 64) if half else (16, 32)
-    for block_b, block_c, block_d, warps, stages in itertools.product(rows, classes, steps, (4, 8), (2, 3, 4)):
-        accumulators = block_b * block_c / (32 * warps)
-        shared = stages * (block_b + block_c) * block_d * w.itemsize
-        config = Config(block_b, block_c, block_d, warps, stages)
-        if accumulators <= (128 if half else 64) and shared <= 220 * 1024 and config != default:
-            yield config
-
-
-def call_of(kernel: Any, w: Workload, config: Config, inputs: tuple[torch.Tensor, ...]) -> Callable[[], torch.Tensor]:
+def call_of(chosen: plan.Plan, inputs: tuple[torch.Tensor, ...]) -> Callable[[], torch.Tensor]:
     x, weight, bias = inputs
     out = torch.empty(1, len(x), device=x.device)
 
     def call() -> torch.Tensor:
-        kernel(x, weight, bias, out, None, 1.0, 1.0, 0.0, config)
+        plan.KERNELS[chosen.kernel](x, weight, bias, out, None, 1.0, 1.0, 0.0, chosen.config)
         return out[0]
 
     return call
@@ -98,39 +75,43 @@ def tune(w: Workload, device: str, deadline: float) -> list[dict[str, Any]]:
     inputs = [inputs[i] if i < 4 else tuple(t.clone() for t in inputs[i % 4]) for i in range(copies)]
     expected = fast_gradnorm(*inputs[0], backend="torch")
     rows = []
-    for name, kernel in kernels(w).items():
-        for config in candidates(name, w):
-            if time.monotonic() > deadline:
-                break
-            row: dict[str, Any] = {"workload": str(w), "kernel": name, "config": list(config)}
-            try:
-                calls = [call_of(kernel, w, config, i) for i in inputs]
-                got = calls[0]()
-                row["error"] = ((got - expected).abs() / expected).max().item()
-                if not row["error"] <= 1e-3:
-                    raise AssertionError(f"relative error {row['error']:.2g}")
-                times = measure.device_times(calls, max(10, copies), device) if cuda else [0.0]
-                row["seconds"] = statistics.median(times)
-            except Exception as error:  # out of shared memory or registers: a finding
-                row["failed"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}"
-            rows.append(row)
-            if not cuda and len(rows) % 2 == 0:
-                break  # a dry run: two candidates of each kernel
+    for chosen in plans(w, *inputs[0][:2]):
+        if time.monotonic() > deadline:
+            break
+        row: dict[str, Any] = {"workload": str(w), "kernel": chosen.kernel, "config": chosen.config._asdict()}
+        row["default"] = not rows
+        try:
+            calls = [call_of(chosen, i) for i in inputs]
+            row["error"] = ((calls[0]() - expected).abs() / expected).max().item()
+            if not row["error"] <= 1e-3:
+                raise AssertionError(f"relative error {row['error']:.2g}")
+            times = measure.device_times(calls, max(10, copies), device) if cuda else [0.0]
+            row["seconds"] = statistics.median(times)
+        except Exception as error:  # out of shared memory or registers: a finding
+            row["failed"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}"
+        rows.append(row)
     return sorted(rows, key=lambda r: r.get("seconds", float("inf")))
 
 
 def warm_up(share: int, of: int, deadline: float) -> None:
     """Compile every of-th candidate into Triton's cache on disk, by launching it once."""
-    everything = [(w, n, k, c) for w in GPU for n, k in kernels(w).items() for c in candidates(n, w)]
-    for w, _, kernel, config in everything[share::of]:
-        if time.monotonic() > deadline:
-            return
-        small = Workload(min(w.batch, 128), w.depth, w.classes, w.dtype)
-        try:
-            call_of(kernel, w, config, small.inputs("cuda"))()
-            torch.cuda.synchronize()
-        except Exception:  # tune reports it
-            continue
+    for w in GPU:
+        x, weight, bias = Workload(min(w.batch, 128), w.depth, w.classes, w.dtype).inputs("cuda")
+        x = x if len(x) == w.batch else x[:1].expand(w.batch, -1)  # the batch's plans, not its memory
+        for chosen in list(plans(w, x, weight))[share::of]:
+            if time.monotonic() > deadline:
+                return
+            try:
+                call_of(chosen, (x[:128].contiguous(), weight, bias))()
+                torch.cuda.synchronize()
+            except Exception:  # tune reports it
+                continue
+
+
+def described(row: dict[str, Any]) -> str:
+    tile = "x".join(str(row["config"][k]) for k in ("block_b", "block_c", "block_d"))
+    time_of = f"{row['seconds'] * 1e6:.1f} µs" if "seconds" in row else row["failed"]
+    return f"{row['kernel']} {tile}{' (default)' if row['default'] else ''} {time_of}"
 
 
 def main() -> int:
@@ -170,7 +151,7 @@ def main() -> int:
         partial.write_text(json.dumps(results, indent=1))
         os.replace(partial, path)
         best = {r["kernel"]: r for r in reversed(rows)}
-        print(f"{w}: " + ", ".join(f"{k} {r['config']} {r.get('seconds', 0) * 1e6:.1f} µs" for k, r in best.items()))
+        print(f"{w}: " + "; ".join(described(r) for r in best.values()), flush=True)
     return 0
 
 

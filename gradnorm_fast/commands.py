@@ -334,13 +334,15 @@ def _chosen(device: torch.device, b: int, d: int, c: int, dtype: torch.dtype) ->
 
     if not uses_triton("auto", device):
         return "plain torch: " + ("a CPU's own path" if device.type == "cpu" else why_not_triton(device))
-    from .kernels import one_tile, split
-    from .kernels.targets import architecture
+    from .kernels import plan
 
-    arch = architecture(device)
-    if c <= one_tile.MAX_CLASSES and dtype != torch.float64:
-        return f"one_tile, all classes in one tile, one launch: {one_tile.configuration(b, c, d, dtype, arch)}"
-    return f"split, more classes than one tile holds, two launches: {split.configuration(b, c, d, dtype, arch)}"
+    why = {
+        "one_tile": "all classes in one tile, one launch",
+        "few_rows": "reading the weight is all the work: slices of the features on all processors, two launches",
+        "split": "more classes than one tile holds, two launches",
+    }
+    kernel, config = plan.by_table(b, c, d, dtype, device)
+    return f"{kernel}, {why[kernel]}: {config}"
 
 
 def _check(device: torch.device) -> list[str]:
@@ -350,16 +352,20 @@ def _check(device: torch.device) -> list[str]:
     from .reference import autograd_gradnorm
 
     backends = ["torch"] + (["triton"] if not why_not_triton(device) else [])
+    cases = (
+        ("one tile", 5, 10), ("one tile", 5, 200), ("few rows", 5, 1000), ("split", 70, 1000), ("split", 3, 9000),
+        ("rows", 5, 1000), ("long rows", 3, 9000),
+    )  # fmt: skip
     lines = []
     for backend in backends:
-        for kernel, c in (("one tile", 10), ("one tile", 200), ("split", 1000), ("rows", 1000), ("long rows", 9000)):
+        for kernel, b, c in cases:
             for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
                 g = torch.Generator().manual_seed(c)
-                x, w, bias = (torch.randn(*s, generator=g).to(dtype) for s in ((5, 64), (c, 64), (c,)))
+                x, w, bias = (torch.randn(*s, generator=g).to(dtype) for s in ((b, 64), (c, 64), (c,)))
                 w /= 8
                 expected = autograd_gradnorm(x.double(), w.double(), bias.double())
                 x, w, bias = (t.to(device) for t in (x, w, bias))
-                if "rows" in kernel:
+                if kernel in ("rows", "long rows"):
                     logits = torch.nn.functional.linear(x.double(), w.double(), bias.double())
                     x, logits = x.double().to(score := torch.promote_types(dtype, torch.float32)), logits.to(score)
                     got = gradnorm_from_logits(x, logits, backend=backend)

@@ -67,12 +67,12 @@ def cluster_kernel(
     )  # fmt: skip
 
 
-# 64 x 256 logits a CTA, since 128 x 256 spills; 64 x 128 beside Blackwell's tensor memory.
+# 128 x 128 logits a CTA: 128 x 256 spills, and so does 64 x 256 beside Blackwell's tensor memory.
 TABLE: Table = {
     "any": [
-        Choice("half", ANY, 512, Config(64, 512, 64, 8, 3, tma=True, num_ctas=2)),
-        Choice("half", ANY, 1024, Config(64, 1024, 64, 8, 3, tma=True, num_ctas=4)),
-        Choice("half", ANY, 2048, Config(64, 2048, 64, 8, 3, tma=True, num_ctas=8)),
+        Choice("half", ANY, 512, Config(128, 512, 64, 8, 4, tma=True, num_ctas=4)),
+        Choice("half", ANY, 1024, Config(128, 1024, 64, 8, 4, tma=True, num_ctas=8)),
+        Choice("half", ANY, 2048, Config(128, 2048, 64, 8, 4, tma=True, num_ctas=16)),
         Choice("half", ANY, 4096, Config(64, 4096, 64, 8, 3, tma=True, num_ctas=16)),
     ],
     "sm_100": [

@@ -117,7 +117,10 @@ def candidates(features: torch.Tensor, weight: torch.Tensor) -> Iterator[Plan]:
         wide = ((128, 256, 64, 8), (128, 128, 64, 8), (64, 256, 64, 8), (256, 128, 64, 8), (64, 128, 64, 4))
     else:
         wide = ((128, 128, 32, 8), (64, 128, 32, 8), (64, 64, 32, 4))
-    yield from tiles("split", *wide, tma=tma)
+    for by_tile in tiles("split", *wide, tma=tma):
+        yield by_tile
+        if 4 * b * c > 24 * 2**20:  # chunks that stay in L2
+            yield by_tile._replace(config=by_tile.config._replace(workspace=24))
     yield from tiles("cooperative", *(s for s in wide if cdiv(c, s[1]) <= processors), tma=tma)
     if cluster.fits(features, weight):
         whole = max(512, power_of_2(c))

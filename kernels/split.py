@@ -1,11 +1,12 @@
 """GradNorm scores where the classes do not fit one tile: logits to a bounded workspace, then one read of them.
 
     launch 1    z = x·Wᵀ + b by tiles (BLOCK_B rows x BLOCK_C classes), each class tile's share of ‖x‖₁ and, of rows too
-                long for launch 2 to hold, each tile's m, S and Q (deviation.py)
+                long for launch 2 to hold, each tile's m, S and Q if it has the registers for them (deviation.py)
     launch 2    rows.py on these logits; its "features" are the shares, for ‖x‖₁ = ‖(share_1, share_2, ...)‖₁
 
-Traffic: B·D features and C·D weights per pass of the matmul, 4·B·C bytes of logits written and read once, in chunks of
-rows that keep the workspace at WORKSPACE_BYTES, or at MIN_ROWS rows where those are more; W is read once per chunk.
+Traffic: B·D features and C·D weights per pass of the matmul, 4·B·C bytes of logits written and read, in chunks of
+rows that keep the workspace at 64 MiB (`Config.workspace`), or at MIN_ROWS rows where those are more; W is read once
+per chunk.
 """
 
 import torch
@@ -30,8 +31,8 @@ from .targets import (
 )
 from .tile import logits_tile, norm_share
 
-WORKSPACE_BYTES = 64 * 2**20
 MIN_ROWS = 512
+STATISTICS_TILE = 128 * 128  # a larger tile leaves no registers for its m, S and Q
 GROUP = 8  # row tiles that share a weight tile while it is in L2
 
 
@@ -81,15 +82,20 @@ def logits_kernel(
     tl.store(SHARES + at, share, mask=live)
 
 
-# The largest tile that fits the registers; a narrow one for few rows, where reading W is all the work.
+# The larger the tile, the less its operands take from L2 (128 x 256: 85 operations a byte); the fewer rows, the more
+# tiles it takes to give every multiprocessor one.
 TABLE: Table = {
     "any": [
-        Choice("half", 64, ANY, Config(16, 32, 128, 4, 3)),
+        Choice("half", 16, ANY, Config(16, 32, 128, 4, 3)),
+        Choice("half", 256, 4096, Config(64, 64, 64, 4, 3)),
+        Choice("half", 1024, 4096, Config(64, 128, 64, 4, 3)),
+        Choice("half", 2048, 4096, Config(128, 128, 64, 8, 3)),
         Choice("half", ANY, ANY, Config(128, 128, 64, 8, 3)),
         Choice("float32", 64, ANY, Config(16, 64, 32, 4, 3)),
         Choice("float32", ANY, ANY, Config(64, 128, 32, 8, 3)),
-        Choice("float64", ANY, ANY, Config(64, 128, 32, 8, 3)),  # of the statistics; the matmul is the library's
+        Choice("float64", ANY, ANY, Config(64, 128, 32, 8, 3)),  # not used: the matmul is the library's
     ],
+    "sm_90": [Choice("half", ANY, ANY, Config(128, 256, 64, 8, 3))],
 }
 
 
@@ -114,11 +120,11 @@ def score_split(
     arch = architecture(features.device)
     cfg = config or configuration(b, c, d, features.dtype, arch)
     fused = features.dtype != torch.float64  # float64 has no tensor cores to win: the matmul is the library's
-    long = fused and c > MAX_RESIDENT
+    long = fused and c > MAX_RESIDENT and cfg.block_b * cfg.block_c <= STATISTICS_TILE
     tiles = cdiv(c, cfg.block_c)
     width = cdiv(c, 4) * 4  # rows of logits start 16-byte aligned
     row_bytes = 4 * (width + (4 if long else 1) * tiles) if fused else 8 * width
-    chunk = min(b, chunk or max(MIN_ROWS, WORKSPACE_BYTES // row_bytes // MIN_ROWS * MIN_ROWS))
+    chunk = min(b, chunk or max(MIN_ROWS, cfg.workspace * 2**20 // row_bytes // MIN_ROWS * MIN_ROWS))
     logits = torch.empty((chunk, width), dtype=out.dtype, device=features.device)
     shares = torch.empty(chunk * tiles, dtype=out.dtype, device=features.device) if fused else None
     statistics = torch.empty(3 * chunk * tiles, dtype=out.dtype, device=features.device) if long else None

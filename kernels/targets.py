@@ -35,6 +35,7 @@ class Config(NamedTuple):
     tma: bool = False  #: operands by tensor descriptors, where `descriptors_fit`
     slices: int = 1  #: of the features, each on a program of its own
     num_ctas: int = 1  #: in a cluster that shares the tile
+    workspace: int = 64  #: MiB of logits at a time
     float32: str = "ieee"  #: how to multiply float32 exactly: "ieee" on the CUDA cores, "tf32x3" on tensor cores
 
 
@@ -51,10 +52,13 @@ Table = dict[str, list[Choice]]  #: by architecture; "any" is for all, but for l
 
 
 def choose(table: Table, b: int, c: int, dtype: torch.dtype, arch: str) -> Config:
-    """The first line that fits."""
+    """The first line that fits; ValueError if none does."""
     kind = {torch.float32: "float32", torch.float64: "float64"}.get(dtype, "half")
     lines = {line[:3]: line for line in table["any"]} | {line[:3]: line for line in table.get(arch, ())}
-    config = next(x.config for x in lines.values() if x.kind in (kind, "any") and b <= x.rows and c <= x.classes)
+    fitting = (x.config for x in lines.values() if x.kind in (kind, "any") and b <= x.rows and c <= x.classes)
+    config = next(fitting, None)
+    if config is None:
+        raise ValueError(f"this kernel takes no {b} rows of {c} classes in {dtype}")
     # AMD's pipelines have two stages, and its CUs 64 KiB to hold them.
     return config._replace(num_stages=min(2, config.num_stages)) if arch.startswith("gfx") else config
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradnorm_fast.kernels import one_tile, rows, split
+from gradnorm_fast.kernels import cluster, cooperative, few_rows, one_tile, rows, split
 
 import compile_matrix
 
@@ -44,18 +44,43 @@ def test_the_matrix_lists_every_configuration_a_launcher_can_choose(listed):
     @given(
         st.sampled_from(sorted(listed)),
         st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
-        st.integers(1, 2**40) | st.integers(1, 5000),
-        st.integers(1, 300_000) | st.integers(1, 300),
+        st.integers(1, 2**40) | st.integers(1, 5000) | st.integers(1, 70),
+        st.integers(1, 300_000) | st.integers(1, 5000),
         st.integers(1, 10_000),
     )
     def check(arch, dtype, b, c, d):
-        name = compile_matrix.TYPE[dtype]
+        def is_listed(kernel, config, dtype=dtype):
+            return (kernel, compile_matrix.TYPE[dtype], *config[:5]) in listed[arch]
+
         if c <= one_tile.MAX_CLASSES:
-            assert ("one_tile", name, *one_tile.configuration(b, c, d, dtype, arch)) in listed[arch]
+            assert is_listed("one_tile", one_tile.configuration(b, c, d, dtype, arch))
         else:
-            assert ("logits", name, *split.configuration(b, c, d, dtype, arch)) in listed[arch]
+            assert is_listed("logits", split.configuration(b, c, d, dtype, arch))
+            assert is_listed("cooperative", cooperative.configuration(b, c, d, dtype, arch))
+            if b <= few_rows.MAX_ROWS and c <= few_rows.MAX_CLASSES:
+                config = few_rows.configuration(b, c, d, dtype, arch, compile_matrix.PROCESSORS[arch])
+                assert is_listed("few_rows", config)
+                assert is_listed("few_rows", config._replace(block_b=1, block_c=1, block_d=1))
+            if arch in ("sm_90", "sm_100") and cluster.CLUSTERS and dtype != torch.float32:
+                fits = c <= cluster.MAX_CLASSES.get(arch, 4096)
+                assert not fits or is_listed("cluster", cluster.configuration(b, c, d, dtype, arch))
         for given_dtype in (dtype, torch.float64):
-            name = compile_matrix.TYPE[given_dtype]
-            assert ("rows", name, *rows.configuration(b, c, given_dtype, arch)) in listed[arch]
+            wide = torch.promote_types(given_dtype, torch.float32)
+            assert is_listed("rows", rows.configuration(b, c, wide, arch), given_dtype)
 
     check()
+
+
+SPLIT = """#shared = #ttg.nvmma_shared<{swizzlingByteWidth = 128, elementBitWidth = 16, CGALayout = [[1, 0]]}>
+#shared1 = #ttg.nvmma_shared<{swizzlingByteWidth = 128, elementBitWidth = 16, CGALayout = [[0, 1]]}>
+  %z = ttng.warp_group_dot %x, %w, %a {isAsync = true} : !ttg.memdesc<128x64xbf16, #shared, #smem, mutable> * \
+!ttg.memdesc<64x512xbf16, #shared1, #smem, mutable> -> tensor<128x512xf32, #mma>
+"""
+
+
+def test_features_that_a_cluster_would_split_are_noticed():
+    """As the compiler does it where one value feeds the matmul and ‖x‖₁: each CTA then has its rows and all classes."""
+    assert not compile_matrix.features_replicated(SPLIT)
+    assert compile_matrix.features_replicated(SPLIT.replace("[[1, 0]]", "[[0, 0]]"))
+    assert not compile_matrix.features_replicated(SPLIT.replace("[[1, 0]]", "[[0, 0], [1, 0]]"))
+    assert not compile_matrix.features_replicated("no matmul at all")
