@@ -26,11 +26,34 @@ def naive(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     return (p - 1 / logits.shape[1]).abs().sum(1) / temperature
 
 
+def tf32(x: torch.Tensor) -> torch.Tensor:
+    """Rounded to 10 bits of mantissa, to nearest, ties away from zero, as the tensor cores' conversion does."""
+    return (x.view(torch.int32) + 0x1000).bitwise_and_(-0x2000).view(torch.float32)
+
+
+def matmul_errors(depths: list[int]) -> None:
+    """The largest error of a logit over Σ|terms|, by how float32 is multiplied; tf32 emulated, sums in float32."""
+    print("| D | float32 | tf32x3 | tf32 |\n|---:|---:|---:|---:|")
+    for depth in depths:
+        g = torch.Generator().manual_seed(depth)
+        x, w = torch.randn(256, depth, generator=g).relu(), torch.randn(depth, 256, generator=g)
+        x_high, w_high = tf32(x), tf32(w)
+        x_low, w_low = tf32(x - x_high), tf32(w - w_high)
+        results = (x @ w, x_low @ w_high + x_high @ w_low + x_high @ w_high, x_high @ w_high)
+        truth, size = x.double() @ w.double(), x.double().abs() @ w.double().abs()
+        errors = [((z.double() - truth).abs() / size).max().item() for z in results]
+        print(f"| {depth} | " + " | ".join(f"{e:.1e}" for e in errors) + " |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--backend", default="auto", choices=("auto", "torch", "triton"))
     parser.add_argument("--classes", type=int, nargs="+", default=[2, 10, 1000, 21843, 128256])
+    parser.add_argument("--matmul", action="store_true", help="instead: of float32 matmuls, tf32 ones emulated")
     args = parser.parse_args()
+    if args.matmul:
+        matmul_errors([64, 512, 2048, 4096])
+        return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print("| C | ours | on | naive | on |\n|---:|---:|---|---:|---|")
     for classes in args.classes:

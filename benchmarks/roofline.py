@@ -3,9 +3,9 @@
     python benchmarks/roofline.py --write                          the tables in docs/performance.md
     python benchmarks/compile_matrix.py --json matrix.json && python benchmarks/roofline.py --matrix matrix.json --write
 
-The model, per launch: programs run in waves of one per multiprocessor; a program takes the longer of its operations at
-the matmul rate and its operands' bytes at the L2 rate, each shared among the multiprocessors; the launch takes at least
-its DRAM traffic at the copy rate, and 2 µs from one launch to the next. Where a result file of a GPU is committed, the
+The model: a launch takes the longest of three: its DRAM traffic at the copy rate; the operands of all its programs at
+the L2 rate; and, since programs are dealt to the multiprocessors in turn, the operations of those on the busiest one at
+its share of the matmul rate. Plus 2 µs from one launch to the next. Where a result file of a GPU is committed, the
 measured time stands beside it.
 """
 
@@ -38,13 +38,13 @@ def cdiv(a: int, b: int) -> int:
 
 
 def matmul_seconds(w: Workload, config: Config, tiles_c: int, slices: int = 1) -> float:
-    """Of one launch of tiles: waves x the time of a program."""
+    """Of one launch of tiles."""
     depth = cdiv(w.depth, slices)
-    programs = cdiv(w.batch, config.block_b) * tiles_c * slices
+    programs = cdiv(w.batch, config.block_b) * tiles_c * slices * config.num_ctas
     width = config.block_c // config.num_ctas
-    operations = 2 * config.block_b * width * depth / (RATE[w.dtype] / PROCESSORS)
-    operands = (config.block_b + width) * depth * w.itemsize / (L2 / PROCESSORS)
-    return max(cdiv(programs * config.num_ctas, PROCESSORS) * max(operations, operands), w.bytes / COPY)
+    operations = cdiv(programs, PROCESSORS) * PROCESSORS * 2 * config.block_b * width * depth / RATE[w.dtype]
+    operands = programs * (config.block_b + width) * depth * w.itemsize / L2
+    return max(operations, operands, w.bytes / COPY)
 
 
 def predicted(kernel: str, w: Workload) -> float | None:
@@ -76,8 +76,7 @@ def predicted(kernel: str, w: Workload) -> float | None:
             return None
         blocks = cdiv(w.batch, config.block_b)
         turns = cdiv(blocks, PROCESSORS // tiles)
-        one = Workload(config.block_b, w.depth, w.classes, w.dtype)
-        return LAUNCH + max(turns * (matmul_seconds(one, config, tiles) + 2e-6), w.bytes / COPY)  # two barriers
+        return LAUNCH + matmul_seconds(w, config, tiles) + turns * 2e-6  # two barriers a turn
     if w.classes > 4096:
         return None
     return LAUNCH + matmul_seconds(w, cluster.configuration(*shape, dtype, ARCH), 1)
@@ -109,7 +108,7 @@ def lines_of(results: list[dict[str, Any]]) -> str:
 
 
 def us(seconds: float) -> str:
-    return f"{seconds * 1e6:.3g} µs"
+    return f"{seconds * 1e6:.{0 if seconds > 1e-4 else 1}f} µs"
 
 
 def evidence(matrix: list[dict[str, Any]]) -> str:
@@ -122,7 +121,7 @@ def evidence(matrix: list[dict[str, Any]]) -> str:
         e, of = o["entry"], dict(o["entry"]["constexprs"])
         if e["arch"] != ARCH or e["dtype"] != "bf16" or of.get("HEAD"):
             continue
-        tile = f"{of['BLOCK_B']}x{of['BLOCK_C']}x{of['BLOCK_D']}"
+        tile = f"{of['BLOCK_B']}x{of['BLOCK_C']}x{of['BLOCK_D']}" if of.get("STEP") != 2 else f"1x{of['ROW_C']}"
         flags = [k.lower() for k in ("TMA", "LONG", "RESIDENT") if of.get(k)]
         flags += [f"{e['num_ctas']} CTAs"] if e["num_ctas"] > 1 else []
         flags += [f"step {of['STEP']}"] if of.get("STEP") else []
