@@ -174,6 +174,21 @@ def test_nothing_is_lost_when_the_result_cannot_be_written(place, interrupt, mon
     assert run(*arguments, "--resume") == 0 and sizes == [] and Path("x.csv").exists()
 
 
+def test_parquet_has_what_the_csv_has(place):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    g = np.random.default_rng(1)
+    np.save("F.npy", g.standard_normal((30, 6), dtype=np.float32))
+    np.save("W.npy", g.standard_normal((4, 6), dtype=np.float32))
+    for out in ("s.csv", "s.parquet"):
+        assert run("score", "--features", "F.npy", "--weight", "W.npy", "--out", out, "--threshold", "1.5", *RUN) == 0
+    rows = [{k: str(v) for k, v in row.items()} for row in parquet.read_table("s.parquet").to_pylist()]
+    expected = table("s.csv")
+    assert [r["path"] for r in rows] == [r["path"] for r in expected]
+    assert [r["is_ood"] for r in rows] == [r["is_ood"] for r in expected]
+    scores = [[float(r["score"]) for r in t] for t in (rows, expected)]
+    np.testing.assert_allclose(*scores, rtol=1e-6)
+
+
 def test_resume_sees_other_features(place, monkeypatch, capsys):
     g = np.random.default_rng(1)
     np.save("F.npy", g.standard_normal((3000, 6), dtype=np.float32))
