@@ -148,7 +148,7 @@ def entries(arch: str) -> list[Entry]:
         add("logits", dtype, config, **options, LONG=long, GROUP=split.GROUP)
         if long:
             of_rows = rows.configuration(b, c, torch.float32, arch)
-            add("rows", torch.float32, of_rows, HEAD=head, RESIDENT=False, TILE_C=config.block_c)
+            add("rows", torch.float32, of_rows, HAS_BIAS=False, HEAD=head, RESIDENT=False, TILE_C=config.block_c)
         # Not chosen until they have run on a GPU, but kept ready for one:
         config = cooperative.configuration(b, c, d, dtype, arch)
         add("cooperative", dtype, config, **options, PHASE=cooperative.ALL)
@@ -165,7 +165,9 @@ def entries(arch: str) -> list[Entry]:
     for dtype in (*HALF, torch.float32, torch.float64):
         for b, c, head in itertools.product(BATCHES, CLASSES, (False, True)):
             config = rows.configuration(b, c, torch.promote_types(dtype, torch.float32), arch)
-            add("rows", dtype, config, HEAD=head, RESIDENT=c <= config.block_c, TILE_C=0)
+            of_library = dtype in (torch.float32, torch.float64)  # whose logits come without the bias
+            for bias in (False, True) if of_library else (False,):
+                add("rows", dtype, config, HAS_BIAS=bias, HEAD=head, RESIDENT=c <= config.block_c, TILE_C=0)
     return list(found)
 
 

@@ -5,8 +5,8 @@
 
 The model: a launch takes the longest of three: its DRAM traffic at the copy rate; the operands of all its programs at
 the L2 rate; and, since programs are dealt to the multiprocessors in turn, the operations of those on the busiest one at
-its share of the matmul rate. Plus 2 µs from one launch to the next. Where a result file of a GPU is committed, the
-measured time stands beside it.
+its share of the matmul rate. The library's matmul runs at that rate by definition. Plus 2 µs from one launch to the next.
+Where a result file of a GPU is committed, the measured time stands beside it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout's package, whatever else is installed
 
-from gradnorm_fast.kernels import cluster, cooperative, few_rows, one_tile, split
+from gradnorm_fast.kernels import cluster, cooperative, few_rows, library, one_tile, split
 from gradnorm_fast.kernels.targets import Config
 
 import report
@@ -69,6 +69,10 @@ def predicted(kernel: str, w: Workload) -> float | None:
         rows = Workload(cdiv(w.batch, chunks), w.depth, w.classes, w.dtype)
         matmul = chunks * matmul_seconds(rows, config, cdiv(w.classes, config.block_c))
         return 2 * chunks * LAUNCH + matmul + 2 * logits / L2
+    if kernel == "library":
+        logits, features = 4 * w.batch * w.classes, w.batch * w.depth * w.itemsize
+        chunks = max(1, cdiv(logits, max(library.CONFIGURATION.workspace * 2**20, 4 * library.MIN_ROWS * w.classes)))
+        return 2 * chunks * LAUNCH + max(w.flops / RATE[w.dtype], w.bytes / COPY) + (2 * logits + features) / L2
     if kernel == "cooperative":
         config = cooperative.configuration(*shape, dtype, ARCH)
         tiles = cdiv(w.classes, config.block_c)
@@ -82,7 +86,7 @@ def predicted(kernel: str, w: Workload) -> float | None:
     return LAUNCH + matmul_seconds(w, cluster.configuration(*shape, dtype, ARCH), 1)
 
 
-KERNELS = ("one_tile", "few_rows", "split", "cooperative", "cluster")
+KERNELS = ("one_tile", "few_rows", "split", "library", "cooperative", "cluster")
 
 
 def lines_of(results: list[dict[str, Any]]) -> str:

@@ -52,7 +52,8 @@ SHAPES = [
     (1, 2048, 1000), (32, 2048, 1000), (256, 2048, 1000), (4096, 2048, 1000), (50000, 2048, 1000),  # ImageNet-1k
     (4096, 768, 1000), (4096, 2048, 21843), (4096, 4096, 128256),  # a ViT, ImageNet-21k, a vocabulary
 ]  # fmt: skip
-GPU = [Workload(*shape, dtype) for dtype in ("bfloat16", "float32", "float16") for shape in SHAPES]  # should time run out
+# The most wanted dtype first, should time run out.
+GPU = [Workload(*shape, dtype) for dtype in ("bfloat16", "float32", "float16") for shape in SHAPES]
 CPU = [
     Workload(10000, 512, 10), Workload(10000, 512, 100),
     Workload(1, 2048, 1000), Workload(32, 2048, 1000), Workload(256, 2048, 1000), Workload(1024, 2048, 1000),

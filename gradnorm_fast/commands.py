@@ -339,6 +339,7 @@ def _chosen(device: torch.device, b: int, d: int, c: int, dtype: torch.dtype) ->
     why = {
         "one_tile": "all classes in one tile, one launch",
         "few_rows": "reading the weight is all the work: slices of the features on all processors, two launches",
+        "library": "the library's matmul is the fastest in this dtype, then one read of the logits",
         "split": "more classes than one tile holds, two launches",
     }
     kernel, config = plan.by_table(b, c, d, dtype, device)

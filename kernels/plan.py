@@ -2,7 +2,7 @@
 
     C <= 256                        one_tile
     B <= 64, 256 < C <= 4096        few_rows, two launches
-    everything else, and float64    split
+    the rest, and float64           library for float32 and float64, split for halves
 
 cooperative, cluster and few_rows in one launch have not run on a GPU: only the tuner may choose them, once it has seen
 them give the same scores, and sooner, on the device at hand. With GRADNORM_FAST_BATCH_INVARIANT=1 every batch takes the
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from triton.errors import TritonError
 
-from . import cluster, cooperative, few_rows, one_tile, split
+from . import cluster, cooperative, few_rows, library, one_tile, split
 from .targets import ANY, INTERPRETED, Config, TensorDescriptor, architecture, cdiv, multiprocessors, power_of_2
 
 
@@ -36,6 +36,7 @@ KERNELS: dict[str, Callable[..., None]] = {
     "one_tile": one_tile.score_one_tile,
     "few_rows": few_rows.score_few_rows,
     "few_rows, one launch": partial(few_rows.score_few_rows, one_launch=True),
+    "library": library.score_library,
     "split": split.score_split,
     "cooperative": cooperative.score_cooperative,
     "cluster": cluster.score_cluster,
@@ -45,16 +46,18 @@ _tuned: dict[tuple[Any, ...], Plan] = {}
 
 def chosen(features: torch.Tensor, weight: torch.Tensor, run: Callable[[Plan], torch.Tensor]) -> Plan:
     """For features (B, D) and weight (C, D); `run` gives a plan's scores (B,), should they have to be timed."""
-    (b, d), c, device = features.shape, weight.shape[0], features.device
-    if os.environ.get("GRADNORM_FAST_BATCH_INVARIANT") == "1":
-        return by_table(ANY, c, d, features.dtype, device)
-    if os.environ.get("GRADNORM_FAST_AUTOTUNE") != "1" or features.dtype == torch.float64:
-        return by_table(b, c, d, features.dtype, device)
-    key = (power_of_2(b), c, d, features.dtype, device, torch.get_float32_matmul_precision())
+    (b, d), c, dtype, device = features.shape, weight.shape[0], features.dtype, features.device
+    invariant = os.environ.get("GRADNORM_FAST_BATCH_INVARIANT") == "1"
+    plan = by_table(ANY if invariant else b, c, d, dtype, device)
+    if plan.kernel == "library" and dtype == torch.float32 and (library.copies(features) or library.copies(weight)):
+        plan = Plan("split", split.configuration(b, c, d, dtype, architecture(device)))
+    if invariant or dtype == torch.float64 or os.environ.get("GRADNORM_FAST_AUTOTUNE") != "1":
+        return plan
+    key = (power_of_2(b), c, d, dtype, device, torch.get_float32_matmul_precision())
     if key not in _tuned:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return by_table(b, c, d, features.dtype, device)
-        _tuned[key] = fastest(features, weight, run)
+            return plan
+        _tuned[key] = fastest(plan, features, weight, run)
     return _tuned[key]
 
 
@@ -66,13 +69,13 @@ def by_table(b: int, c: int, d: int, dtype: torch.dtype, device: torch.device) -
         return Plan("one_tile", one_tile.configuration(b, c, d, dtype, arch))
     if b <= few_rows.MAX_ROWS and c <= few_rows.MAX_CLASSES and dtype != torch.float64:
         return Plan("few_rows", few_rows.configuration(b, c, d, dtype, arch, multiprocessors(device)))
+    if dtype.itemsize > 2:
+        return Plan("library", library.CONFIGURATION)
     return Plan("split", split.configuration(b, c, d, dtype, arch))
 
 
-def fastest(features: torch.Tensor, weight: torch.Tensor, run: Callable[[Plan], torch.Tensor]) -> Plan:
-    """The candidate with the lowest median time among those whose scores are the default's."""
-    (b, d), c = features.shape, weight.shape[0]
-    best = by_table(b, c, d, features.dtype, features.device)
+def fastest(best: Plan, features: torch.Tensor, weight: torch.Tensor, run: Callable[[Plan], torch.Tensor]) -> Plan:
+    """The candidate with the lowest median time among those whose scores are the default's, `best` until then."""
     expected, least = run(best).clone(), _seconds(partial(run, best), features.device)
     for plan in candidates(features, weight):
         try:
@@ -117,6 +120,8 @@ def candidates(features: torch.Tensor, weight: torch.Tensor) -> Iterator[Plan]:
         wide = ((128, 256, 64, 8), (128, 128, 64, 8), (64, 256, 64, 8), (256, 128, 64, 8), (64, 128, 64, 4))
     else:
         wide = ((128, 128, 32, 8), (64, 128, 32, 8), (64, 64, 32, 4))
+    if library.fits(features):
+        yield from (Plan("library", library.CONFIGURATION._replace(workspace=n)) for n in (64, 24))
     for by_tile in tiles("split", *wide, tma=tma):
         yield by_tile
         if 4 * b * c > 24 * 2**20:  # chunks that stay in L2

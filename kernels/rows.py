@@ -30,22 +30,34 @@ MAX_RESIDENT = 8192
 TILES = 256  # class tiles whose statistics are read at a time
 
 
+@triton.jit
+def _logits(Z, BIAS, first, C, live, stride_zc, stride_b, HAS_BIAS: tl.constexpr, BLOCK_C: tl.constexpr, dtype):
+    """Of classes first, first + 1, ... of the rows at Z, −inf beyond C; and which are not.  # -> 2 x (B, BLOCK_C)"""
+    classes = tl.arange(0, BLOCK_C)[None, :]
+    valid = classes < C - first
+    at = (first + classes).to(tl.int64)
+    z = tl.load(Z + at * stride_zc, mask=live & valid, other=float("-inf")).to(dtype)
+    if HAS_BIAS:
+        z += tl.load(BIAS + at * stride_b, mask=valid, other=0.0).to(dtype)
+    return z, valid
+
+
 @triton.jit(do_not_specialize=["B", "stride_o"])
 def rows_kernel(
-    X, Z, STATISTICS, OUT, PREDICTION,
+    X, Z, BIAS, STATISTICS, OUT, PREDICTION,
     B, C, D,
     inv_temperature, inv_temperature_low, scale, bias_norm,
-    stride_xb, stride_xd, stride_zb, stride_zc, stride_o,
-    HEAD: tl.constexpr, RESIDENT: tl.constexpr, TILE_C: tl.constexpr, TILES: tl.constexpr,
+    stride_xb, stride_xd, stride_zb, stride_zc, stride_b, stride_o,
+    HAS_BIAS: tl.constexpr, HEAD: tl.constexpr, RESIDENT: tl.constexpr,
+    TILE_C: tl.constexpr, TILES: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """TILE_C: of how many classes each are the tiles whose m, S and Q are in STATISTICS (3, B, tiles); 0 of none."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     live = (rows < B)[:, None]
     dtype = OUT.dtype.element_ty  # float32, or float64 for float64 logits
-    inv_temperature = tl.cast(inv_temperature, dtype) + tl.cast(
-        inv_temperature_low, dtype
-    )  # float arguments are float32
+    # float arguments are float32
+    inv_temperature = tl.cast(inv_temperature, dtype) + tl.cast(inv_temperature_low, dtype)
 
     # 1. ‖x‖₁
     columns = tl.arange(0, BLOCK_D)
@@ -62,9 +74,7 @@ def rows_kernel(
     z_rows = Z + rows[:, None] * stride_zb
     classes = tl.arange(0, BLOCK_C)[None, :]
     if RESIDENT:
-        valid = classes < C
-        z = tl.load(z_rows + classes.to(tl.int64) * stride_zc, mask=live & valid, other=float("-inf"))
-        z = z.to(dtype)  # (BLOCK_B, BLOCK_C)
+        z, valid = _logits(z_rows, BIAS, 0, C, live, stride_zc, stride_b, HAS_BIAS, BLOCK_C, dtype)
         m, s, deviation = deviation_of_rows(z, valid, C, inv_temperature)
         index = first_at(z, m, classes) if HEAD else 0
     else:
@@ -78,10 +88,9 @@ def rows_kernel(
             s = tl.zeros((BLOCK_B,), dtype)
             q = tl.zeros((BLOCK_B,), dtype)
             for c in range(0, C, BLOCK_C):
-                valid = classes < C - c
-                z = tl.load(z_rows + (c + classes).to(tl.int64) * stride_zc, mask=live & valid, other=float("-inf"))
+                z, valid = _logits(z_rows, BIAS, c, C, live, stride_zc, stride_b, HAS_BIAS, BLOCK_C, dtype)
                 n = tl.minimum(C - c, BLOCK_C)
-                block_m, block_s, block_q = statistics_of_tile(z.to(dtype), valid, n, inv_temperature)
+                block_m, block_s, block_q = statistics_of_tile(z, valid, n, inv_temperature)
                 shift = shift_of(tl.maximum(m, block_m))
                 d = (m - shift) * inv_temperature
                 delta = expm1(d, tl.exp(d))
@@ -99,9 +108,7 @@ def rows_kernel(
         deltas = tl.zeros((BLOCK_B, BLOCK_C), dtype)
         sigmas = tl.zeros((BLOCK_B, BLOCK_C), dtype)
         for c in range(0, C, BLOCK_C):
-            valid = classes < C - c
-            z = tl.load(z_rows + (c + classes).to(tl.int64) * stride_zc, mask=live & valid, other=float("-inf"))
-            z = z.to(dtype)
+            z, valid = _logits(z_rows, BIAS, c, C, live, stride_zc, stride_b, HAS_BIAS, BLOCK_C, dtype)
             if HEAD:
                 index = tl.minimum(index, first_at(z, m, c + classes))
             d = (z - shift[:, None]) * inv_temperature
@@ -129,8 +136,9 @@ TABLE: Table = {
         Choice("any", ANY, 16, Config(64, 16, 32, 4, 2)),
         Choice("any", ANY, 128, Config(16, 128, 128, 4, 2)),
         Choice("any", ANY, 1024, Config(2, 1024, 1024, 4, 2)),
+        Choice("float64", ANY, 2048, Config(1, 2048, 1024, 8, 2)),
+        Choice("float64", ANY, ANY, Config(1, 1024, 256, 4, 2)),
         Choice("any", ANY, 4096, Config(1, 4096, 2048, 8, 2)),
-        Choice("float64", ANY, ANY, Config(1, 1024, 256, 8, 2)),
         Choice("any", ANY, MAX_RESIDENT, Config(1, 8192, 2048, 16, 2)),
         Choice("any", ANY, ANY, Config(1, 4096, 256, 8, 2)),
     ],
@@ -149,11 +157,14 @@ def score_rows(
     temperature: float,
     scale: float,
     bias_norm: float,
+    bias: torch.Tensor | None = None,
     statistics: torch.Tensor | None = None,
     tile_c: int = 0,
     config: Config | None = None,
 ) -> None:
     """Scores of features (B, D) with logits (B, C), into out (1, B), or (6, B) with prediction.
+
+    bias (C,) is added to the logits where those are still without.
 
     A row of more than MAX_RESIDENT classes is read once if m, S and Q of its tiles of tile_c classes are in statistics
     (3, B, tiles), else twice.
@@ -162,12 +173,14 @@ def score_rows(
     cfg = config or configuration(b, c, out.dtype, architecture(logits.device))
     high = float(np.float32(1.0 / temperature))
     launch(rows_kernel, cdiv(b, cfg.block_b), cfg, (
-        features, logits, out if statistics is None else statistics, out, out if prediction is None else prediction,
+        features, logits, logits if bias is None else bias, out if statistics is None else statistics,
+        out, out if prediction is None else prediction,
         b, c, d,
         high, 1.0 / temperature - high, scale, bias_norm,
-        features.stride(0), features.stride(1), logits.stride(0), logits.stride(1), out.stride(0),
+        features.stride(0), features.stride(1), logits.stride(0), logits.stride(1),
+        0 if bias is None else bias.stride(0), out.stride(0),
     ), dict(
-        HEAD=prediction is not None, RESIDENT=c <= cfg.block_c, TILE_C=0 if statistics is None else tile_c,
-        TILES=TILES,
+        HAS_BIAS=bias is not None, HEAD=prediction is not None, RESIDENT=c <= cfg.block_c,
+        TILE_C=0 if statistics is None else tile_c, TILES=TILES,
         BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d,
     ))  # fmt: skip

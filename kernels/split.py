@@ -93,7 +93,6 @@ TABLE: Table = {
         Choice("half", ANY, ANY, Config(128, 128, 64, 8, 3)),
         Choice("float32", 64, ANY, Config(16, 64, 32, 4, 3)),
         Choice("float32", ANY, ANY, Config(64, 128, 32, 8, 3)),
-        Choice("float64", ANY, ANY, Config(64, 128, 32, 8, 3)),  # not used: the matmul is the library's
     ],
     "sm_90": [Choice("half", ANY, ANY, Config(128, 256, 64, 8, 3))],
 }
@@ -119,40 +118,33 @@ def score_split(
     (b, d), c = features.shape, weight.shape[0]
     arch = architecture(features.device)
     cfg = config or configuration(b, c, d, features.dtype, arch)
-    fused = features.dtype != torch.float64  # float64 has no tensor cores to win: the matmul is the library's
-    long = fused and c > MAX_RESIDENT and cfg.block_b * cfg.block_c <= STATISTICS_TILE
+    long = c > MAX_RESIDENT and cfg.block_b * cfg.block_c <= STATISTICS_TILE
     tiles = cdiv(c, cfg.block_c)
     width = cdiv(c, 4) * 4  # rows of logits start 16-byte aligned
-    row_bytes = 4 * (width + (4 if long else 1) * tiles) if fused else 8 * width
+    row_bytes = 4 * (width + (4 if long else 1) * tiles)
     chunk = min(b, chunk or max(MIN_ROWS, cfg.workspace * 2**20 // row_bytes // MIN_ROWS * MIN_ROWS))
-    logits = torch.empty((chunk, width), dtype=out.dtype, device=features.device)
-    shares = torch.empty(chunk * tiles, dtype=out.dtype, device=features.device) if fused else None
-    statistics = torch.empty(3 * chunk * tiles, dtype=out.dtype, device=features.device) if long else None
+    logits = torch.empty((chunk, width), dtype=torch.float32, device=features.device)
+    shares = torch.empty(chunk * tiles, dtype=torch.float32, device=features.device)
+    statistics = torch.empty(3 * chunk * tiles, dtype=torch.float32, device=features.device) if long else None
     for start in range(0, b, chunk):
         stop = min(start + chunk, b)
         x, z = features[start:stop], logits[: stop - start, :c]
-        if shares is None:
-            torch.mm(x, weight.t(), out=z)
-            norms = x
-            if bias is not None:
-                z += bias
-        else:
-            norms = shares[: (stop - start) * tiles].view(stop - start, tiles)
-            tma = cfg.tma and descriptors_fit(arch, x, weight)
-            launch(logits_kernel, cdiv(stop - start, cfg.block_b) * tiles, cfg, (
-                descriptor(x, cfg.block_b, cfg.block_d) if tma else x,
-                descriptor(weight, cfg.block_c, cfg.block_d) if tma else weight,
-                x, x if bias is None else bias, z, norms, norms if statistics is None else statistics,
-                stop - start, c, d, tiles,
-                1.0 / temperature,
-                x.stride(0), x.stride(1), weight.stride(0), weight.stride(1),
-                0 if bias is None else bias.stride(0), width,
-            ), dict(
-                HAS_BIAS=bias is not None, EVEN_D=d % cfg.block_d == 0, TMA=tma,
-                PRECISION=dot_precision(x.dtype, arch, cfg.float32), UPCAST=upcast(x.dtype),
-                LONG=long, GROUP=GROUP, BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d,
-            ))  # fmt: skip
+        norms = shares[: (stop - start) * tiles].view(stop - start, tiles)
+        tma = cfg.tma and descriptors_fit(arch, x, weight)
+        launch(logits_kernel, cdiv(stop - start, cfg.block_b) * tiles, cfg, (
+            descriptor(x, cfg.block_b, cfg.block_d) if tma else x,
+            descriptor(weight, cfg.block_c, cfg.block_d) if tma else weight,
+            x, x if bias is None else bias, z, norms, norms if statistics is None else statistics,
+            stop - start, c, d, tiles,
+            1.0 / temperature,
+            x.stride(0), x.stride(1), weight.stride(0), weight.stride(1),
+            0 if bias is None else bias.stride(0), width,
+        ), dict(
+            HAS_BIAS=bias is not None, EVEN_D=d % cfg.block_d == 0, TMA=tma,
+            PRECISION=dot_precision(x.dtype, arch, cfg.float32), UPCAST=upcast(x.dtype),
+            LONG=long, GROUP=GROUP, BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d,
+        ))  # fmt: skip
         score_rows(
             norms, z, out[:, start:stop], None if prediction is None else prediction[start:stop],
-            temperature, scale, bias_norm, statistics, cfg.block_c,
+            temperature, scale, bias_norm, statistics=statistics, tile_c=cfg.block_c,
         )  # fmt: skip

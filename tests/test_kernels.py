@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_gradnorm import end_to_end_tolerance, problem, relative
 
 from gradnorm_fast import HeadScores, fast_gradnorm, head_scores
-from gradnorm_fast.kernels import cluster, few_rows, plan, split
+from gradnorm_fast.kernels import cluster, few_rows, library, plan, split
 from gradnorm_fast.kernels.targets import ANY, INTERPRETED, Choice, Config, choose, descriptors_fit
 
 from conftest import DEVICE
@@ -30,6 +30,7 @@ pytestmark = pytest.mark.skipif(
 SMALL = {
     "few_rows": Config(64, 32, 16, 4, 2, slices=4),
     "few_rows, one launch": Config(64, 32, 16, 4, 2, slices=4),
+    "library": library.CONFIGURATION,
     "split": Config(16, 64, 16, 4, 2),
     "split by TMA": Config(16, 64, 16, 4, 2, tma=True),
     "cooperative": Config(16, 64, 16, 4, 2),
@@ -65,6 +66,8 @@ def truth(x, w, bias, temperature):
 def test_equals_float64_and_the_torch_path(name, shape, dtype):
     if name == "cluster" and (dtype == torch.float32 or shape[2] > 512):
         pytest.skip("takes halves, here of up to 512 classes")
+    if name == "library" and not library.fits(torch.empty(0, dtype=dtype, device=DEVICE)):
+        pytest.skip("a CPU's matmul of halves returns halves")
     if name == "few_rows, one launch" and INTERPRETED:
         pytest.skip("the same as in two launches, in the interpreter")
     x, w, bias = problem(*shape, dtype)
@@ -154,9 +157,26 @@ def test_a_table_is_read_from_the_top_with_an_architectures_own_lines():
 @given(st.integers(1, 200), st.integers(1, 10_000), st.integers(1, 5000), st.sampled_from([torch.half, torch.float32]))
 def test_the_default_never_has_a_barrier_between_programs(b, c, d, dtype):
     kernel, config = plan.by_table(b, c, d, dtype, torch.device(DEVICE))
-    assert kernel in ("one_tile", "few_rows", "split") and config.num_ctas == 1
+    assert kernel in ("one_tile", "few_rows", "split", "library") and config.num_ctas == 1
     assert (kernel == "one_tile") == (c <= 256)
     assert (kernel == "few_rows") == (b <= 64 and 256 < c <= 4096)
+
+
+def test_float32_goes_to_the_library_unless_that_would_copy():
+    x, w, _ = problem(70, 24, 300, torch.float32)
+    assert plan.chosen(x, w, None).kernel == "library" == plan.chosen(x.T.contiguous().T, w[:, :20], None).kernel
+    assert (
+        plan.chosen(x[:, ::2], w[:, ::2], None).kernel == "split" == plan.chosen(x[:1].expand(70, 24), w, None).kernel
+    )
+    assert plan.chosen(x[:, ::2].double(), w[:, ::2].double(), None).kernel == "library"
+    assert plan.chosen(x.half(), w.half(), None).kernel == "split"
+
+
+def test_library_in_chunks_of_rows():
+    x, w, bias = problem(1030, 4, 300, torch.float32)
+    config = library.CONFIGURATION._replace(workspace=1)  # of 512 rows
+    got = scores_by("library", x, w, bias, 2.0, config)
+    assert relative(got.gradnorm, truth(x, w, bias, 2.0)) <= end_to_end_tolerance(x, w, bias, 2.0, torch.float32)
 
 
 @settings(max_examples=200)
