@@ -5,8 +5,8 @@
 
 The model: a launch takes the longest of three: its DRAM traffic at the copy rate; the operands of all its programs at
 the L2 rate; and, since programs are dealt to the multiprocessors in turn, the operations of those on the busiest one at
-its share of the matmul rate. The library's matmul runs at that rate by definition. Plus 2 µs from one launch to the next.
-Where a result file of a GPU is committed, the measured time stands beside it.
+its share of the matmul rate. The library's matmul runs at that rate by definition. 2 µs pass
+between launches. Where a result file of a GPU is committed, the measured time stands beside it.
 """
 
 from __future__ import annotations

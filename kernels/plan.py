@@ -7,7 +7,7 @@
 cooperative, cluster and few_rows in one launch have not run on a GPU: only the tuner may choose them, once it has seen
 them give the same scores, and sooner, on the device at hand. With GRADNORM_FAST_BATCH_INVARIANT=1 every batch takes the
 configuration of a large one: then the bits of a row's score do not depend on the rows beside it, at the price of few
-programs where the batch is small.
+programs where the batch is small. (Not so for float64, whose matmul is always the library's.)
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def chosen(features: torch.Tensor, weight: torch.Tensor, run: Callable[[Plan], t
     (b, d), c, dtype, device = features.shape, weight.shape[0], features.dtype, features.device
     invariant = os.environ.get("GRADNORM_FAST_BATCH_INVARIANT") == "1"
     plan = by_table(ANY if invariant else b, c, d, dtype, device)
-    if plan.kernel == "library" and dtype == torch.float32 and (library.copies(features) or library.copies(weight)):
+    unfit = invariant or library.copies(features) or library.copies(weight)
+    if plan.kernel == "library" and dtype == torch.float32 and unfit:
         plan = Plan("split", split.configuration(b, c, d, dtype, architecture(device)))
     if invariant or dtype == torch.float64 or os.environ.get("GRADNORM_FAST_AUTOTUNE") != "1":
         return plan
