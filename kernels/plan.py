@@ -48,10 +48,11 @@ def chosen(features: torch.Tensor, weight: torch.Tensor, run: Callable[[Plan], t
     """For features (B, D) and weight (C, D); `run` gives a plan's scores (B,), should they have to be timed."""
     (b, d), c, dtype, device = features.shape, weight.shape[0], features.dtype, features.device
     invariant = os.environ.get("GRADNORM_FAST_BATCH_INVARIANT") == "1"
-    plan = by_table(ANY if invariant else b, c, d, dtype, device)
+    rows = ANY if invariant else b
+    plan = by_table(rows, c, d, dtype, device)
     unfit = invariant or library.copies(features) or library.copies(weight)
     if plan.kernel == "library" and dtype == torch.float32 and unfit:
-        plan = Plan("split", split.configuration(b, c, d, dtype, architecture(device)))
+        plan = Plan("split", split.configuration(rows, c, d, dtype, architecture(device)))
     if invariant or dtype == torch.float64 or os.environ.get("GRADNORM_FAST_AUTOTUNE") != "1":
         return plan
     key = (power_of_2(b), c, d, dtype, device, torch.get_float32_matmul_precision())
