@@ -29,10 +29,11 @@ SMALL = MIB  # of logits or features: as few are taken in one piece, where time 
 FEW = 128
 NARROW = 16
 
-# Two quick passes give Σ|p − 1/C| with an absolute error of some 3e-7, and 5e-7 where classes are MANY, provided that
-# Σp is 1 up to EXCESS roundings. That is enough where it is LARGE, as for any trained network; other rows are computed
-# again, centred.
-LARGE, LARGE_OF_MANY, MANY = 0.25, 0.5, 256
+# A quick sum gives Σ|p − 1/C| with an absolute error of some 3e-7. That is enough where it is LARGE, as for any trained
+# network. Where classes are MANY, rounding shows in Σp: it has to be 1 up to EXCESS. Other rows are computed again,
+# centred.
+MANY = 128
+LARGE, LARGE_OF_MANY = 0.25, 0.5
 EXCESS = 4
 
 FIELDS = ("gradnorm", "feature_norm", "output_norm", "max_logit", "msp", "energy")
@@ -183,12 +184,17 @@ def _score_rows(z: Tensor, inv_temperature: float, scratch: Tensor, head: bool) 
     p = _softmax(padded, inv_temperature, _in_scratch(scratch, padded))
     if z.device.type == "cpu":
         msp = p.amax(1) if head else p
-        # Σ|p − 1/C| = 2·Σ max(p − 1/C, 0) − (Σp − 1), in two passes
-        excess = p.sum(1).sub_(1.0)
-        deviation = softshrink(p, 1.0 / z.shape[1], out=p).sum(1).mul_(2.0).sub_(excess)  # type: ignore[call-arg]
-        large, tolerance = LARGE_OF_MANY if z.shape[1] > MANY else LARGE, EXCESS * torch.finfo(p.dtype).eps
-        if not (deviation.min().item() >= large and excess.abs_().max().item() <= tolerance):
-            unsure = ((deviation < large) | (excess > tolerance)).nonzero()[:, 0]
+        # Σ|p − 1/C| = 2·Σ max(p − 1/C, 0) − (Σp − 1)
+        many, worst, tolerance = z.shape[1] > MANY, 0.0, EXCESS * torch.finfo(p.dtype).eps
+        large = LARGE_OF_MANY if many else LARGE
+        excess = p.sum(1).sub_(1.0) if many else p
+        deviation = softshrink(p, 1.0 / z.shape[1], out=p).sum(1).mul_(2.0)  # type: ignore[call-arg]
+        if many:
+            deviation.sub_(excess)
+            worst = excess.abs_().max().item()
+        if not (deviation.min().item() >= large and worst <= tolerance):
+            doubtful = (deviation < large) | (excess > tolerance) if many else deviation < large
+            unsure = doubtful.nonzero()[:, 0]
             rows = z if len(unsure) == len(z) else z[unsure]
             top = p.amax(1)[unsure] + 1.0 / z.shape[1]
             deviation[unsure], top = _deviation(rows, inv_temperature, scratch, top)
