@@ -1,9 +1,9 @@
 """The score in plain torch: the path of CPUs, of devices without Triton, and of every backward.
 
 The formula is that of kernels/deviation.py, arranged for a CPU: the logits of a chunk of rows are written once and then
-worked on in pieces: softmax, and two passes for Σ|p − 1/C| where that is large, as it is in practice. Rows where it
-is small are taken out and centred, with expm1 if near uniform. Extra memory stays below MEMORY, whatever B·C is; in
-backward, apart from what gradients and a half-precision weight take in float32.
+worked on in pieces: softmax, and a quick sum for Σ|p − 1/C| where that is large, as it is in practice. Rows where it is
+small are taken out and centred, with expm1 if near uniform. Extra memory stays below MEMORY, whatever B·C is; in backward,
+apart from what gradients and a half-precision weight take in float32.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ LOGITS = 10 * MIB  # logits of a chunk of rows
 OPERAND = 4 * MIB  # features, and classes of the weight, converted for the matmul
 PIECE = 4 * MIB  # what is worked on at a time, in scratch memory allocated once: fresh pages cost more than work
 LONGEST_ROW = 3 * MIB  # of logits; a longer one is taken in tiles of classes, computed twice
-
-SMALL = MIB  # of logits or features: as few are taken in one piece, where time is that of the calls, not of the data
 
 # As measured: BLAS takes less time, half of it at 4 rows, if the logits of FEW rows lie transposed in memory; softmax
 # over 10 classes takes ten times as long as over NARROW, a whole vector.
@@ -252,7 +250,9 @@ def forward(
     batch, depth = features.shape
     classes = logits.shape[1] if logits is not None else weight.shape[0]  # type: ignore[union-attr]
     width = max(classes, NARROW)
-    elements = min(batch * max(width, depth), PIECE // size)
+    elements = batch * max(width, depth)
+    small = elements * size <= PIECE  # then all in one piece, by few calls: they may take longer than the work
+    elements = min(elements, PIECE // size)
     scratch = torch.empty(elements, dtype=dtype, device=features.device)
 
     def score(here: slice, scores: tuple[Tensor, ...]) -> None:
@@ -269,7 +269,6 @@ def forward(
             prediction[here] = torch.where(poison == 0, scores[4], 0)
 
     head = prediction is not None
-    small = elements * size <= SMALL
     if logits is not None:
         z, row_bytes, source = logits, 1, _given_logits(logits)
     else:
