@@ -2,8 +2,8 @@
 
 The formula is that of kernels/deviation.py, arranged for a CPU: the logits of a chunk of rows are written once and then
 worked on in pieces: softmax, and a quick sum for Σ|p − 1/C| where that is large, as it is in practice. Rows where it is
-small are taken out and centred, with expm1 if near uniform. Extra memory stays below MEMORY, whatever B·C is; in backward,
-apart from what gradients and a half-precision weight take in float32.
+small are taken out and centred, with expm1 if near uniform. Extra memory stays below MEMORY, whatever B·C is; in
+backward, apart from what gradients and a half-precision weight take in float32.
 """
 
 from __future__ import annotations
