@@ -123,7 +123,7 @@ def _is_plain(t: Tensor) -> bool:
     """Whether a kernel may read the memory of this tensor as it is."""
     return (
         type(t) in (Tensor, torch.nn.Parameter)
-        and t.device.type != "meta"
+        and not t.is_meta
         and not t.is_neg()
         and not t._is_zerotensor()
         and not torch._C._functorch.is_legacy_batchedtensor(t)

@@ -1,8 +1,8 @@
 """The score in plain torch: the path of CPUs, of devices without Triton, and of every backward.
 
 The formula is that of kernels/deviation.py, arranged for a CPU: the logits of a chunk of rows are written once and then
-worked on in pieces: softmax, and two passes for Σ|p − 1/C| where that is large, as it is in practice. Rows where it
-is small are taken out and centred, with expm1 if near uniform. Extra memory stays below MEMORY, whatever B·C is; in
+worked on in pieces: softmax, and a quick sum for Σ|p − 1/C| where that is large, as it is in practice. Rows where it is
+small are taken out and centred, with expm1 if near uniform. Extra memory stays below MEMORY, whatever B·C is; in
 backward, apart from what gradients and a half-precision weight take in float32.
 """
 
@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad, softshrink
 
 MIB = 2**20
 MEMORY = 32 * MIB  # the promise; its parts:
@@ -21,9 +22,16 @@ OPERAND = 4 * MIB  # features, and classes of the weight, converted for the matm
 PIECE = 4 * MIB  # what is worked on at a time, in scratch memory allocated once: fresh pages cost more than work
 LONGEST_ROW = 3 * MIB  # of logits; a longer one is taken in tiles of classes, computed twice
 
-# Two quick passes give Σ|p − 1/C| with an absolute error of some 1e-7, provided that Σp is 1 up to EXCESS roundings.
-# That is enough where it is LARGE, as for any trained network; other rows are computed again, centred.
-LARGE = 0.5
+# As measured: BLAS takes less time, half of it at 4 rows, if the logits of FEW rows lie transposed in memory; softmax
+# over 10 classes takes ten times as long as over NARROW, a whole vector.
+FEW = 128
+NARROW = 16
+
+# A quick sum gives Σ|p − 1/C| with an absolute error of some 3e-7. That is enough where it is LARGE, as for any trained
+# network. Where classes are MANY, rounding shows in Σp: it has to be 1 up to EXCESS. Other rows are computed again,
+# centred.
+MANY = 128
+LARGE, LARGE_OF_MANY = 0.25, 0.5
 EXCESS = 4
 
 FIELDS = ("gradnorm", "feature_norm", "output_norm", "max_logit", "msp", "energy")
@@ -37,6 +45,12 @@ def slices(count: int, size: int, budget: int) -> Iterator[slice]:
     return (slice(i, min(i + step, count)) for i in range(0, count, step))
 
 
+def _cut(t: Tensor, part: slice, dim: int = 0) -> Tensor:
+    """The slice of t, and t itself where that is all of it: a view costs as much as a sum over a row."""
+    size = part.stop - part.start
+    return t if size == t.shape[dim] else t.narrow(dim, part.start, size)
+
+
 def _usable(matrix: Tensor, dtype: torch.dtype) -> bool:
     """Whether BLAS reads this matrix as it lies, rather than torch copying all of it first."""
     (m, n), (a, b) = matrix.shape, matrix.stride()
@@ -48,7 +62,19 @@ def _converted(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _given_logits(logits: Tensor) -> Logits:
-    return lambda rows, start, stop: logits[rows, start:stop]
+    return lambda rows, start, stop: _cut(_cut(logits, rows), slice(start, stop), 1)
+
+
+def _transposed(rows: int, classes: int) -> bool:
+    """Whether the logits are to lie transposed in memory."""
+    return rows <= FEW < classes
+
+
+def _linear(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(x, w.t(), out=out)
+    else:
+        torch.addmm(bias, x, w.t(), out=out)
 
 
 def _head_logits(features: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, elements: int) -> Logits:
@@ -62,18 +88,16 @@ def _head_logits(features: Tensor, weight: Tensor, bias: Tensor | None, dtype: t
         weight, convert_w = _converted(weight, dtype), False
 
     def logits(rows: slice, start: int, stop: int) -> Tensor:
-        x = features[rows]
+        x, n, classes = _cut(features, rows), rows.stop - rows.start, stop - start
         if convert_x:
             x = _converted(x, dtype)
-        z = buffer[: x.shape[0] * (stop - start)].view(x.shape[0], stop - start)
-        for part in slices(stop - start, depth * size if convert_w else 0, OPERAND) if convert_w else [slice(None)]:
-            w = weight[start:stop][part]
+        z = buffer.as_strided((n, classes), (1, n) if _transposed(n, classes) else (classes, 1))
+        for part in slices(classes, depth * size if convert_w else 0, OPERAND if convert_w else classes):
+            here = slice(start + part.start, start + part.stop)
+            w = _cut(weight, here)
             if convert_w:
                 w = _converted(w, dtype)
-            if bias is None:
-                torch.mm(x, w.t(), out=z[:, part])
-            else:
-                torch.addmm(bias[start:stop][part], x, w.t(), out=z[:, part])
+            _linear(x, w, None if bias is None else _cut(bias, here), out=_cut(z, part, 1))
         return z
 
     return logits
@@ -81,19 +105,20 @@ def _head_logits(features: Tensor, weight: Tensor, bias: Tensor | None, dtype: t
 
 def _in_scratch(scratch: Tensor, like: Tensor) -> Tensor:
     """Memory in the shape of `like`: scratch where that is large enough, else new."""
-    memory = scratch if like.numel() <= scratch.numel() else scratch.new_empty(like.numel())
-    return memory[: like.numel()].view(like.shape)
+    memory = scratch if like.numel() <= len(scratch) else scratch.new_empty(like.numel())
+    return memory.as_strided(like.shape, (like.shape[1], 1))
 
 
 def feature_norm(x: Tensor, scratch: Tensor) -> Tensor:
     """‖x‖₁ of each row, NaN where that is not finite: such a row has no score.  # (R, D) -> (R,)"""
     norms = []
-    for part in slices(x.shape[0], x.shape[1], scratch.numel()):
-        rows = _in_scratch(scratch, x[part])
-        magnitudes = torch.abs(x[part], out=rows) if x.dtype == rows.dtype else rows.copy_(x[part]).abs_()
+    for part in slices(x.shape[0], x.shape[1], len(scratch)):
+        rows = _cut(x, part)
+        memory = _in_scratch(scratch, rows)
+        magnitudes = torch.abs(rows, out=memory) if rows.dtype == memory.dtype else memory.copy_(rows).abs_()
         norms.append(magnitudes.sum(1))
     norm = norms[0] if len(norms) == 1 else torch.cat(norms)
-    return norm + (norm - norm)
+    return norm.add_(norm - norm)
 
 
 def _softmax(z: Tensor, inv_temperature: float, out: Tensor) -> Tensor:
@@ -153,16 +178,24 @@ def _deviation(z: Tensor, inv_temperature: float, scratch: Tensor, top: Tensor) 
 def _score_rows(z: Tensor, inv_temperature: float, scratch: Tensor, head: bool) -> tuple[Tensor, ...]:
     """Logits z (R, C) to Σ|p − 1/C|; with head also to max_logit, msp, energy and prediction.  # each (R,)"""
     z = z.to(scratch.dtype)
-    p = _softmax(z, inv_temperature, _in_scratch(scratch, z))
+    padded = z if z.shape[1] >= NARROW else pad(z, (0, NARROW - z.shape[1]), value=-torch.inf)
+    p = _softmax(padded, inv_temperature, _in_scratch(scratch, padded))
     if z.device.type == "cpu":
         msp = p.amax(1) if head else p
-        # Σ|p − 1/C| = 2·Σ max(p − 1/C, 0) − (Σp − 1): two passes, good to the digits of the 1 that is taken off
-        excess = p.sum(1) - 1.0
-        deviation = 2.0 * (p.clamp_min_(1.0 / z.shape[1]).sum(1) - 1.0) - excess
-        unsure = ((deviation < LARGE) | (excess.abs() > EXCESS * torch.finfo(p.dtype).eps)).nonzero()[:, 0]
-        if len(unsure):
+        # Σ|p − 1/C| = 2·Σ max(p − 1/C, 0) − (Σp − 1)
+        many, worst, tolerance = z.shape[1] > MANY, 0.0, EXCESS * torch.finfo(p.dtype).eps
+        large = LARGE_OF_MANY if many else LARGE
+        excess = p.sum(1).sub_(1.0) if many else p
+        deviation = softshrink(p, 1.0 / z.shape[1], out=p).sum(1).mul_(2.0)  # type: ignore[call-arg]
+        if many:
+            deviation.sub_(excess)
+            worst = excess.abs_().max().item()
+        if not (deviation.min().item() >= large and worst <= tolerance):
+            doubtful = (deviation < large) | (excess > tolerance) if many else deviation < large
+            unsure = doubtful.nonzero()[:, 0]
             rows = z if len(unsure) == len(z) else z[unsure]
-            deviation[unsure], top = _deviation(rows, inv_temperature, scratch, p.amax(1)[unsure])
+            top = p.amax(1)[unsure] + 1.0 / z.shape[1]
+            deviation[unsure], top = _deviation(rows, inv_temperature, scratch, top)
             if head:
                 msp[unsure] = top
     else:  # never wait for the data
@@ -215,34 +248,52 @@ def forward(
     """Scores of features (B, D), from logits (B, C) or from a head, into out (1, B), or (6, B) with prediction (B,)."""
     dtype, size, inv_temperature = out.dtype, out.itemsize, 1.0 / temperature
     batch, depth = features.shape
+    classes = logits.shape[1] if logits is not None else weight.shape[0]  # type: ignore[union-attr]
+    width = max(classes, NARROW)
+    elements = batch * max(width, depth)
+    small = elements * size <= PIECE  # then all in one piece, by few calls: they may take longer than the work
+    elements = min(elements, PIECE // size)
+    scratch = torch.empty(elements, dtype=dtype, device=features.device)
+
+    def score(here: slice, scores: tuple[Tensor, ...]) -> None:
+        """Write the scores of these rows, given those of their logits."""
+        target, norm, output_norm = _cut(out, here, 1), feature_norm(_cut(features, here), scratch), scores[0]
+        for factor in (scale, inv_temperature):  # in this order: 0·inf is not 0
+            if factor != 1.0:
+                output_norm = output_norm * factor
+        torch.mul(norm + bias_norm if bias_norm else norm, output_norm, out=target[0])
+        if prediction is not None:
+            poison = (norm - norm) + (scores[0] - scores[0])  # a row without a score has no other number either
+            for field, value in enumerate((norm, output_norm, *scores[1:4]), 1):
+                torch.add(value, poison, out=target[field])
+            prediction[here] = torch.where(poison == 0, scores[4], 0)
+
+    head = prediction is not None
     if logits is not None:
-        classes, row_bytes, source = logits.shape[1], 1, _given_logits(logits)
+        z, row_bytes, source = logits, 1, _given_logits(logits)
     else:
         assert weight is not None
-        classes = weight.shape[0]
-        row_bytes = max(classes, 0 if _usable(features, dtype) else depth * LOGITS // OPERAND) * size
-        elements = min(batch * classes, max(LOGITS // size, min(classes, LONGEST_ROW // size)))
-        source = _head_logits(features, weight, bias, dtype, elements)
-    elements = min(batch * max(classes, depth), PIECE // size)
-    scratch = torch.empty(elements, dtype=dtype, device=features.device)
+        if small := small and _usable(features, dtype) and _usable(weight, dtype):
+            strides = (1, batch) if _transposed(batch, classes) else (classes, 1)
+            z = torch.empty_strided((batch, classes), strides, dtype=dtype, device=features.device)
+            _linear(features, weight, bias, out=z)
+        else:
+            row_bytes = max(classes, 0 if _usable(features, dtype) else depth * LOGITS // OPERAND) * size
+            elements = min(batch * classes, max(LOGITS // size, min(classes, LONGEST_ROW // size)))
+            source = _head_logits(features, weight, bias, dtype, elements)
+    if small:
+        score(slice(0, batch), _score_rows(z, inv_temperature, scratch, head))
+        return
     long = classes * size > LONGEST_ROW
     for rows in slices(batch, LOGITS if long else row_bytes, LOGITS):
-        z = None if long else source(rows, 0, classes)
-        for part in slices(rows.stop - rows.start, (classes + 8) * size, PIECE):
+        chunk = None if long else source(rows, 0, classes)
+        for part in slices(rows.stop - rows.start, (width + 8) * size, PIECE):
             here = slice(rows.start + part.start, rows.start + part.stop)
-            if z is not None:
-                scores = _score_rows(z[part], inv_temperature, scratch, prediction is not None)
+            if chunk is not None:
+                score(here, _score_rows(_cut(chunk, part), inv_temperature, scratch, head))
             else:
                 tiles = [partial(source, here, c.start, c.stop) for c in slices(classes, size, LONGEST_ROW)]
-                scores = _score_long_row(tiles, classes, inv_temperature, scratch)
-            norm = feature_norm(features[here], scratch)
-            output_norm = scores[0] * scale * inv_temperature  # in this order: 0·inf is not 0
-            out[0, here] = (norm + bias_norm) * output_norm
-            if prediction is not None:
-                poison = (norm - norm) + (scores[0] - scores[0])  # a row without a score has no other number either
-                for field, value in enumerate((norm, output_norm, *scores[1:4]), 1):
-                    out[field, here] = value + poison
-                prediction[here] = torch.where(poison == 0, scores[4], 0)
+                score(here, _score_long_row(tiles, classes, inv_temperature, scratch))
 
 
 def backward(

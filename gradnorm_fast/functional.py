@@ -76,7 +76,7 @@ def fast_gradnorm(
     weight = _check_head(features, weight, bias, include_bias)
     temperature = _check_options(features, temperature, reduction, backend, include_bias)
     out, _ = _ops.scores(_rows(features), None, weight, bias, temperature, reduction, include_bias, backend, False)
-    return out[0].reshape(features.shape[:-1])
+    return out.reshape(features.shape[:-1])
 
 
 def head_scores(
@@ -142,7 +142,7 @@ def gradnorm_from_logits(
     out, _ = _ops.scores(
         _rows(features), _rows(logits), None, None, temperature, reduction, include_bias, backend, False
     )
-    return out[0].reshape(features.shape[:-1])
+    return out.reshape(features.shape[:-1])
 
 
 def _rows(t: Tensor) -> Tensor:

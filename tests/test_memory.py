@@ -24,6 +24,8 @@ CASES = {  # name: function, its input, made when asked for, and options
     "strides": (fast_gradnorm, lambda: (random(512, 4096)[:, ::2], random(4000, 4096)[:, 1::2]), {}),
     "many rows of two classes": (fast_gradnorm, lambda: (random(10**6, 8), random(2, 8)), {}),
     "many rows of one class": (fast_gradnorm, lambda: (random(10**6, 8), random(1, 8)), {}),
+    "few rows": (head_scores, lambda: (random(120, 64), random(20000, 64), random(20000)), dict(temperature=2.0)),
+    "few classes": (head_scores, lambda: (random(60000, 16), random(10, 16), random(10)), dict(temperature=2.0)),
     "long rows": (head_scores, lambda: (random(3, 2), random(3 * 10**6, 2)), {}),
     "long double rows": (head_scores, lambda: (random(3, 2, dtype=double), random(10**6, 2, dtype=double)), {}),
     "logits": (gradnorm_from_logits, lambda: (random(40000, 3), random(40000, 300)), {}),
