@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from functools import cache
 from importlib.util import find_spec
 
@@ -62,7 +63,15 @@ def run(
     scale, bias_norm = _factors(logits, weight, reduction, include_bias)
     rest = (out, prediction if head else None, temperature, scale, bias_norm)
     if not uses_triton(backend, features.device):
-        _torch_path.forward(features, logits, weight, bias, *rest)
+        if (
+            os.environ.get("GRADNORM_FAST_BATCH_INVARIANT") == "1"
+        ):  # how a matmul rounds depends on how many rows it has
+            for i in range(batch):
+                row = (out[:, i : i + 1], prediction[i : i + 1] if head else None, *rest[2:])
+                z = None if logits is None else logits[i : i + 1]
+                _torch_path.forward(features[i : i + 1], z, weight, bias, *row)
+        else:
+            _torch_path.forward(features, logits, weight, bias, *rest)
         return out, prediction
     from .kernels import plan, rows
 

@@ -248,6 +248,34 @@ def test_the_reference_in_any_mode():
             autograd_gradnorm(**(dict(features=x, weight=w, bias=bias) | wrong))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [10, 300])
+def test_batch_invariance_of_the_torch_path_on_request(monkeypatch, classes, dtype):
+    """However many rows are beside it. The kernels have a test of their own, in test_kernels.py."""
+    x, w, bias = problem(70, 100, classes, dtype)
+    monkeypatch.setenv("GRADNORM_FAST_BATCH_INVARIANT", "1")
+    whole = head_scores(x, w, bias, backend="torch")
+    assert relative(whole.gradnorm, autograd_gradnorm(x.double(), w.double(), bias.double())) < 1e-5
+    for rows in (slice(0, 1), slice(3, 5), slice(69, 70), slice(17, 50)):
+        for got, expected in zip(head_scores(x[rows], w, bias, backend="torch"), whole, strict=True):
+            assert torch.equal(got, expected[rows])
+    logits = torch.nn.functional.linear(x, w, bias)
+    whole = gradnorm_from_logits(x, logits, backend="torch")
+    assert torch.equal(gradnorm_from_logits(x[3:5], logits[3:5], backend="torch"), whole[3:5])
+
+
+@pytest.mark.parametrize("classes", [3, 10, 15, 16, 127, 128, 129, 1000])
+def test_scores_about_where_the_quick_sum_is_given_up(classes):
+    """Rows with Σ|p − 1/C| from 0.1 to 0.7."""
+    g = torch.Generator().manual_seed(classes)
+    z = torch.randn(4000, classes, generator=g) * torch.linspace(0.02, 1.5, 4000)[:, None]
+    truth = deviation(z)
+    band = (truth > 0.1) & (truth < 0.7)
+    assert band.sum() > 200
+    got = gradnorm_from_logits(torch.ones(len(z), 1, device=DEVICE), z.to(DEVICE))
+    assert relative(got[band], truth[band]) <= 2e-6
+
+
 def test_split_in_chunks_of_rows():
     from gradnorm_fast.kernels.split import score_split
 
