@@ -24,7 +24,18 @@ import torch
 from triton.errors import TritonError
 
 from . import cluster, cooperative, few_rows, library, one_tile, split
-from .targets import ANY, INTERPRETED, Config, TensorDescriptor, architecture, cdiv, multiprocessors, power_of_2
+from .targets import (
+    ANY,
+    INTERPRETED,
+    Config,
+    TensorDescriptor,
+    architecture,
+    cdiv,
+    descriptors_fit,
+    dot_precision,
+    multiprocessors,
+    power_of_2,
+)
 
 
 class Plan(NamedTuple):
@@ -45,7 +56,8 @@ _tuned: dict[tuple[Any, ...], Plan] = {}
 
 
 def chosen(features: torch.Tensor, weight: torch.Tensor, run: Callable[[Plan], torch.Tensor]) -> Plan:
-    """For features (B, D) and weight (C, D); `run` gives a plan's scores (B,), should they have to be timed."""
+    """For features (B, D) and weight (C, D); `run` gives a plan's scores (B,), should they have to be timed, and may
+    give them in the same memory each time."""
     (b, d), c, dtype, device = features.shape, weight.shape[0], features.dtype, features.device
     invariant = os.environ.get("GRADNORM_FAST_BATCH_INVARIANT") == "1"
     rows = ANY if invariant else b
@@ -55,7 +67,9 @@ def chosen(features: torch.Tensor, weight: torch.Tensor, run: Callable[[Plan], t
         plan = Plan("split", split.configuration(rows, c, d, dtype, architecture(device)))
     if invariant or dtype == torch.float64 or os.environ.get("GRADNORM_FAST_AUTOTUNE") != "1":
         return plan
-    key = (power_of_2(b), c, d, dtype, device, torch.get_float32_matmul_precision())
+    arch = architecture(device)
+    readable = plan.kernel, descriptors_fit(arch, features, weight)  # by the library, by TMA
+    key = (power_of_2(b), c, d, dtype, device, dot_precision(dtype, arch), readable)
     if key not in _tuned:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return plan
@@ -78,8 +92,10 @@ def by_table(b: int, c: int, d: int, dtype: torch.dtype, device: torch.device) -
 
 def fastest(best: Plan, features: torch.Tensor, weight: torch.Tensor, run: Callable[[Plan], torch.Tensor]) -> Plan:
     """The candidate with the lowest median time among those whose scores are the default's, `best` until then."""
-    expected, least = run(best).clone(), _seconds(partial(run, best), features.device)
+    scores = run(best)
+    expected, least = scores.clone(), _seconds(partial(run, best), features.device)
     for plan in candidates(features, weight):
+        scores.fill_(-1.0)  # so that what a kernel does not write is not taken for its work
         try:
             if torch.allclose(run(plan), expected, rtol=1e-3, equal_nan=True):
                 seconds = _seconds(partial(run, plan), features.device)

@@ -227,6 +227,43 @@ def test_autotuning_on_request_keeps_the_fastest_right_one(monkeypatch):
     assert plan.chosen(x[:4].repeat(2, 1), w, run) == quicker and not ran  # 8 rows are in the same bin as 5
 
 
+def test_autotuning_believes_no_kernel_that_writes_nothing(monkeypatch):
+    """The scores of the one before may still be where its own should be."""
+    x, w, _ = problem(5, 40, 300, torch.bfloat16)
+    default = plan.by_table(5, 300, 40, torch.bfloat16, x.device)
+    idle = default._replace(config=default.config._replace(slices=1, block_c=16))
+    out = torch.empty(5, device=DEVICE)
+    monkeypatch.setattr(plan, "_seconds", lambda call, device: float(call.args[0] == default))
+    monkeypatch.setattr(plan, "candidates", lambda x, w: iter([idle]))
+    assert plan.fastest(default, x, w, lambda chosen: out.fill_(1.0) if chosen == default else out) == default
+
+
+def test_a_tuned_choice_is_not_for_what_tma_cannot_read(monkeypatch):
+    memory, w, _ = problem(70, 72, 300, torch.float16)
+    x, sliced, w = memory[:, :64].contiguous(), memory[:, 1:65], w[:, :64].contiguous()
+    monkeypatch.setattr(plan, "_tuned", {})
+    monkeypatch.setattr(plan, "fastest", lambda best, x, w, run: best._replace(kernel=f"{x.data_ptr() % 16}"))
+    monkeypatch.setenv("GRADNORM_FAST_AUTOTUNE", "1")
+    assert plan.chosen(x, w, None) == plan.chosen(x.clone(), w, None) != plan.chosen(sliced, w, None)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch has one setting only")
+def test_autotuning_by_torchs_new_setting_of_tf32(monkeypatch):
+    """Where that is set, torch.get_float32_matmul_precision() raises."""
+    x, w, _ = problem(5, 40, 300, torch.float32)
+    monkeypatch.setattr(plan, "_tuned", {})
+    monkeypatch.setattr(plan, "fastest", lambda best, x, w, run: best)
+    monkeypatch.setenv("GRADNORM_FAST_AUTOTUNE", "1")
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for precision in ("ieee", "tf32"):
+            torch.backends.cuda.matmul.fp32_precision = precision
+            plan.chosen(x, w, None)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert len(plan._tuned) == 2
+
+
 @pytest.mark.parametrize("shape", [(70, 40, 10), (5, 64, 300), (70, 64, 300)], ids=str)
 def test_every_candidate_of_the_tuner_is_a_kernel_that_takes_the_shape(shape):
     x, w, _ = problem(*shape, torch.bfloat16)
