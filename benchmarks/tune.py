@@ -57,7 +57,7 @@ def plans(w: Workload, x: torch.Tensor, weight: torch.Tensor) -> Iterator[plan.P
 
 def call_of(chosen: plan.Plan, inputs: tuple[torch.Tensor, ...]) -> Callable[[], torch.Tensor]:
     x, weight, bias = inputs
-    out = torch.empty(1, len(x), device=x.device)
+    out = torch.full((1, len(x)), torch.nan, device=x.device)  # not what the last candidate left there
 
     def call() -> torch.Tensor:
         plan.KERNELS[chosen.kernel](x, weight, bias, out, None, 1.0, 1.0, 0.0, chosen.config)
@@ -96,13 +96,13 @@ def tune(w: Workload, device: str, deadline: float) -> list[dict[str, Any]]:
 def warm_up(share: int, of: int, deadline: float) -> None:
     """Compile every of-th candidate into Triton's cache on disk, by launching it once."""
     for w in GPU:
-        x, weight, bias = Workload(min(w.batch, 128), w.depth, w.classes, w.dtype).inputs("cuda")
-        x = x if len(x) == w.batch else x[:1].expand(w.batch, -1)  # the batch's plans, not its memory
+        _, weight, bias = Workload(1, w.depth, w.classes, w.dtype).inputs("cuda")
+        x = weight.new_zeros(w.batch, w.depth)
         for chosen in list(plans(w, x, weight))[share::of]:
             if time.monotonic() > deadline:
                 return
             try:
-                call_of(chosen, (x[:128].contiguous(), weight, bias))()
+                call_of(chosen, (x[:128], weight, bias))()
                 torch.cuda.synchronize()
             except Exception:  # tune reports it
                 continue
