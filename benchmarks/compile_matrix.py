@@ -141,7 +141,7 @@ def entries(arch: str) -> list[Entry]:
             add("few_rows", dtype, config, PRECISION=precision, HEAD=False, STEP=1, ROW_C=1)
             finish = config._replace(block_b=1, block_c=1, block_d=1)
             add("few_rows", dtype, finish, HEAD=head, STEP=2, ROW_C=row_c)
-            if c == 1000:  # kept ready, as below
+            if (b, c, head) == (few_rows.MAX_ROWS, 1024, True):  # kept ready, as below
                 add("few_rows", dtype, config, **options, STEP=few_rows.BOTH, ROW_C=row_c)
         config = split.configuration(b, c, d, dtype, arch)
         long = c > rows.MAX_RESIDENT and config.block_b * config.block_c <= split.STATISTICS_TILE

@@ -106,6 +106,7 @@ TABLE: Table = {
         Choice("float32", 64, ANY, Config(64, 32, 64, 4, 4)),
     ],
     "sm_80": [Choice("float32", 64, ANY, Config(64, 32, 32, 4, 4))],
+    "sm_100": [Choice("float32", 64, ANY, Config(64, 32, 32, 4, 4))],
 }
 
 

@@ -28,6 +28,11 @@ def test_every_configuration_compiles_without_problems(tmp_path):
     assert all(outcome["registers"] > 0 and not outcome["problems"] for outcome in outcomes)
 
 
+def test_the_matrix_lists_few_rows_in_two_launches_and_in_one():
+    found = (dict(e.constexprs) for e in compile_matrix.entries("sm_90") if e.kernel == "few_rows")
+    assert {of["STEP"] for of in found} == {1, 2, few_rows.BOTH}
+
+
 @pytest.fixture(scope="module")
 def listed():
     """Of each architecture: (kernel, dtype, tile, warps, stages) of all that the matrix lists."""
