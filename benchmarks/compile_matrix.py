@@ -276,6 +276,8 @@ def _read_nvidia(kernel, outcome: Outcome) -> None:  # type: ignore[no-untyped-d
     ptx = kernel.asm["ptx"]
     patterns = {"mma.sync": r"mma\.sync", "wgmma": r"wgmma\.mma_async", "tcgen05.mma": r"tcgen05\.mma"}
     outcome.instructions = {name: n for name, p in patterns.items() if (n := len(re.findall(p, ptx)))}
+    if outcome.entry.kernel == "logits" and "st.global.v4" not in ptx:
+        outcome.problems.append("logits stored one by one")
     gmma = len(re.findall(r"HGMMA", sass))
     outcome.serialized = 0 < gmma <= len(re.findall(r"WARPGROUP\.ARRIVE", sass))
 

@@ -63,13 +63,17 @@ def logits_kernel(
         B, C, 0, D, stride_xb, stride_xd, stride_wc, stride_wd, stride_b,
         HAS_BIAS, EVEN_D, TMA, PRECISION, UPCAST, BLOCK_B, BLOCK_C, BLOCK_D,
     )  # fmt: skip
+    valid = (classes < C)[None, :]
+    if LONG:
+        z = tl.where(valid, z, float("-inf"))
     live = rows < B
-    tl.store(Z + rows[:, None] * stride_zb + classes[None, :], z, mask=live[:, None] & (classes < C)[None, :])
+    # Into the padding of the rows too: stride_zb is known to be a multiple of 16, C is not, and so this is one store of
+    # four logits in place of four stores.
+    tl.store(Z + rows[:, None] * stride_zb + classes[None, :], z, mask=live[:, None] & (classes < stride_zb)[None, :])
     at = rows * n_class_tiles + class_tile
     if LONG:
-        valid = (classes < C)[None, :]
         n = tl.minimum(C - class_tile * BLOCK_C, BLOCK_C)
-        m, s, q = statistics_of_tile(tl.where(valid, z, float("-inf")), valid, n, inv_temperature)
+        m, s, q = statistics_of_tile(z, valid, n, inv_temperature)
         kind = tl.cast(B, tl.int64) * n_class_tiles
         tl.store(STATISTICS + at, m, mask=live)
         tl.store(STATISTICS + kind + at, s, mask=live)
@@ -120,7 +124,7 @@ def score_split(
     cfg = config or configuration(b, c, d, features.dtype, arch)
     long = c > MAX_RESIDENT and cfg.block_b * cfg.block_c <= STATISTICS_TILE
     tiles = cdiv(c, cfg.block_c)
-    width = cdiv(c, 4) * 4  # rows of logits start 16-byte aligned
+    width = cdiv(c, 16) * 16
     row_bytes = 4 * (width + (4 if long else 1) * tiles)
     chunk = min(b, chunk or max(MIN_ROWS, cfg.workspace * 2**20 // row_bytes // MIN_ROWS * MIN_ROWS))
     logits = torch.empty((chunk, width), dtype=torch.float32, device=features.device)
