@@ -4,12 +4,11 @@
 
 The program of one_tile.py with a tile of up to 16 x 256 classes: the compiler gives each CTA of the cluster a slice of
 the classes, and the sums over classes cross them through distributed shared memory. Traffic: features and weight once
-per row block, no logits. Needs half precision, sm_90, TMA, and a
-compiler that reduces across CTAs (Triton 3.8).
+per row block, no logits. Needs half precision, sm_90, TMA, and a compiler that reduces across CTAs (Triton 3.8).
 
 The operands come by tensor descriptors, x for ‖x‖₁ by pointers once more: if one value fed both, the compiler would
 split x over the CTAs by rows while it splits the classes, and the product would be wrong without a word
-(`tests/test_cluster.py` reads the compiled layout). Not chosen by default: it has not run on a GPU.
+(`benchmarks/compile_matrix.py` reads the compiled layout). Not chosen by default: it has not run on a GPU.
 """
 
 import torch
