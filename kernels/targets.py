@@ -81,7 +81,7 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    return "sm_100" if major == 10 else f"sm_{major}{minor}"  # sm_103 has its tensor memory, so its tables too
 
 
 @cache
@@ -110,7 +110,7 @@ def descriptors_fit(arch: str, *matrices: torch.Tensor) -> bool:
     """Whether TMA can read these matrices: rows contiguous, 16-byte aligned, on hardware that has it."""
     return (
         TensorDescriptor is not None
-        and (INTERPRETED or arch in ("sm_90", "sm_100", "sm_103"))
+        and (INTERPRETED or arch in ("sm_90", "sm_100"))
         and all(
             m.stride(1) == 1
             and m.stride(0) * m.element_size() % 16 == 0

@@ -17,7 +17,7 @@ from test_gradnorm import end_to_end_tolerance, problem, relative
 
 from gradnorm_fast import HeadScores, fast_gradnorm, head_scores
 from gradnorm_fast.kernels import cluster, few_rows, library, plan, split
-from gradnorm_fast.kernels.targets import ANY, INTERPRETED, Choice, Config, choose, descriptors_fit
+from gradnorm_fast.kernels.targets import ANY, INTERPRETED, Choice, Config, architecture, choose, descriptors_fit
 
 from conftest import DEVICE
 from families import deviation, hard_logits
@@ -152,6 +152,14 @@ def test_a_table_is_read_from_the_top_with_an_architectures_own_lines():
     assert choose(table, 9, 5, torch.bfloat16, "sm_80") == b == choose(table, 8, 5, torch.float32, "sm_80")
     assert choose(table, 9, 5, torch.float32, "sm_90") == c
     assert choose(table, 9, 5, torch.float32, "gfx942") == b._replace(num_stages=2)
+
+
+def test_every_data_centre_blackwell_has_the_lines_of_the_first(monkeypatch):
+    """Without them 64 x 256 classes spill on sm_103 as they would on sm_100."""
+    for capability, expected in {(9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100", (12, 0): "sm_120"}.items():
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, is_=capability: is_)
+        assert architecture.__wrapped__(torch.device("cuda", 0)) == expected
 
 
 @given(st.integers(1, 200), st.integers(1, 10_000), st.integers(1, 5000), st.sampled_from([torch.half, torch.float32]))
