@@ -4,7 +4,7 @@
     2   z = Σ_k z_k + b,   score = (‖x‖₁ + bias_norm)·Σ_c |p_c − 1/C|·scale/T, one row at a time
 
 Traffic: C·D weights once, 8·B·C·slices bytes of partial logits through L2. Slices are added in their order: the same
-bits from run to run. Steps 1 and 2 are two launches of one kernel, or (`ONE_LAUNCH`) one cooperative launch with a
+bits from run to run. Steps 1 and 2 are two launches of one kernel, or (`one_launch`) one cooperative launch with a
 barrier between them, which saves a launch where the launch is most of the time; it has not run on a GPU and is not
 chosen by default.
 """
@@ -34,7 +34,6 @@ from .tile import barrier, logits_tile, norm_share
 MAX_ROWS = 64
 MAX_CLASSES = 4096  # one program holds a row to finish it
 MAX_SLICES = 16
-ONE_LAUNCH = False
 BOTH = 0  # STEP: 1 and 2 with a barrier between
 
 
@@ -128,7 +127,7 @@ def score_few_rows(
     scale: float,
     bias_norm: float,
     config: Config | None = None,
-    one_launch: bool = ONE_LAUNCH,
+    one_launch: bool = False,
 ) -> None:
     """Scores of features (B, D) under the head weight (C, D), bias (C,), into out (1, B), or (6, B) with prediction.
 
