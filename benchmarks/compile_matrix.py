@@ -200,7 +200,7 @@ def _source(entry: Entry):  # type: ignore[no-untyped-def]
             signature[name] = (
                 "fp32" if name in ("inv_temperature", "inv_temperature_low", "scale", "bias_norm") else "i32"
             )
-        if name in pointers or name in ("D", "stride_xb", "stride_wc", "stride_zb", "slice_d"):
+        if name in pointers or name in ("D", "stride_xb", "stride_wc", "stride_zb", "slice_d", "width"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return triton.compiler.ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attributes)
 

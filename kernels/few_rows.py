@@ -140,8 +140,8 @@ def score_few_rows(
     device = features.device
     arch = architecture(device)
     cfg = config or configuration(b, c, d, features.dtype, arch, multiprocessors(device))
-    if b > cfg.block_b:
-        raise ValueError(f"config: expected a tile of at least {b} rows, got {cfg.block_b}")
+    if b > cfg.block_b or cfg.slices > MAX_SLICES:
+        raise ValueError(f"config: expected at least {b} rows and at most {MAX_SLICES} slices, got {cfg}")
     tiles = cdiv(c, cfg.block_c)
     programs = tiles * cfg.slices
     if one_launch and not INTERPRETED and programs > multiprocessors(device):

@@ -10,7 +10,7 @@ needs a matmul that returns float32 (torch 2.8, CUDA).
 import torch
 
 from .rows import score_rows
-from .targets import Config
+from .targets import Config, cdiv
 
 MIN_ROWS = 512
 CONFIGURATION = Config(0, 0, 0, 0, 0)  # there is only a workspace to choose
@@ -46,15 +46,15 @@ def score_library(
     if not fits(features):
         raise ValueError(f"library takes float32 and float64 and, on CUDA with torch 2.8, halves; got {features.dtype}")
     b, c = len(features), len(weight)
-    cfg = config or CONFIGURATION
-    chunk = min(b, max(MIN_ROWS, cfg.workspace * 2**20 // (out.itemsize * c) // MIN_ROWS * MIN_ROWS))
-    logits = torch.empty((chunk, c), dtype=out.dtype, device=features.device)
+    cfg, width = config or CONFIGURATION, cdiv(c, 16) * 16
+    chunk = min(b, max(MIN_ROWS, cfg.workspace * 2**20 // (out.itemsize * width) // MIN_ROWS * MIN_ROWS))
+    logits = torch.empty((chunk, width), dtype=out.dtype, device=features.device)
     options = {"out_dtype": torch.float32} if features.dtype.itemsize == 2 else {}
     for start in range(0, b, chunk):
         stop = min(start + chunk, b)
-        x, z = features[start:stop], logits[: stop - start]
+        x, z = features[start:stop], logits[: stop - start, :c]
         torch.mm(x, weight.t(), out=z, **options)
         score_rows(
             x, z, out[:, start:stop], None if prediction is None else prediction[start:stop],
-            temperature, scale, bias_norm, bias,
+            temperature, scale, bias_norm, bias, padded=True,
         )  # fmt: skip

@@ -31,28 +31,32 @@ TILES = 256  # class tiles whose statistics are read at a time
 
 
 @triton.jit
-def _logits(Z, BIAS, first, C, live, stride_zc, stride_b, HAS_BIAS: tl.constexpr, BLOCK_C: tl.constexpr, dtype):
+def _logits(Z, BIAS, first, C, width, live, stride_zc, stride_b, HAS_BIAS: tl.constexpr, BLOCK_C: tl.constexpr, dtype):
     """Of classes first, first + 1, ... of the rows at Z, −inf beyond C; and which are not.  # -> 2 x (B, BLOCK_C)"""
     classes = tl.arange(0, BLOCK_C)[None, :]
     valid = classes < C - first
     at = (first + classes).to(tl.int64)
-    z = tl.load(Z + at * stride_zc, mask=live & valid, other=float("-inf")).to(dtype)
+    readable = classes < width - first  # four at a time where the width is a multiple of 16
+    z = tl.load(Z + at * stride_zc, mask=live & readable, other=0.0).to(dtype)
     if HAS_BIAS:
         z += tl.load(BIAS + at * stride_b, mask=valid, other=0.0).to(dtype)
-    return z, valid
+    return tl.where(live & valid, z, float("-inf")), valid
 
 
 @triton.jit(do_not_specialize=["B", "stride_o"])
 def rows_kernel(
     X, Z, BIAS, STATISTICS, OUT, PREDICTION,
-    B, C, D,
+    B, C, D, width,
     inv_temperature, inv_temperature_low, scale, bias_norm,
     stride_xb, stride_xd, stride_zb, stride_zc, stride_b, stride_o,
     HAS_BIAS: tl.constexpr, HEAD: tl.constexpr, RESIDENT: tl.constexpr,
     TILE_C: tl.constexpr, TILES: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """TILE_C: of how many classes each are the tiles whose m, S and Q are in STATISTICS (3, B, tiles); 0 of none."""
+    """width >= C: how many columns of logits may be read.
+
+    TILE_C: of how many classes each are the tiles whose m, S and Q are in STATISTICS (3, B, tiles); 0 of none.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     live = (rows < B)[:, None]
     dtype = OUT.dtype.element_ty  # float32, or float64 for float64 logits
@@ -74,7 +78,7 @@ def rows_kernel(
     z_rows = Z + rows[:, None] * stride_zb
     classes = tl.arange(0, BLOCK_C)[None, :]
     if RESIDENT:
-        z, valid = _logits(z_rows, BIAS, 0, C, live, stride_zc, stride_b, HAS_BIAS, BLOCK_C, dtype)
+        z, valid = _logits(z_rows, BIAS, 0, C, width, live, stride_zc, stride_b, HAS_BIAS, BLOCK_C, dtype)
         m, s, deviation = deviation_of_rows(z, valid, C, inv_temperature)
         index = first_at(z, m, classes) if HEAD else 0
     else:
@@ -88,7 +92,7 @@ def rows_kernel(
             s = tl.zeros((BLOCK_B,), dtype)
             q = tl.zeros((BLOCK_B,), dtype)
             for c in range(0, C, BLOCK_C):
-                z, valid = _logits(z_rows, BIAS, c, C, live, stride_zc, stride_b, HAS_BIAS, BLOCK_C, dtype)
+                z, valid = _logits(z_rows, BIAS, c, C, width, live, stride_zc, stride_b, HAS_BIAS, BLOCK_C, dtype)
                 n = tl.minimum(C - c, BLOCK_C)
                 block_m, block_s, block_q = statistics_of_tile(z, valid, n, inv_temperature)
                 shift = shift_of(tl.maximum(m, block_m))
@@ -108,7 +112,7 @@ def rows_kernel(
         deltas = tl.zeros((BLOCK_B, BLOCK_C), dtype)
         sigmas = tl.zeros((BLOCK_B, BLOCK_C), dtype)
         for c in range(0, C, BLOCK_C):
-            z, valid = _logits(z_rows, BIAS, c, C, live, stride_zc, stride_b, HAS_BIAS, BLOCK_C, dtype)
+            z, valid = _logits(z_rows, BIAS, c, C, width, live, stride_zc, stride_b, HAS_BIAS, BLOCK_C, dtype)
             if HEAD:
                 index = tl.minimum(index, first_at(z, m, c + classes))
             d = (z - shift[:, None]) * inv_temperature
@@ -160,11 +164,13 @@ def score_rows(
     bias: torch.Tensor | None = None,
     statistics: torch.Tensor | None = None,
     tile_c: int = 0,
+    padded: bool = False,
     config: Config | None = None,
 ) -> None:
     """Scores of features (B, D) with logits (B, C), into out (1, B), or (6, B) with prediction.
 
-    bias (C,) is added to the logits where those are still without.
+    bias (C,) is added to the logits where those are still without. Padded logits have rows of logits.stride(0) columns,
+    of which the first C count.
 
     A row of more than MAX_RESIDENT classes is read once if m, S and Q of its tiles of tile_c classes are in statistics
     (3, B, tiles), else twice.
@@ -175,7 +181,7 @@ def score_rows(
     launch(rows_kernel, cdiv(b, cfg.block_b), cfg, (
         features, logits, logits if bias is None else bias, out if statistics is None else statistics,
         out, out if prediction is None else prediction,
-        b, c, d,
+        b, c, d, logits.stride(0) if padded else c,
         high, 1.0 / temperature - high, scale, bias_norm,
         features.stride(0), features.stride(1), logits.stride(0), logits.stride(1),
         0 if bias is None else bias.stride(0), out.stride(0),

@@ -150,5 +150,5 @@ def score_split(
         ))  # fmt: skip
         score_rows(
             norms, z, out[:, start:stop], None if prediction is None else prediction[start:stop],
-            temperature, scale, bias_norm, statistics=statistics, tile_c=cfg.block_c,
+            temperature, scale, bias_norm, statistics=statistics, tile_c=cfg.block_c, padded=True,
         )  # fmt: skip
