@@ -138,13 +138,13 @@ def rows_kernel(
 TABLE: Table = {
     "any": [
         Choice("any", ANY, 16, Config(64, 16, 32, 4, 2)),
-        Choice("any", ANY, 128, Config(16, 128, 128, 4, 2)),
+        Choice("any", ANY, 128, Config(8, 128, 256, 4, 2)),
         Choice("any", ANY, 1024, Config(2, 1024, 1024, 4, 2)),
         Choice("float64", ANY, 2048, Config(1, 2048, 1024, 8, 2)),
         Choice("float64", ANY, ANY, Config(1, 1024, 256, 4, 2)),
         Choice("any", ANY, 4096, Config(1, 4096, 2048, 8, 2)),
         Choice("any", ANY, MAX_RESIDENT, Config(1, 8192, 2048, 16, 2)),
-        Choice("any", ANY, ANY, Config(1, 4096, 256, 8, 2)),
+        Choice("any", ANY, ANY, Config(1, 4096, 256, 16, 2)),
     ],
 }
 
