@@ -144,8 +144,9 @@ TABLE: Table = {
         Choice("float64", ANY, ANY, Config(1, 1024, 256, 4, 2)),
         Choice("any", ANY, 4096, Config(1, 4096, 2048, 8, 2)),
         Choice("any", ANY, MAX_RESIDENT, Config(1, 8192, 2048, 16, 2)),
-        Choice("any", ANY, ANY, Config(1, 4096, 256, 16, 2)),
+        Choice("any", ANY, ANY, Config(1, 2048, 256, 8, 2)),
     ],
+    "sm_80": [Choice("any", ANY, ANY, Config(1, 1024, 256, 4, 2))],
 }
 
 
