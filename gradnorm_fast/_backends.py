@@ -63,9 +63,8 @@ def run(
     scale, bias_norm = _factors(logits, weight, reduction, include_bias)
     rest = (out, prediction if head else None, temperature, scale, bias_norm)
     if not uses_triton(backend, features.device):
-        if (
-            os.environ.get("GRADNORM_FAST_BATCH_INVARIANT") == "1"
-        ):  # how a matmul rounds depends on how many rows it has
+        # A row by itself: how a matmul rounds depends on how many rows it has.
+        if os.environ.get("GRADNORM_FAST_BATCH_INVARIANT") == "1":
             for i in range(batch):
                 row = (out[:, i : i + 1], prediction[i : i + 1] if head else None, *rest[2:])
                 z = None if logits is None else logits[i : i + 1]

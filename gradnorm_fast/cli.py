@@ -206,13 +206,13 @@ def _add_env(subparsers: Subparsers, common: _Parser) -> None:
         "env",
         parents=[common],
         help="versions, devices, and which kernel would run",
-        description="Versions, devices, and which kernel would run for a shape and why. With --check every kernel is "
-        "run on every device and held against float64.",
+        description="Versions, devices, and which kernel would run for a shape and why. With --check the torch path "
+        "and, on a GPU, every kernel are held against float64.",
         epilog=f"example: {_PROG} env --check --shape 256 2048 1000 --dtype bfloat16",
     )
     parser.add_argument("--shape", type=_positive, nargs=3, default=(256, 2048, 1000), metavar=("B", "D", "C"))
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"), default="float32")
-    parser.add_argument("--check", action="store_true", help="run every kernel; exit code 2 if one fails")
+    parser.add_argument("--check", action="store_true", help="run all that runs here; exit code 2 if one fails")
     parser.set_defaults(command=_run("environment"))
 
 

@@ -191,7 +191,10 @@ def largest_relative_difference(features: Tensor, weight: Tensor, bias: Tensor) 
 
 
 def time_both(features: Tensor, weight: Tensor, bias: Tensor) -> dict[str, float]:
-    """Time `fast_gradnorm` (median of `REPEATS`) and the per-sample autograd loop (once) on the same features."""
+    """Time `fast_gradnorm` (median of `REPEATS`) and the per-sample autograd loop (once) on the same features.
+
+    On one thread: on a busy machine several wait for one another longer than so small a batch takes.
+    """
 
     def seconds(score: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor) -> float:
         if x.is_cuda:
@@ -202,11 +205,16 @@ def time_both(features: Tensor, weight: Tensor, bias: Tensor) -> dict[str, float
             torch.cuda.synchronize(x.device)
         return time.perf_counter() - start
 
-    for _ in range(5):
-        seconds(fast_gradnorm, features)
-    seconds(autograd_gradnorm, features[:20])  # warm-up as well
-    fast = statistics.median(seconds(fast_gradnorm, features) for _ in range(REPEATS))
-    loop = seconds(autograd_gradnorm, features)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(5):
+            seconds(fast_gradnorm, features)
+        seconds(autograd_gradnorm, features[:20])  # warm-up as well
+        fast = statistics.median(seconds(fast_gradnorm, features) for _ in range(REPEATS))
+        loop = seconds(autograd_gradnorm, features)
+    finally:
+        torch.set_num_threads(threads)
     return {"batch_size": len(features), "fast_seconds": fast, "autograd_seconds": loop, "speedup": loop / fast}
 
 
@@ -284,7 +292,7 @@ def _speed(agreement: float, timing: Mapping[str, float], features: Tensor, clas
             f"  largest relative difference: {agreement:.1e} "
             f"(fast_gradnorm in {str(features.dtype).removeprefix('torch.')}, autograd in float64)",
             f"  fast_gradnorm: {1e3 * timing['fast_seconds']:.3f} ms for the batch of {batch} "
-            f"(median of {REPEATS} after warm-up)",
+            f"(median of {REPEATS} after warm-up; CPU work on one thread)",
             f"  autograd, sample by sample: {1e3 * timing['autograd_seconds']:.1f} ms for the same batch (timed once)",
             f"  speed-up: {timing['speedup']:.0f} x, head only; computing the features is in neither time",
         ]

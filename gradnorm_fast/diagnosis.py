@@ -77,7 +77,7 @@ def diagnose(id_scores: HeadScores, ood_scores: HeadScores | None = None) -> Dia
         wrong = [name for name in ("feature_norm", "output_norm") if auroc[name] < 0.5]
         warnings.append(
             f"the direction is reversed: GradNorm is larger on the OOD images (AUROC {100 * auroc['gradnorm']:.2f})"
-            + (f", as is {' and '.join(wrong)}" if wrong else "")
+            + (f", and so {'is' if len(wrong) == 1 else 'are'} {' and '.join(wrong)}" if wrong else "")
         )
     if best is not None and best != "gradnorm" and auroc[best] > auroc["gradnorm"] + 0.01:
         warnings.append(

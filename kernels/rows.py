@@ -108,24 +108,30 @@ def rows_kernel(
         shift = shift_of(m)
         some_near = any_of(near)
         index = tl.full((BLOCK_B,), 2147483647, tl.int32)
-        totals = tl.zeros((BLOCK_B, BLOCK_C), dtype)
-        deltas = tl.zeros((BLOCK_B, BLOCK_C), dtype)
-        sigmas = tl.zeros((BLOCK_B, BLOCK_C), dtype)
-        for c in range(0, C, BLOCK_C):
-            z, valid = _logits(z_rows, BIAS, c, C, width, live, stride_zc, stride_b, HAS_BIAS, BLOCK_C, dtype)
-            if HEAD:
-                index = tl.minimum(index, first_at(z, m, c + classes))
-            d = (z - shift[:, None]) * inv_temperature
-            t = tl.exp(d)
-            if some_near:
-                t = tl.where(near[:, None], expm1(d, t), t)
-            u = tl.where(valid, t - mean[:, None], 0.0)
-            totals += tl.abs(u)
-            deltas += u
-            sigmas += tl.where(u > 0.0, 1.0, 0.0) - tl.where(u < 0.0, 1.0, 0.0)
-        delta = tl.sum(deltas, 1)
+        total = tl.zeros((BLOCK_B,), dtype)
+        delta = tl.zeros((BLOCK_B,), dtype)
+        sigma = tl.zeros((BLOCK_B,), dtype)
+        for start in range(0, C, 16 * BLOCK_C):  # sums of many equal numbers round all one way: 16 blocks at a time
+            totals = tl.zeros((BLOCK_B, BLOCK_C), dtype)
+            deltas = tl.zeros((BLOCK_B, BLOCK_C), dtype)
+            sigmas = tl.zeros((BLOCK_B, BLOCK_C), dtype)
+            for c in range(start, tl.minimum(start + 16 * BLOCK_C, C), BLOCK_C):
+                z, valid = _logits(z_rows, BIAS, c, C, width, live, stride_zc, stride_b, HAS_BIAS, BLOCK_C, dtype)
+                if HEAD:
+                    index = tl.minimum(index, first_at(z, m, c + classes))
+                d = (z - shift[:, None]) * inv_temperature
+                t = tl.exp(d)
+                if some_near:
+                    t = tl.where(near[:, None], expm1(d, t), t)
+                u = tl.where(valid, t - mean[:, None], 0.0)
+                totals += tl.abs(u)
+                deltas += u
+                sigmas += tl.where(u > 0.0, 1.0, 0.0) - tl.where(u < 0.0, 1.0, 0.0)
+            total += tl.sum(totals, 1)
+            delta += tl.sum(deltas, 1)
+            sigma += tl.sum(sigmas, 1)
         s = mean * C + delta + tl.where(near, C, 0)  # Σt once more, now without the many merges
-        deviation = (tl.sum(totals, 1) - delta * tl.sum(sigmas, 1) / C) / s
+        deviation = (total - delta * sigma / C) / s
     store_scores(
         OUT, PREDICTION, rows, B, stride_o,
         tl.sum(norm, 1), m, index, s, deviation,
@@ -141,12 +147,12 @@ TABLE: Table = {
         Choice("any", ANY, 128, Config(8, 128, 256, 4, 2)),
         Choice("any", ANY, 1024, Config(2, 1024, 1024, 4, 2)),
         Choice("float64", ANY, 2048, Config(1, 2048, 1024, 8, 2)),
-        Choice("float64", ANY, ANY, Config(1, 1024, 256, 4, 2)),
+        Choice("float64", ANY, ANY, Config(1, 1024, 256, 8, 2)),
         Choice("any", ANY, 4096, Config(1, 4096, 2048, 8, 2)),
         Choice("any", ANY, MAX_RESIDENT, Config(1, 8192, 2048, 16, 2)),
-        Choice("any", ANY, ANY, Config(1, 2048, 256, 8, 2)),
+        Choice("any", ANY, ANY, Config(1, 1024, 256, 8, 2)),
     ],
-    "sm_80": [Choice("any", ANY, ANY, Config(1, 1024, 256, 4, 2))],
+    "sm_80": [Choice("float64", ANY, ANY, Config(1, 1024, 256, 4, 2))],
 }
 
 
