@@ -78,8 +78,9 @@ def test_conventions(backend, reduction, include_bias):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("classes", [2, 10, 1000, 21843, 128256])
 def test_hard_rows_of_given_logits(backend, classes):
-    x = torch.ones(2, 1, device=DEVICE)
-    for name, logits, temperature in hard_logits(classes):
+    rows = 2 if classes <= 1000 else 1  # in the interpreter long rows take long
+    x = torch.ones(rows, 1, device=DEVICE)
+    for name, logits, temperature in hard_logits(classes, rows):
         score = gradnorm_from_logits(x, logits.to(DEVICE), temperature=temperature, backend=backend)
         assert relative(score, deviation(logits, temperature)) <= 2e-6, name
 
