@@ -1,7 +1,7 @@
 """Time every plausible configuration of every kernel, per workload: what the tables in kernels/ are to be chosen by.
 
     python benchmarks/tune.py --out benchmarks/results/h200          on a GPU
-    python benchmarks/tune.py --dry-run --out /tmp/tune              without: tiny shapes, in the interpreter
+    python benchmarks/tune.py --dry-run --out dry_run                without: tiny shapes, in the interpreter
 
 Each candidate is checked against the torch path first. Results are written after every workload, best first.
 """
