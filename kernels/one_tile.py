@@ -79,7 +79,7 @@ TABLE: Table = {
         Choice("float32", 1024, 16, Config(16, 16, 32, 4, 2)),
         Choice("float32", ANY, 16, Config(64, 16, 32, 4, 2)),
         Choice("float32", 1024, 128, Config(16, 128, 32, 8, 2)),
-        Choice("float32", ANY, 128, Config(64, 128, 32, 8, 2)),
+        Choice("float32", ANY, 128, Config(32, 128, 32, 4, 2)),
         Choice("float32", ANY, 256, Config(16, 256, 32, 4, 2)),
     ],
     # 64 x 256 spills without warpgroup instructions, and with Blackwell's tensor memory
