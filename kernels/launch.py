@@ -1,5 +1,4 @@
-"""Launching a kernel, the second time past Triton's binder: 1 µs and its key's 3 in place of 8, where two launches of a
-few µs each are the whole call."""
+"""Launching a kernel, the second time past Triton's binder, where two launches of a few µs each are the whole call."""
 
 from __future__ import annotations
 

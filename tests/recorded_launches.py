@@ -1,9 +1,12 @@
 """Run kernels as on an H100 that is not there: compiled for it, launched into a record. Not in the interpreter.
 
 Prints, as JSON, per call what was launched by Triton's binder, and what the first and second time by `launch`.
+With --time: instead, microseconds per call by the binder and by `launch`, the record left out.
 """
 
 import json
+import sys
+import time
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -89,6 +92,31 @@ def recorded(call):
     call()
     return list(launches)
 
+
+def microseconds(call):
+    """The least of 20 times, 100 calls each."""
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        for _ in range(100):
+            call()
+        times.append((time.perf_counter() - start) * 1e4)
+    return min(times)
+
+
+if "--time" in sys.argv:
+    Launcher.__call__ = lambda self, *arguments: None
+    x, bias = MEMORY[: 64 * 256].view(64, 256), MEMORY[:300]
+    for score, rows_, classes in (
+        (one_tile.score_one_tile, 64, 10), (few_rows.score_few_rows, 1, 300), (split.score_split, 64, 300),
+    ):  # fmt: skip
+        weight, out = MEMORY[2**19 : 2**19 + classes * 256].view(classes, 256), torch.zeros(1, rows_)
+        arguments = (x[:rows_], weight, bias[:classes], out, None, 1.0, 1.0, 0.0)
+        for launch.KNOWN in (False, True):
+            score(*arguments)
+            how = "launch" if launch.KNOWN else "binder"
+            print(f"{score.__name__:15} by {how}: {microseconds(lambda f=score, a=arguments: f(*a)):.1f} µs")
+    sys.exit()
 
 result = []
 for call in calls():
