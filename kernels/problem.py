@@ -1,0 +1,41 @@
+"""What travels together: the inputs of a scoring call, and the tensors that receive its results."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+FIELDS = ("gradnorm", "feature_norm", "output_norm", "max_logit", "msp", "energy")  #: the rows of `Scores.out`
+
+
+class Problem(NamedTuple):
+    """Rows of features and either the head that makes their logits, or the logits."""
+
+    features: Tensor  #: (B, D)
+    weight: Tensor | None  #: (C, D); None where the logits are given
+    bias: Tensor | None  #: (C,)
+    logits: Tensor | None = None  #: (B, C), bias included
+    temperature: float = 1.0
+    scale: float = 1.0  #: of output_norm: C for reduction="sum"
+    bias_norm: float = 0.0  #: what the bias's gradient adds to ‖x‖₁: 1 with include_bias
+
+    @property
+    def classes(self) -> int:
+        return self.logits.shape[1] if self.weight is None else self.weight.shape[0]  # type: ignore[union-attr]
+
+    def rows(self, start: int, stop: int) -> Problem:
+        """The same problem for rows start ... stop − 1."""
+        logits = None if self.logits is None else self.logits[start:stop]
+        return self._replace(features=self.features[start:stop], logits=logits)
+
+
+class Scores(NamedTuple):
+    """Where results go."""
+
+    out: Tensor  #: (1, B): gradnorm alone; or (6, B): FIELDS. float32, float64 for float64 input
+    prediction: Tensor | None  #: (B,) int64, with (6, B) only
+
+    def rows(self, start: int, stop: int) -> Scores:
+        prediction = None if self.prediction is None else self.prediction[start:stop]
+        return Scores(self.out[:, start:stop], prediction)
