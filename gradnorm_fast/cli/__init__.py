@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _build_parser().parse_args(argv)
         debug = "debug" in args
-        args.command(args)
+        return args.command(args) or 0
     except KeyboardInterrupt:
         print(f"{PROG}: interrupted", file=sys.stderr)
         return 130
@@ -39,7 +39,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             reason = f"{error.filename}: {error.strerror}"
         print(f"{PROG}: error: {' '.join(reason.split())}", file=sys.stderr)
         return 2 if foreseen else 1
-    return 0
 
 
 def _build_parser() -> Parser:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import torch
 
 
+_SHAPES = ((5, 10), (5, 300), (70, 300), (3, 8300))  # batch and classes of the checks
+
+
 def add_parser(subparsers: Subparsers, common: Parser) -> None:
     parser = subparsers.add_parser(
         "env",
@@ -89,7 +92,7 @@ def _check(device: torch.device) -> list[str]:
 
         kernels = plan.KERNELS
     lines = []
-    for b, c in ((5, 10), (5, 300), (70, 300), (3, 8300)):
+    for b, c in _SHAPES:
         for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             g = torch.Generator().manual_seed(c)
             x, w, bias = (torch.randn(*s, generator=g).to(dtype) for s in ((b, 64), (c, 64), (c,)))

@@ -47,6 +47,13 @@ def finite(text: str) -> float:
     return value
 
 
+def fraction(text: str) -> float:
+    value = finite(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a fraction between 0 and 1, as 0.95, got {text!r}")
+    return value
+
+
 def refuse(args: argparse.Namespace, given: str, *names: str) -> None:
     """Refuse options that would have no effect beside the one that was given."""
     for name in names:
