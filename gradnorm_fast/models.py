@@ -63,6 +63,25 @@ def default_transform(
     return transform
 
 
+def device_of(name: str | None) -> torch.device:
+    """The device that is asked for; ValueError where it is not there."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type != "cuda":
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device: expected one that is here, as cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ValueError(f"device: {name!r} is not there, torch sees {count or 'no'} CUDA GPU")
+        if device.index is None:  # each process of torchrun its own
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % count)
+    return device
+
+
 def _torchvision(name: str, weights: str | None, classes: int | None) -> tuple[nn.Module, Transform | None]:
     import torchvision
 

@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, and one line for every mistake."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gradnorm_fast.cli import options
+from gradnorm_fast import fast_gradnorm, models
 
 from command_line import MODEL_RUN, RUN, SCORE, run
 
@@ -103,7 +104,7 @@ def test_each_process_takes_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert [str(options.device_of(name)) for name in (None, "cuda", "cuda:0", "cpu")] == ["cuda:1"] * 2 + [
+    assert [str(models.device_of(name)) for name in (None, "cuda", "cuda:0", "cpu")] == ["cuda:1"] * 2 + [
         "cuda:0",
         "cpu",
     ]
@@ -122,6 +123,30 @@ print(sorted({"torch", "numpy", "triton"} & sys.modules.keys()))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("module", ["torch", "argparse"])
+def test_ctrl_c_while_it_starts_is_one_line(module, tmp_path):
+    (tmp_path / f"{module}.py").write_text("raise KeyboardInterrupt")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])}
+    command = [sys.executable, "-c", "from gradnorm_fast.cli import main; raise SystemExit(main(['env']))"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (130, "gradnorm-fast: interrupted\n")
+
+
+def test_switches_that_are_none(monkeypatch, capsys):
+    monkeypatch.setenv("GRADNORM_FAST_BATCH_INVARIANT", "yes")
+    with pytest.raises(ValueError, match="GRADNORM_FAST_BATCH_INVARIANT: expected 0 or 1, got 'yes'"):
+        fast_gradnorm(torch.ones(2, 3), torch.ones(4, 3), backend="torch")
+    for name, value, message in (
+        ("GRADNORM_FAST_BATCH_INVARIANT", "true", "GRADNORM_FAST_BATCH_INVARIANT: expected 0 or 1, got 'true'"),
+        ("GRADNORM_FAST_AUTOTUNE", "2", "GRADNORM_FAST_AUTOTUNE: expected 0 or 1, got '2'"),
+        ("GRADNORM_FAST_AUTOTUNING", "1", "GRADNORM_FAST_AUTOTUNING: no such environment variable"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.delenv("GRADNORM_FAST_BATCH_INVARIANT")
+            patch.setenv(name, value)
+            assert run("env") == 2 and message in capsys.readouterr().err
 
 
 def test_help_of_every_command_has_an_example(capsys):

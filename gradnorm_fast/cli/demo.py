@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from .parsing import PROG, Parser, Subparsers
+from . import PROG
+from .parsing import Parser, Subparsers
 
 
 def add_parser(subparsers: Subparsers, common: Parser) -> None:

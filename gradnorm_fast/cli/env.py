@@ -8,7 +8,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from .. import __version__
-from .parsing import PROG, Parser, Subparsers, positive
+from . import PROG
+from .parsing import Parser, Subparsers, positive
 
 if TYPE_CHECKING:
     import torch

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from .._files import replacing
-from . import options
+from . import PROG, options
 from .env import version_of
 from .inputs import check_output
-from .parsing import PROG, Parser, Subparsers, count
+from .parsing import Parser, Subparsers, count
 
 if TYPE_CHECKING:
     from ..evaluation import Results

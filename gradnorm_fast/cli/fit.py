@@ -6,9 +6,9 @@ import argparse
 import math
 from pathlib import Path
 
-from . import options
+from . import PROG, options
 from .inputs import check_output
-from .parsing import PROG, Parser, Subparsers, fraction
+from .parsing import Parser, Subparsers, fraction
 
 
 def add_parser(subparsers: Subparsers, common: Parser) -> None:

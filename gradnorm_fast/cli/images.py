@@ -36,16 +36,24 @@ class Preprocessing(NamedTuple):
     side: int = 256  #: about what the shorter side is resized to
 
 
-def read_image(item: Input, preprocessing: Preprocessing) -> Any:
-    """An image as 8 bit RGB of PIL, upright; ValueError where it cannot be read, or is too large once resized."""
+def read_image(item: Input, exif: bool = True, side: int = 256) -> Any:
+    """An image as 8 bit RGB of PIL.
+
+    Args:
+        exif: turn it as its EXIF orientation says.
+        side: about what its shorter side will be resized to.
+
+    Raises:
+        ValueError: it cannot be read, or would be too large once resized.
+    """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large images, odd palettes
             with Image.open(io.BytesIO(read_bytes(item))) as image:
-                _check_size(image.width, image.height, preprocessing.side)
-                orientation = image.getexif().get(0x0112, 1) if preprocessing.exif else 1
+                _check_size(image.width, image.height, side)
+                orientation = image.getexif().get(0x0112, 1) if exif else 1
                 if image.mode[0] not in "IF":
                     rgb = image.convert("RGB")
                 else:
@@ -81,7 +89,7 @@ def first_readable(inputs: list[Input], preprocessing: Preprocessing) -> tuple[s
     reasons = []
     for item in inputs:
         try:
-            return item.name, read_image(item, preprocessing)
+            return item.name, read_image(item, preprocessing.exif, preprocessing.side)
         except ValueError as error:
             reasons.append(f"{item.name}: {error}")
     raise ValueError(f"images: none of {len(inputs)} can be read: {reasons[0]}" + (", ..." if reasons[1:] else ""))
@@ -108,7 +116,7 @@ class _Images(torch.utils.data.Dataset[Any]):
     def __getitem__(self, i: int) -> Tensor | str | ValueError:
         """The image, or why it cannot be read, or what is wrong with all of them."""
         try:
-            image = read_image(self.inputs[i], self.preprocessing)
+            image = read_image(self.inputs[i], self.preprocessing.exif, self.preprocessing.side)
         except ValueError as error:
             return str(error)
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 from .parsing import count, finite, positive
 
 if TYPE_CHECKING:
-    import torch
-
     from .tables import Table
 
 IMAGES = "folders, image files, lists of paths (.txt, or - for the standard input), .tar shards"
@@ -62,27 +59,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def score_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name in SCORE_OPTIONS if (value := getattr(args, name)) is not None}
-
-
-def device_of(name: str | None) -> torch.device:
-    """The device that is asked for; ValueError where it is not there."""
-    import torch
-
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type != "cuda":
-            torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"device: expected one that is here, as cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise ValueError(f"device: {name!r} is not there, torch sees {count or 'no'} CUDA GPU")
-        if device.index is None:  # each process of torchrun its own
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % count)
-    return device
 
 
 def files_read(args: argparse.Namespace) -> list[str]:

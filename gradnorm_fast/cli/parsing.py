@@ -9,8 +9,6 @@ from typing import Any, NoReturn, TypeAlias
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[Parser]"
 
-PROG = "gradnorm-fast"
-
 
 class Parser(argparse.ArgumentParser):
     """Keeps the lines of the epilog, so that the examples can be copied."""

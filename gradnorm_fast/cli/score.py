@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import options
+from . import PROG, options
 from .inputs import check_output
-from .parsing import PROG, Parser, Subparsers, finite, refuse
+from .parsing import Parser, Subparsers, finite, refuse
 
 
 def add_parser(subparsers: Subparsers, common: Parser) -> None:

@@ -16,11 +16,11 @@ from torch import nn
 
 from .. import heads
 from ..detector import GradNorm
-from ..models import default_transform, load_model
+from ..models import default_transform, device_of, load_model
 from .features import load_array, score_features
 from .images import Preprocessing, first_readable, score_images, transformed
 from .inputs import find_inputs, with_folder_labels
-from .options import MODEL_OPTIONS, SCORE_OPTIONS, device_of, score_options
+from .options import MODEL_OPTIONS, SCORE_OPTIONS, score_options
 from .parsing import refuse
 from .run_log import rank_and_world
 from .tables import FIELDS, Table, check_format, read_table
