@@ -2,22 +2,28 @@
 
 import gc
 import importlib.util
+import os
 import pickle
 import subprocess
 import sys
+import textwrap
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+from gradnorm_fast import fast_gradnorm
 from gradnorm_fast.integrations import openood
 from gradnorm_fast.integrations.openood import GradNormPostprocessor
 
 from conftest import DEVICE
 
 CLASSES, DEPTH = 7, 11
+ROOT = str(Path(__file__).parents[1])
 
 
 class Net(nn.Module):
@@ -76,7 +82,7 @@ def test_openood_scores_and_predictions(batch, bias, numpy):
     assert conf.shape == pred.shape == (batch,) and pred.dtype == torch.int64 and conf.dtype == torch.float64
     np.testing.assert_allclose(conf.cpu(), openood_loop(net, x), rtol=1e-9)
     assert torch.equal(pred, net(x).argmax(1))
-    assert not conf.requires_grad and pred.device == conf.device == x.device
+    assert not conf.requires_grad and pred.device == x.device and conf.device.type == "cpu"  # as OpenOOD's
 
 
 def test_openood_float32():
@@ -146,6 +152,88 @@ def test_openood_head_is_copied_once_and_never_stale():
     assert net.copies == 6
 
 
+def test_openood_head_that_depends_on_a_buffer():
+    class Scaled(Net):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("scale", torch.ones((), dtype=torch.float64, device=DEVICE))
+
+        def forward(self, x, return_feature=False):
+            feature = self.body(x)
+            logits = nn.functional.linear(feature, self.fc.weight * self.scale, self.fc.bias)
+            return (logits, feature) if return_feature else logits
+
+        def get_fc(self):
+            self.copies += 1
+            return (self.fc.weight * self.scale).detach(), self.fc.bias.detach()
+
+    def expected():
+        weight, bias = (t.detach() for t in net.get_fc())
+        return fast_gradnorm(net.body(x), weight, bias, reduction="sum").detach()
+
+    net, x, postprocessor = Scaled(), inputs(), GradNormPostprocessor(None)
+    for change in (lambda: None, lambda: net.scale.mul_(3), lambda: setattr(net, "scale", 0.5 * net.scale)):
+        change()
+        torch.testing.assert_close(postprocessor.postprocess(net, x)[1], expected().cpu())
+        copies = net.copies
+        postprocessor.postprocess(net, x)
+        assert net.copies == copies
+
+
+def test_openood_head_replaced_by_one_in_the_memory_of_the_old():
+    net, x, postprocessor = Net(), inputs(), GradNormPostprocessor(None)
+    for seed in range(20):  # the allocator likes to hand the same block out again
+        torch.manual_seed(seed)
+        net.fc = None
+        net.fc = nn.Linear(DEPTH, CLASSES).to(DEVICE, torch.float64)
+        np.testing.assert_allclose(postprocessor.postprocess(net, x)[1], openood_loop(net, x), rtol=1e-9)
+
+
+def test_openood_head_made_under_inference_mode():
+    with torch.inference_mode():
+        net, x, postprocessor = Net(), inputs(), GradNormPostprocessor(None)
+        for scale in (1.0, 2.0, 0.5):
+            net.fc.weight.mul_(scale)
+            expected = fast_gradnorm(net.body(x), net.fc.weight, net.fc.bias, reduction="sum")
+            torch.testing.assert_close(postprocessor.postprocess(net, x)[1], expected.cpu())
+
+
+def test_openood_bfloat16_head():
+    class Theirs(Net):
+        def get_fc(self):
+            return self.fc.weight.cpu().detach().numpy(), self.fc.bias.cpu().detach().numpy()
+
+        def get_fc_layer(self):
+            return self.fc
+
+    net, x = Theirs(dtype=torch.bfloat16), inputs(5, torch.bfloat16)
+    _, conf = GradNormPostprocessor(None).postprocess(net, x)
+    expected = fast_gradnorm(net.body(x).float(), net.fc.weight.float(), net.fc.bias.float(), reduction="sum")
+    assert conf.dtype == torch.float32
+    torch.testing.assert_close(conf, expected.detach().cpu(), rtol=0.02, atol=0)
+    del Theirs.get_fc_layer
+    with pytest.raises(TypeError, match="BFloat16"):
+        GradNormPostprocessor(None).postprocess(Theirs(dtype=torch.bfloat16), x)
+
+
+@pytest.mark.parametrize("as_tensors", [True, False])
+def test_openood_gradnorm_of_features_and_head(as_tensors):
+    net, x = Net(numpy=not as_tensors), inputs()
+    features = net.body(x).detach()
+    scores = GradNormPostprocessor(None).gradnorm(features if as_tensors else features.cpu().numpy(), *net.get_fc())
+    assert isinstance(scores, np.ndarray) and scores.shape == (6,)
+    np.testing.assert_allclose(scores, openood_loop(net, x), rtol=1e-9)
+
+
+def test_openood_subclass_with_another_gradnorm():
+    class Halved(GradNormPostprocessor):
+        def gradnorm(self, x, w, b):
+            return super().gradnorm(x, w, b) / 2
+
+    net, x = Net(), inputs()
+    np.testing.assert_allclose(Halved(None).postprocess(net, x)[1], openood_loop(net, x) / 2, rtol=1e-9)
+
+
 def test_openood_nets_have_a_head_each():
     first, second, x, postprocessor = Net(), Net(bias=False), inputs(), GradNormPostprocessor(None)
     with torch.no_grad():
@@ -189,9 +277,14 @@ def test_openood_leaves_the_net_as_it_was():
 
 
 def test_openood_is_what_its_evaluator_expects():
-    config = types.SimpleNamespace(postprocessor=types.SimpleNamespace(APS_mode=False, postprocessor_args=None))
+    config = types.SimpleNamespace(
+        postprocessor=types.SimpleNamespace(APS_mode=False, postprocessor_args={"key": 1}),
+        dataset=types.SimpleNamespace(name="mine", num_classes=37),
+    )
     postprocessor = GradNormPostprocessor(config)
     assert postprocessor.config is config
+    assert (postprocessor.args, postprocessor.num_classes) == ({"key": 1}, 37)
+    assert (GradNormPostprocessor().args, GradNormPostprocessor().num_classes) == (None, None)
     assert postprocessor.APS_mode is False and postprocessor.hyperparam_search_done is False
     assert postprocessor.setup(Net(), {}, {}) is None
     assert not hasattr(postprocessor, "setup_flag")  # its script would save a postprocessor that has one
@@ -211,6 +304,177 @@ def test_openood_base_class_where_it_is_installed(monkeypatch):
     net, x = Net(), inputs()
     _, conf = ours.GradNormPostprocessor(None).postprocess(net, x)
     np.testing.assert_allclose(conf.cpu(), openood_loop(net, x), rtol=1e-9)
+
+
+# OpenOOD's main.py takes postprocessors from one registry, Evaluator from another. Where OpenOOD is not installed, this
+# stands for both: one is made anew in every call from the names of its module, the other is a dictionary.
+STAND_IN = {
+    "__init__": "",
+    "postprocessors/__init__": """
+        from .base import BasePostprocessor, GradNormPostprocessor
+        from .utils import get_postprocessor
+    """,
+    "postprocessors/base": """
+        class BasePostprocessor:
+            def __init__(self, config): self.config = config
+        class GradNormPostprocessor(BasePostprocessor): pass
+    """,
+    "postprocessors/info": "num_classes_dict = {'cifar10': 10}",
+    "postprocessors/utils": """
+        from .base import GradNormPostprocessor
+        def get_postprocessor(config):
+            return {"gradnorm": GradNormPostprocessor}[config.postprocessor.name](config)
+    """,
+    "evaluation_api/__init__": "",
+    "evaluation_api/postprocessor": """
+        from openood.postprocessors import GradNormPostprocessor
+        postprocessors = {"gradnorm": GradNormPostprocessor}
+    """,
+}
+
+BOTH_REGISTRIES = """
+from types import SimpleNamespace as Namespace
+config = Namespace(postprocessor=Namespace(name="gradnorm", postprocessor_args=None), dataset=Namespace(name="cifar10"))
+from openood.postprocessors import get_postprocessor  # taken before register, as main.py's pipelines do
+from gradnorm_fast.integrations.openood import GradNormPostprocessor, register
+assert type(get_postprocessor(config)) is not GradNormPostprocessor
+register()
+register()
+import openood.postprocessors
+made = get_postprocessor(config)
+assert type(made) is GradNormPostprocessor and made.num_classes == 10
+assert isinstance(made, openood.postprocessors.BasePostprocessor)
+assert openood.postprocessors.GradNormPostprocessor is GradNormPostprocessor
+try:
+    import openood.evaluation_api.postprocessor as api
+except ImportError:
+    print("main.py")
+else:
+    assert api.postprocessors["gradnorm"] is GradNormPostprocessor
+    print("main.py, Evaluator")
+"""
+
+
+def run_python(code, *paths, cwd=None):
+    """Run code in another process that finds modules under the paths first, then where this one does."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, paths), ROOT, *filter(None, sys.path)])}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *([code] if isinstance(code, Path) else ["-c", code])],
+        capture_output=True, text=True, env=environment, cwd=cwd,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def write_stand_in(folder, without=()):
+    for name, text in STAND_IN.items():
+        if name not in without:
+            path = folder / "openood" / f"{name}.py"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(textwrap.dedent(text))
+    return folder
+
+
+def test_openood_register_sets_both_registries(tmp_path):
+    assert run_python(BOTH_REGISTRIES, write_stand_in(tmp_path)).strip() == "main.py, Evaluator"
+
+
+def test_openood_register_without_what_the_evaluator_imports(tmp_path):
+    folder = write_stand_in(tmp_path)
+    (folder / "openood/evaluation_api/__init__.py").write_text("import foolbox_that_nobody_has")
+    assert run_python(BOTH_REGISTRIES, folder).strip() == "main.py"
+
+
+def test_openood_register_refuses_another_openood(tmp_path):
+    folder = write_stand_in(tmp_path)
+    (folder / "openood/postprocessors/utils.py").write_text("def get_postprocessor(config): ...")
+    with pytest.raises(AssertionError, match=r"RuntimeError: openood\.postprocessors\.utils: expected"):
+        run_python("from gradnorm_fast.integrations.openood import register; register()", folder)
+    absent = "import sys; sys.modules['openood'] = None\nfrom gradnorm_fast.integrations import openood\n"
+    with pytest.raises(AssertionError, match="ModuleNotFoundError: .*openood"):
+        run_python(absent + "openood.register()")
+
+
+def openood_checkout():
+    """The folder of OpenOOD's main.py, or a skip with the reason why there is none."""
+    spec = importlib.util.find_spec("openood")
+    if spec is None:
+        pytest.skip("OpenOOD is not installed; it is on no package registry")
+    folder = Path(spec.submodule_search_locations[0]).parent
+    if not (folder / "main.py").exists():
+        pytest.skip(f"OpenOOD in {folder} comes without its main.py")
+    return folder
+
+
+def test_openood_register_in_openood_itself():
+    assert run_python(BOTH_REGISTRIES, openood_checkout()).startswith("main.py")
+
+
+def test_openood_main(tmp_path):
+    """OpenOOD's own main.py on a few random images and its LeNet, with the one line of docs/migration.md on top."""
+    checkout = openood_checkout()
+    split = "{{data_dir: ./, imglist_pth: {0}.txt, batch_size: 5, shuffle: false, dataset_class: ImglistDataset}}"
+    (tmp_path / "tiny.yml").write_text(
+        textwrap.dedent("""
+            {exp_name: tiny, output_dir: ./results, save_output: true, merge_option: merge, seed: 0, num_gpus: 0}
+            """).strip()[:-1]
+        + f"""
+            , num_workers: 0, num_machines: 1, machine_rank: 0,
+            dataset: {{name: cifar10, num_classes: 10, image_size: 28, pre_size: 28, interpolation: bilinear,
+                normalization_type: cifar10, num_workers: 0, num_gpus: 0, num_machines: 1, split_names: [test],
+                test: {split.format("id")}}},
+            ood_dataset: {{name: tiny, num_classes: 10, num_workers: 0, dataset_class: ImglistDataset, batch_size: 5,
+                shuffle: false, split_names: [nearood, farood],
+                nearood: {{datasets: [near], near: {split.format("near")}}},
+                farood: {{datasets: [far], far: {split.format("far")}}}}},
+            network: {{name: lenet, num_classes: 10, pretrained: true, checkpoint: ./lenet.ckpt, num_gpus: 0}},
+            pipeline: {{name: test_ood}}, preprocessor: {{name: base}}, evaluator: {{name: ood, ood_scheme: ood}},
+            postprocessor: {{name: gradnorm, APS_mode: false, postprocessor_args: null}},
+            recorder: {{save_scores: true, save_csv: true}}}}
+            """
+    )
+    rng, images = np.random.default_rng(0), {}
+    for name, n in (("id", 12), ("near", 10), ("far", 8)):
+        (tmp_path / name).mkdir()
+        images[name] = rng.integers(0, 256, (n, 28, 28, 3), dtype=np.uint8)
+        for i, image in enumerate(images[name]):
+            Image.fromarray(image).save(tmp_path / name / f"{i}.png")
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name}/{i}.png {i % 10}\n" for i in range(n)))
+    run_python(
+        "import torch; from openood.networks.lenet import LeNet; torch.manual_seed(0)\n"
+        "torch.save(LeNet(10).state_dict(), 'lenet.ckpt')",
+        checkout,
+        cwd=tmp_path,
+    )
+    main = tmp_path / "main.py"
+    line = "from gradnorm_fast.integrations.openood import register; register()\n"
+    arguments = "import sys; sys.argv = ['main.py', '--config', 'tiny.yml']\n"
+    main.write_text(line + arguments + (checkout / "main.py").read_text())
+    printed = run_python(main, checkout, cwd=tmp_path)
+    assert "Completed!" in printed and "AUROC" in printed
+
+    weights = torch.load(tmp_path / "lenet.ckpt", weights_only=True)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]))
+    for name, array in images.items():
+        x = (torch.from_numpy(array).permute(0, 3, 1, 2) / 255 - mean) / std
+        saved = np.load(tmp_path / "results/tiny/scores" / f"{'cifar10' if name == 'id' else name}.npz")
+        np.testing.assert_allclose(saved["conf"], lenet_gradnorm(weights, x), rtol=1e-4)
+
+
+def lenet_gradnorm(weights, x):
+    """OpenOOD's score of the LeNet of that state, its network written out."""
+    for i, padding in ((1, 2), (2, 0), (3, 0)):
+        conv = nn.functional.conv2d(x, weights[f"block{i}.0.weight"], weights[f"block{i}.0.bias"], padding=padding)
+        x = conv.relu() if i == 3 else nn.functional.max_pool2d(conv.relu(), 2)
+    x = nn.functional.linear(x.flatten(1), weights["classifier1.weight"], weights["classifier1.bias"]).relu()
+    head = nn.Linear(84, 10)
+    head.load_state_dict({"weight": weights["fc.weight"], "bias": weights["fc.bias"]})
+    scores = []
+    for sample in x:
+        head.zero_grad()
+        (-head(sample).log_softmax(0)).sum().backward()
+        scores.append(head.weight.grad.abs().sum().item())
+    return scores
 
 
 def test_openood_refuses_what_does_not_fit():
