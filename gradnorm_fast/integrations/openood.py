@@ -132,7 +132,7 @@ def register() -> None:
     # get_postprocessor looks the class up among its module's names at every call.
     utils.GradNormPostprocessor = postprocessors.GradNormPostprocessor = GradNormPostprocessor
     try:
-        from openood.evaluation_api import postprocessor as api
+        from openood.evaluation_api import postprocessor as api  # type: ignore
     except ImportError:  # it needs packages that main.py does not; without them there is no Evaluator to serve
         return
     api.postprocessors["gradnorm"] = api.GradNormPostprocessor = GradNormPostprocessor
