@@ -1,10 +1,12 @@
 """OpenOOD's and pytorch-ood's interfaces: their scores, their conventions, and nothing else changed."""
 
+import ast
 import gc
 import importlib.util
 import inspect
 import os
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
@@ -17,7 +19,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from gradnorm_fast import fast_gradnorm
+from gradnorm_fast import evaluate, fast_gradnorm
 from gradnorm_fast.integrations import openood
 from gradnorm_fast.integrations.openood import GradNormPostprocessor
 
@@ -883,3 +885,69 @@ def test_without_the_other_library():
     assert importing("pytorch_ood").splitlines()[-1] == (
         "ImportError: gradnorm_fast.integrations.pytorch_ood needs pytorch-ood: pip install pytorch-ood"
     )
+
+
+# docs/migration.md
+
+
+def migration_snippets():
+    text = (Path(ROOT) / "docs/migration.md").read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+class EvaluatorOfOpenOOD:
+    """What OpenOOD's Evaluator asks of a postprocessor; the real one downloads its data sets and needs a GPU."""
+
+    def __init__(self, net, id_name, postprocessor):
+        assert isinstance(postprocessor, openood.BasePostprocessor) and not postprocessor.APS_mode
+        postprocessor.setup(net, {}, {})
+        self.net, self.postprocessor = net, postprocessor
+
+    def eval_ood(self):
+        self.pred, self.conf, self.gt = self.postprocessor.inference(self.net, loader([4, 3]), False)
+
+
+def test_every_snippet_of_the_migration_guide_runs(ours, monkeypatch):
+    package, api = types.ModuleType("openood"), types.ModuleType("openood.evaluation_api")
+    api.Evaluator = EvaluatorOfOpenOOD
+    registered = []
+    monkeypatch.setitem(sys.modules, "openood", package)
+    monkeypatch.setitem(sys.modules, "openood.evaluation_api", api)
+    monkeypatch.setattr(openood, "register", lambda: registered.append(True))  # tested above on both registries
+    net, x = Net(), inputs()
+    high, low = np.array([1.0, 2.0, 3.0, 4.0]), np.array([0.0, 1.0, 2.0, 5.0])
+    names = {
+        "net": net, "model": net, "images": x, "loader": loader([4, 3]), "id_scores": high, "ood_scores": low,
+        "id_outlier_scores": -high, "ood_outlier_scores": -low,
+    }  # fmt: skip
+    snippets = migration_snippets()
+    assert len(snippets) == 6
+    values = []
+    for snippet in snippets:  # as one session: later ones use what earlier ones made
+        *statements, last = ast.parse(snippet).body
+        exec(compile(ast.Module(statements, []), "migration.md", "exec"), names)
+        if isinstance(last, ast.Expr):
+            values.append(eval(compile(ast.Expression(last.value), "migration.md", "eval"), names))
+        else:
+            exec(compile(ast.Module([last], []), "migration.md", "exec"), names)
+    assert registered == [True]
+    np.testing.assert_array_equal(
+        names["evaluator"].conf, names["GradNormPostprocessor"]().inference(net, loader([4, 3]))[1]
+    )
+    torch.testing.assert_close(names["scores"], theirs(net, x, weight_only), rtol=1e-9, atol=0)
+    by_openood, by_pytorch_ood = values[-2:]
+    assert by_openood == evaluate(high, low, convention="openood")
+    assert by_pytorch_ood == evaluate(high, low, convention="pytorch_ood")
+    comment = re.search(r'convention="openood"\)  # (.*)', "\n".join(snippets)).group(1)
+    assert list(by_openood) == comment.split(", ")
+
+
+@pytest.mark.parametrize("row", range(3))
+def test_same_number_as_the_migration_guide_says(ours, row):
+    text = (Path(ROOT) / "docs/migration.md").read_text(encoding="utf-8")
+    formula = re.findall(r"^\| .* \| `(-?fast_gradnorm\(.*\))` \|$", text, re.MULTILINE)[row]
+    net, x = Net(), inputs()
+    names = {"features": net.body(x), "weight": net.fc.weight, "bias": net.fc.bias, "fast_gradnorm": fast_gradnorm}
+    expected = [lambda: torch.from_numpy(openood_loop(net, x)).to(DEVICE)]
+    expected += [lambda f=f: theirs(net, x, f) for f in (weight_and_bias, weight_only)]
+    torch.testing.assert_close(eval(formula, names).detach(), expected[row](), rtol=1e-9, atol=0)
