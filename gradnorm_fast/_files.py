@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ def replacing(path: str | os.PathLike[str], mode: str = "w", **options: Any) -> 
     Where `path` is a symbolic link, the file that it points to is replaced.
     """
     target = Path(os.path.realpath(path))
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    partial = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
         with open(partial, mode, **options) as file:
             yield file

@@ -286,7 +286,10 @@ class GradNorm:
         if saved.tensors is None:
             warnings.warn(
                 f"{path}: a file of format 1, which knows the head alone: neither the rest of the model nor the "
-                "preprocessing were compared. Fit and save it again",
+                "preprocessing were compared. Fit and save it again"
+                if saved.version == 1
+                else f"{path}: fitted to features, it knows the head alone: neither the rest of the model nor the "
+                "preprocessing were compared",
                 stacklevel=2,
             )
             if detector._fingerprint() != saved.head_digest:

@@ -114,7 +114,7 @@ def test_help_imports_neither_torch_nor_numpy():
     code = """
 import sys
 from gradnorm_fast.cli import main
-for arguments in ([], ["score"], ["eval"], ["fit"], ["demo"], ["env"], ["bench"]):
+for arguments in ([], ["gradnorm"], ["eval"], ["fit"], ["demo"], ["env"], ["bench"]):
     try:
         main([*arguments, "--help"])
     except SystemExit:

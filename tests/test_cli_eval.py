@@ -37,6 +37,16 @@ def test_eval(place):
     assert "GradNorm" in Path("r/table.md").read_text() and len(table("r/table.csv")) == 10
 
 
+def test_eval_by_the_convention_of_another_code(place, capsys):
+    arguments = ("eval", *MODEL_RUN, "--id", "id", "--ood", "a=ood", "--out", "r", "--convention")
+    assert run(*arguments, "openood") == 0
+    results = json.loads(Path("r/results.json").read_text())["results"]
+    assert set(results["average"]["GradNorm"]) == {"auroc", "aupr_in", "aupr_out", "fpr95"}
+    assert "by the convention of openood" in Path("r/table.md").read_text()
+    assert run(*arguments, "theirs") == 2
+    assert "convention: expected one of official, openood" in capsys.readouterr().err
+
+
 def test_a_terminal_without_arrows(place, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True))
     assert run("eval", *MODEL_RUN, "--id", "id", "--ood", "a=ood", "--out", "r") == 0
@@ -84,9 +94,9 @@ def test_files_of_scores_and_features_say_what_the_images_said(place):
 
 
 def test_what_eval_refuses(place, capsys):
-    Path("few.csv").write_text("path,score\na,1\n")
-    Path("words.csv").write_text("path,score\na,b\n")
-    Path("uneven.csv").write_text("path,score\na\n")
+    Path("few.csv").write_text("path,gradnorm\na,1\n")
+    Path("words.csv").write_text("path,gradnorm\na,b\n")
+    Path("uneven.csv").write_text("path,gradnorm\na\n")
     features = np.load("G.npy")
     features[5] = np.nan
     np.save("G.npy", features)
@@ -101,7 +111,7 @@ def test_what_eval_refuses(place, capsys):
         (("eval", *MODEL_RUN, "--id", "id", "F.npy", "--ood", "a=ood", "--out", "r"), "expected images, or one file"),
         (("eval", *MODEL_RUN, "--id", "id", "--out", "r"), "ood: expected at least one set"),
         (("eval", "--id", "few.csv", "--ood", "a=few.csv", "--out", "r"), "expected the column 'feature_norm'"),
-        ((*fit, "words.csv"), "expected numbers in column 'score' of words.csv"),
+        ((*fit, "words.csv"), "expected numbers in column 'gradnorm' of words.csv"),
         ((*fit, "uneven.csv"), "line 2 has 1 values, the header 2"),
         ((*fit, "none.csv"), "no file none.csv"),
         (("eval", "--id", "F.npy", "--ood", "a=G.npy", *FEATURES_RUN, "--out", "r"), "in a 1 of 200 scores are NaN"),

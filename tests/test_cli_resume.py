@@ -42,7 +42,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(place, interrupt, capsys):
     assert run(*few, "--images", "id", "--resume") == 0
     assert sum(sizes) == 20 + 3  # the batch that was lost is the only one scored again
     assert np.load("s.npy")["path"].tolist() == [row["path"] for row in whole]
-    assert np.load("s.npy")["score"].tolist() == [np.float32(row["score"]) for row in whole]
+    assert np.load("s.npy")["gradnorm"].tolist() == [np.float32(row["gradnorm"]) for row in whole]
     assert not list(place.glob("*.part*")) and not list(place.glob("*.lock"))
 
 
@@ -74,7 +74,9 @@ def test_damaged_rows_are_not_used(place, interrupt, capsys, damage):
     left = 9 if damage in ("zeros", "tail") else 4
     assert f"row {left + 1} is damaged or cut off; the {left} rows before it are kept" in capsys.readouterr().err
     assert sum(sizes) == 20 - left and [r["path"] for r in table("s.csv")] == [r["path"] for r in whole]
-    np.testing.assert_allclose([float(r["score"]) for r in table("s.csv")], [float(r["score"]) for r in whole], 1e-5)
+    np.testing.assert_allclose(
+        [float(r["gradnorm"]) for r in table("s.csv")], [float(r["gradnorm"]) for r in whole], 1e-5
+    )
 
 
 def test_an_image_that_was_replaced_is_scored_again(place, interrupt, capsys):
@@ -85,7 +87,7 @@ def test_an_image_that_was_replaced_is_scored_again(place, interrupt, capsys):
     assert run(*again) == 0
     assert "1 images have changed since" in capsys.readouterr().err and sum(sizes) == 11 + 1
     now = table("s.csv")
-    assert now[0]["score"] != whole[0]["score"] and now[1]["score"] == whole[1]["score"]
+    assert now[0]["gradnorm"] != whole[0]["gradnorm"] and now[1]["gradnorm"] == whole[1]["gradnorm"]
 
 
 def test_a_content_hash_sees_what_size_and_time_do_not(place, interrupt):
@@ -99,7 +101,7 @@ def test_a_content_hash_sees_what_size_and_time_do_not(place, interrupt):
     os.utime(second)  # the same, touched
     sizes = interrupt(100)
     assert run(*again) == 0 and sum(sizes) == 11 + 1
-    assert table("s.csv")[0]["score"] != whole[0]["score"]
+    assert table("s.csv")[0]["gradnorm"] != whole[0]["gradnorm"]
 
 
 def test_changed_code_of_a_model_is_another_model(place, interrupt, capsys):
@@ -240,5 +242,5 @@ def test_two_processes_score_every_input_once_and_go_on_from_one(place, interrup
     assert run(*SCORE, "--images", "id", "--batch-size", 4, "--out", "one.csv") == 0
     one, two = table("one.csv"), table("two.csv")
     assert [r["path"] for r in one] == [r["path"] for r in two] and len(one) == 20
-    np.testing.assert_allclose([float(r["score"]) for r in one], [float(r["score"]) for r in two], rtol=1e-5)
+    np.testing.assert_allclose([float(r["gradnorm"]) for r in one], [float(r["gradnorm"]) for r in two], rtol=1e-5)
     assert not list(place.glob("*.part*"))

@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import tarfile
@@ -27,8 +28,8 @@ def test_score_fit_and_gate(place, capsys):
     rows = table("s.csv")
     assert list(rows[0]) == [
         "path",
-        "score",
         "prediction",
+        "gradnorm",
         "feature_norm",
         "output_norm",
         "max_logit",
@@ -39,7 +40,7 @@ def test_score_fit_and_gate(place, capsys):
     assert len(rows) == 32 and rows[0]["path"].startswith("id") and rows[-1]["path"].startswith("ood")
     gate = json.loads(Path("gate.json").read_text())
     assert sum(r["is_ood"] == "True" for r in rows[:20]) == 2 - 1  # (1 + k)/21 <= 0.1 for k up to 1.1
-    assert sorted(float(r["score"]) for r in rows[:20]) == pytest.approx(gate["calibration"], rel=1e-6)
+    assert sorted(float(r["gradnorm"]) for r in rows[:20]) == pytest.approx(gate["calibration"], rel=1e-6)
     assert not list(place.glob("*.part*"))
 
 
@@ -48,8 +49,8 @@ def test_the_formats_hold_the_same(place):
         assert run(*SCORE, "--images", "ood", "--threshold", "1.0", "--out", name) == 0
     rows, array = table("s.csv"), np.load("s.npy")
     assert [r["path"] for r in rows] == array["path"].tolist()
-    assert np.array_equal(np.array([r["score"] for r in rows], dtype=np.float32), array["score"])
-    assert array["is_ood"].tolist() == (array["score"] < 1.0).tolist()
+    assert np.array_equal(np.array([r["gradnorm"] for r in rows], dtype=np.float32), array["gradnorm"])
+    assert array["is_ood"].tolist() == (array["gradnorm"] < 1.0).tolist()
 
 
 def test_parquet_has_what_the_csv_has(place):
@@ -60,7 +61,7 @@ def test_parquet_has_what_the_csv_has(place):
     expected = table("s.csv")
     assert [r["path"] for r in rows] == [r["path"] for r in expected]
     assert [r["is_ood"] for r in rows] == [r["is_ood"] for r in expected]
-    scores = [[float(r["score"]) for r in t] for t in (rows, expected)]
+    scores = [[float(r["gradnorm"]) for r in t] for t in (rows, expected)]
     np.testing.assert_allclose(*scores, rtol=1e-6)
 
 
@@ -69,7 +70,7 @@ def test_features(place):
     expected = head_scores(*(torch.from_numpy(np.load(f"{name}.npy")) for name in "FWb"))
     got = np.load("s.npy")
     for name, values in expected._asdict().items():
-        np.testing.assert_allclose(got["score" if name == "gradnorm" else name], values, rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(got[name], values, rtol=1e-5, err_msg=name)
     assert got["path"].tolist()[-1] == "2999"
 
 
@@ -90,7 +91,7 @@ def test_sixteen_bit_images(place):
     Image.fromarray(pixels.astype(np.float32)).save("gray/float.tiff")  # no range: nobody knows what is white
     assert run(*SCORE, "--images", "gray", "--out", "s.csv") == 0
     sixteen, eight = table("s.csv")
-    assert sixteen["score"] == eight["score"]
+    assert sixteen["gradnorm"] == eight["gradnorm"]
 
 
 def test_every_image_once_through_links_and_repeated_folders(place):
@@ -129,7 +130,7 @@ def test_amp_workers_and_compile(place, monkeypatch):
     assert compiled == ["Conv2d", "ReLU", "AdaptiveAvgPool2d", "Flatten"] and table("c.csv") == table("a.csv")
     assert run(*SCORE, "--images", "id", "--out", "b.csv", "--amp", "--workers", 2) == 0
     for a, b in zip(table("a.csv"), table("b.csv"), strict=True):
-        assert a["path"] == b["path"] and float(a["score"]) == pytest.approx(float(b["score"]), rel=0.1)
+        assert a["path"] == b["path"] and float(a["gradnorm"]) == pytest.approx(float(b["gradnorm"]), rel=0.1)
 
 
 def test_a_threshold_that_cannot_reject_is_said_to(place, capsys):
@@ -216,25 +217,25 @@ def test_images_are_turned_as_exif_says(place):
     Image.fromarray(pixels).save("turned/b.png")
     Image.fromarray(np.rot90(pixels)).save("turned/c.png")
     assert run(*SCORE, "--images", "turned", "--out", "s.csv") == 0
-    a, b, c = (row["score"] for row in table("s.csv"))
+    a, b, c = (row["gradnorm"] for row in table("s.csv"))
     assert a == b != c
     assert run(*SCORE, "--images", "turned", "--out", "s.csv", "--no-exif") == 0
-    a, b, c = (row["score"] for row in table("s.csv"))
+    a, b, c = (row["gradnorm"] for row in table("s.csv"))
     assert a == c != b
 
 
 def test_lists_standard_input_and_shards(place, monkeypatch):
     assert run(*SCORE, "--images", "id", "--out", "s.csv") == 0
-    expected = {row["path"]: row["score"] for row in table("s.csv")}
+    expected = {row["path"]: row["gradnorm"] for row in table("s.csv")}
     some = list(expected)[3:6]
     Path("some images.txt").write_text("".join(f"{os.path.basename(p)} {i}\n" for i, p in enumerate(some)) + "\n")
     assert run(*SCORE, "--images", "some images.txt", "--root", os.path.dirname(some[0]), "--out", "s.csv") == 0
-    assert [(r["score"], r["label"]) for r in table("s.csv")] == [(expected[p], str(i)) for i, p in enumerate(some)]
+    assert [(r["gradnorm"], r["label"]) for r in table("s.csv")] == [(expected[p], str(i)) for i, p in enumerate(some)]
 
     shutil.copy(some[0], "a name 7")  # a file of that name is no label
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{some[1]} -1\na name 7\n"))
     assert run(*SCORE, "--images", "-", "--out", "s.csv") == 0
-    assert [(r["path"], r["score"]) for r in table("s.csv")] == [
+    assert [(r["path"], r["gradnorm"]) for r in table("s.csv")] == [
         (some[1], expected[some[1]]),
         ("a name 7", expected[some[0]]),
     ]
@@ -247,7 +248,7 @@ def test_lists_standard_input_and_shards(place, monkeypatch):
             data.size = 1
             shard.addfile(data, io.BytesIO(str(4 - i).encode()))
     assert run(*SCORE, "--images", "shard.tar", "--out", "s.csv") == 0
-    assert [(r["path"], r["score"], r["label"]) for r in table("s.csv")] == [
+    assert [(r["path"], r["gradnorm"], r["label"]) for r in table("s.csv")] == [
         (f"shard.tar:x/{i}.rgb.png", expected[path], str(4 - i)) for i, path in enumerate(some)
     ]
 
@@ -263,7 +264,7 @@ def test_save_features(place, interrupt):
     sys.path.insert(0, str(place))
     head = importlib.import_module("own").small()[-1]
     expected = head_scores(torch.from_numpy(features), head.weight, head.bias)
-    np.testing.assert_allclose(scores["score"], expected.gradnorm.detach(), rtol=1e-5)
+    np.testing.assert_allclose(scores["gradnorm"], expected.gradnorm.detach(), rtol=1e-5)
     assert not list(place.glob("*.part*"))
 
 
@@ -301,3 +302,56 @@ def test_a_gate_fitted_to_features_or_scores(place, capsys):
     assert run(*SCORE, "--images", "id", "--out", "i.csv") == 0
     assert run("fit", *MODEL_RUN, "--head", "4", "--id", "i.csv", "--out", "i.json") == 0
     assert run(*SCORE, "--images", "id", "--detector", "i.json", "--out", "s.csv") == 0
+    np.save("W.npy", np.load("W.npy") + 1)
+    assert run("score", "--features", "G.npy", *FEATURES_RUN, "--detector", "g.json", "--out", "s.csv") == 2
+    assert "fitted to another head than that of --weight" in capsys.readouterr().err
+
+
+def test_a_gate_of_features_goes_with_their_model_and_the_other_way_round(place, capsys):
+    assert run(*SCORE, "--images", "id", "--out", "i.npy", "--save-features", "f.npy") == 0
+    sys.path.insert(0, str(place))
+    head = importlib.import_module("own").small()[-1]
+    np.save("W.npy", head.weight.detach())
+    np.save("b.npy", head.bias.detach())
+    assert run("fit", "--id", "f.npy", *FEATURES_RUN, "--head", "4", "--tpr", 0.8, "--out", "f.json") == 0
+    capsys.readouterr()
+    assert run(*SCORE, "--images", "id", "--detector", "f.json", "--out", "s.csv") == 0
+    assert "it knows the head alone: neither the rest of the model" in capsys.readouterr().err
+    assert run("fit", *MODEL_RUN, "--id", "id", "--tpr", 0.8, "--out", "i.json") == 0
+    assert run("score", "--features", "f.npy", *FEATURES_RUN, "--detector", "i.json", "--out", "t.csv") == 0
+    assert [r["is_ood"] for r in table("s.csv")] == [r["is_ood"] for r in table("t.csv")]
+    assert sum(r["is_ood"] == "True" for r in table("s.csv")) == 3  # (1 + k)/21 <= 0.2
+
+
+def test_a_gate_by_another_score(place, capsys):
+    assert run("fit", *MODEL_RUN, "--id", "id", "--score", "energy", "--tpr", 0.8, "--out", "e.json") == 0
+    capsys.readouterr()
+    assert run(*SCORE, "--images", "id", "--detector", "e.json", "--out", "s.csv") == 0
+    assert re.search("3 of 20 below the threshold .* of energy", capsys.readouterr().out)
+    rows = sorted(table("s.csv"), key=lambda row: float(row["energy"]))
+    assert [row["is_ood"] for row in rows] == ["True"] * 3 + ["False"] * 17
+    assert run("fit", *MODEL_RUN, "--id", "id", "--ood", "ood", "--score", "auto", "--out", "a.json") == 0
+    best = re.search(r"score to take: (\w+)", capsys.readouterr().out)[1]
+    assert json.loads(Path("a.json").read_text())["score"] == best
+    for arguments, message in (
+        (("--score", "auto"), "expected --score auto and --ood together"),
+        (("--ood", "ood"), "expected --score auto and --ood together"),
+        (("--score", "entropy"), "score: expected one of gradnorm"),
+    ):
+        assert run("fit", *MODEL_RUN, "--id", "id", *arguments, "--out", "x.json") == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_gate_knows_its_model_and_preprocessing(place, capsys):
+    assert run("fit", *MODEL_RUN, "--id", "id", "--out", "g.json") == 0
+    gate = (*SCORE, "--images", "id", "--detector", "g.json", "--out", "s.csv")
+    assert run(*gate) == 0
+    for other in (("--resize", 16), ("--no-exif",)):
+        assert run(*gate, *other) == 2
+        err = capsys.readouterr().err
+        assert "the preprocessing was" in err and "or give --force" in err and err.count("\n") == 1
+        assert run(*gate, *other, "--force") == 0
+        assert "the preprocessing was" in capsys.readouterr().err
+    Path("own2.py").write_text(Path("own.py").read_text().replace("torch.nn.ReLU()", "torch.nn.BatchNorm2d(8)"))
+    assert run(*gate, "--model", "own2:small") == 2
+    assert "tensors differ" in capsys.readouterr().err

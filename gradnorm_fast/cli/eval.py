@@ -50,6 +50,9 @@ def add_parser(subparsers: Subparsers, common: Parser) -> None:
         "lists and shards give too",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument(
+        "--convention", metavar="CODE", help="AUPR and FPR95 as computed by official, openood or pytorch_ood"
+    )
     parser.add_argument("--bootstrap", type=count, default=0, metavar="N", help="resamples for confidence intervals")
     options.add_options(parser)
     parser.set_defaults(command=run)
@@ -57,13 +60,15 @@ def add_parser(subparsers: Subparsers, common: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """ID against OOD sets: table, plots, and a JSON with what is needed to repeat it."""
-    from ..evaluation import compare_methods, results_table
+    from ..evaluation import CONVENTIONS, compare_methods, results_table
     from . import run_log
     from .scorers import scorer
     from .tables import write_table
 
     out = Path(args.out)
     sets, groups = _sets(args)
+    if args.convention not in (None, *CONVENTIONS):
+        raise ValueError(f"convention: expected one of {', '.join(CONVENTIONS)}, got {args.convention!r}")
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: expected a folder, {out} is a file")
     files = {name: out / f"scores-{name}.csv" for name in sets}
@@ -96,7 +101,8 @@ def run(args: argparse.Namespace) -> int:
                     raise ValueError(f"eval: expected finite scores, but in {name} {message}")
             scores = {name: table.head_scores() for name, table in tables.items()}
             id_scores = scores.pop("id")
-            results = _with_groups(compare_methods(id_scores, scores, bootstrap=args.bootstrap), groups)
+            results = compare_methods(id_scores, scores, convention=args.convention, bootstrap=args.bootstrap)
+            results = _with_groups(results, groups)
             with run_log.resumable(out):
                 _write(out, results, args, chosen, tables)
                 _draw(out / "scores.png", id_scores, scores)
@@ -106,9 +112,8 @@ def run(args: argparse.Namespace) -> int:
         if not existed and not any(out.iterdir()):
             out.rmdir()
     print(results_table(results))
-    print(
-        f"\nFPR95 with ID positive, in %. Files in {out}: table.md, table.csv, results.json, scores.png, scores-*.csv"
-    )
+    how = "FPR95 with ID positive, in %" if args.convention is None else f"In %, as {args.convention} computes it"
+    print(f"\n{how}. Files in {out}: table.md, table.csv, results.json, scores.png, scores-*.csv")
     if tables["id"].accuracy is not None:
         print(f"ID accuracy: {100 * tables['id'].accuracy:.2f}%")
     if results["average"]["GradNorm"]["auroc"] < 0.5:
@@ -154,6 +159,8 @@ def _write(out: Path, results: Results, args: argparse.Namespace, scorer: Scorer
     from ..evaluation import results_csv, results_table
 
     note = "In %; FPR95: the share of OOD images accepted when 95 % of the ID images are."
+    if args.convention is not None:
+        note = f"In %, by the convention of {args.convention}."
     accuracy = tables["id"].accuracy
     if accuracy is not None:
         note += f" ID accuracy: {100 * accuracy:.2f}."

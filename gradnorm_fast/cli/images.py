@@ -202,6 +202,7 @@ def score_images(
                         with store.recording(good):
                             scores = detector.head_scores(tensor)
             yield Batch(good, scores, bad, waited)
+        detector.raise_refusals()
 
     if resume and progress and rank_and_world()[0] == 0:
         print(

@@ -18,7 +18,8 @@ SCORE_OPTIONS = ("temperature", "reduction", "include_bias")  #: None where not 
 MODEL_OPTIONS = ("model", "weights", "checkpoint", "classes", "resize", "mean", "std", "workers")  #: likewise
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser, gates: bool = False) -> None:
+    """Add them; where a threshold is set, also which score it is for."""
     model = parser.add_argument_group("the model and its input")
     model.add_argument("--model", metavar="NAME", help="torchvision name, timm:NAME, or module:function of your own")
     model.add_argument(
@@ -52,13 +53,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--quiet", action="store_true", help="no progress")
     options = parser.add_argument_group("the score")
+    if gates:
+        options.add_argument(
+            "--score",
+            metavar="NAME",
+            help="which the threshold is for: gradnorm (default), feature_norm, output_norm, msp, max_logit or energy",
+        )
     options.add_argument("--temperature", type=finite, metavar="T", help="(1.0)")
     options.add_argument("--reduction", choices=("mean", "sum"), help="over classes (mean)")
     options.add_argument("--include-bias", action="store_true", default=None, help="count the bias's gradient")
 
 
 def score_options(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name in SCORE_OPTIONS if (value := getattr(args, name)) is not None}
+    names = [name for name in (*SCORE_OPTIONS, "score") if getattr(args, name, None) not in (None, "auto")]
+    return {name: getattr(args, name) for name in names}
 
 
 def files_read(args: argparse.Namespace) -> list[str]:
@@ -67,9 +75,9 @@ def files_read(args: argparse.Namespace) -> list[str]:
     return [path for name in names if (path := getattr(args, name, None)) is not None]
 
 
-def report_nan(table: Table, strict: bool) -> int:
+def report_nan(table: Table, strict: bool, score: str = "gradnorm") -> int:
     """Say how many scores are NaN; the exit code: 1 if there are any and strict, else 0."""
-    message = table.nan_message()
+    message = table.nan_message(score)
     if message:
         print(f"warning: {message}", file=sys.stderr)
     return 1 if message and strict else 0

@@ -141,7 +141,8 @@ def run(job: Job, batches: Batches, out: Path, *, resume: bool = False, progress
     bar = Progress(len(job.names), job.unit, progress and rank == 0)
     values = _read(old if resume else [], header, job, bar.say if rank == 0 else None)
     _barrier(world)  # nobody writes before everybody has read
-    scored = np.flatnonzero(values[:, _PREDICTION] >= 0)
+    gradnorm = values[:, FIELDS.index("gradnorm")]
+    scored = np.flatnonzero((values[:, _PREDICTION] >= 0) & ~np.isnan(gradnorm))  # a NaN may be of a refused batch
     if rank == 0:  # takes over all rows, and only then do the parts that had them go
         with resumable(part), replacing(part, "wb") as file:
             file.write(header + _rows(job, scored, values[scored], header))
@@ -152,7 +153,7 @@ def run(job: Job, batches: Batches, out: Path, *, resume: bool = False, progress
     if rank:
         with resumable(part), replacing(part, "wb") as file:
             file.write(header)
-    todo = np.setdiff1d(np.arange(len(job.names)), scored)[rank::world].tolist()  # unreadable ones are tried again
+    todo = np.setdiff1d(np.arange(len(job.names)), scored)[rank::world].tolist()  # unreadable and NaN ones again
     bar.start(len(todo))
     if rank == 0 and progress and resume:
         bar.say(f"{len(scored)} of {len(job.names)} {job.unit} are there already")

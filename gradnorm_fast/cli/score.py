@@ -29,9 +29,10 @@ def add_parser(subparsers: Subparsers, common: Parser) -> None:
     parser.add_argument("--features", metavar="NPY", help="(N, D), in place of a model and images; may exceed memory")
     parser.add_argument("--out", required=True, metavar="FILE", help=".csv, .npy or .parquet")
     parser.add_argument("--detector", metavar="JSON", help="from `fit`: adds is_ood")
+    parser.add_argument("--force", action="store_true", help="use it for another model or preprocessing too")
     parser.add_argument("--threshold", type=finite, metavar="S", help="adds is_ood: a score below S")
     parser.add_argument("--save-features", metavar="NPY", help="write what the head is given, (N, D), of each row")
-    options.add_options(parser)
+    options.add_options(parser, gates=True)
     parser.set_defaults(command=run)
 
 
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     if args.features is not None:
         refuse(args, "--features", "head", *options.MODEL_OPTIONS)
     if args.detector is not None:
-        refuse(args, "--detector", "threshold", "head", *options.SCORE_OPTIONS)
+        refuse(args, "--detector", "threshold", "head", "score", *options.SCORE_OPTIONS)
     read = [*(args.images or ()), args.features, *options.files_read(args)]
     check_output("out", out, read)
     features = None if args.save_features is None else Path(args.save_features)
@@ -67,12 +68,13 @@ def run(args: argparse.Namespace) -> int:
         if table is None:  # another process writes
             return 0
         threshold = args.threshold if args.detector is None else scorer.detector.threshold
-        scores = table.scores["gradnorm"]
+        score = scorer.detector.score_name
+        scores = table.scores[score]
         is_ood = None if threshold is None else ~(scores >= threshold)
         with run_log.resumable(out):
             write_table(table, out, is_ood)
         run_log.discard_parts(out)
     print(f"{out}: {len(table.names)} scored" + (f", {len(table.skipped)} unreadable" if table.skipped else ""))
     if is_ood is not None:
-        print(f"{int(is_ood.sum())} of {len(is_ood)} below the threshold {threshold:.6g}")
-    return options.report_nan(table, args.strict)
+        print(f"{int(is_ood.sum())} of {len(is_ood)} below the threshold {threshold:.6g} of {score}")
+    return options.report_nan(table, args.strict, score)

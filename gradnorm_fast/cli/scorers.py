@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .. import heads
+from .. import gate, heads
 from ..detector import GradNorm
 from ..models import default_transform, device_of, load_model
 from .features import load_array, score_features
@@ -90,11 +90,14 @@ class ModelScorer:
         model, transform = _load_model(args)
         self.preprocessing = Preprocessing(transform, not args.no_exif, args.resize or 256)
         firsts = [first_readable(inputs, self.preprocessing) for inputs in self.inputs.values()]
+        described = gate.describe_preprocessing(transform)
+        if args.no_exif and described is not None:
+            described += ", EXIF orientation ignored"
         saved = getattr(args, "detector", None)
         if saved is None:
-            self.detector = GradNorm(model, args.head, **score_options(args))
+            self.detector = GradNorm(model, args.head, preprocessing=described, **score_options(args))
         else:
-            self.detector = GradNorm.load(saved, model)
+            self.detector = _load_gate(saved, model, described, args.force)
         name, image = firsts[0]
         self.detector.score(transformed(image, transform, name)[None])
         if args.compile:
@@ -156,13 +159,10 @@ class HeadScorer:
         refuse(args, "features", *MODEL_OPTIONS)
         self.args, self.device = args, device_of(args.device)
         self.weight, self.bias = _load_head(args)
-        saved = getattr(args, "detector", None)
-        name = (args.head or "head") if saved is None else _head_of(saved)
-        model = _model_of(name, self.weight, self.bias)
-        if saved is None:
-            self.detector = GradNorm(model, name, **score_options(args))
+        if getattr(args, "detector", None) is None:
+            self.detector = _detector_of(args, self.weight, self.bias)
         else:
-            self.detector = GradNorm.load(saved, model)
+            self.detector = _gate_of_head(args.detector, self.weight, self.bias)
 
     def table(self, name: str, sources: list[str], out: Path, features: Path | None = None) -> Table | None:
         return score_features(
@@ -186,7 +186,9 @@ class FileScorer:
     """Files that `score` wrote; the model or head that they are from, where `fit` is to save a detector."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.fields = FIELDS if hasattr(args, "ood") else ("gradnorm",)  # fit needs no other
+        self.fields: tuple[str, ...] = FIELDS
+        if hasattr(args, "tpr") and args.score != "auto":  # fit needs no other
+            self.fields = (args.score or "gradnorm",)
         self.detector: GradNorm | None = None
         if args.model is not None:
             if args.head is None:
@@ -195,8 +197,7 @@ class FileScorer:
                 )
             self.detector = GradNorm(_load_model(args)[0], args.head, **score_options(args))
         elif args.weight is not None:
-            name = args.head or "head"
-            self.detector = GradNorm(_model_of(name, *_load_head(args)), name, **score_options(args))
+            self.detector = _detector_of(args, *_load_head(args))
 
     def table(self, name: str, sources: list[str], out: Path, features: Path | None = None) -> Table | None:
         check_format(Path(sources[0]))
@@ -225,23 +226,64 @@ def _detector_description(detector: GradNorm) -> dict[str, Any]:
     }
 
 
-def _head_of(path: str) -> str:
-    """The name of a saved detector's head; whatever else is wrong with the file, GradNorm.load says."""
-    try:
-        return str(json.loads(Path(path).read_text())["head"])
-    except (ValueError, KeyError, TypeError):
-        return "head"
+def _load_gate(path: str, model: nn.Module, preprocessing: str | None, force: bool) -> GradNorm:
+    """A saved detector for the model; what it warns of in a line each."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            detector = GradNorm.load(path, model, preprocessing=preprocessing, force=force)
+        except ValueError as error:
+            raise ValueError(str(error).replace("load with force=True", "give --force")) from None
+    if rank_and_world()[0] == 0:
+        for warning in caught:
+            print(f"warning: {warning.message}", file=sys.stderr)
+    return detector
+
+
+def _detector_of(args: argparse.Namespace, weight: torch.Tensor, bias: torch.Tensor | None) -> GradNorm:
+    name = args.head or "head"
+    return GradNorm(_model_of(name, weight, bias), name, **score_options(args))
+
+
+def _gate_of_head(path: str, weight: torch.Tensor, bias: torch.Tensor | None) -> GradNorm:
+    """A saved detector for features: of the model that it was fitted to, the head alone is compared."""
+    saved = gate.read(path)
+    model = _model_of(saved.head, weight, bias)
+    if saved.tensors is None:
+        same = gate.head_digest(weight, bias) == saved.head_digest
+    else:
+        of_head = {name: entry for name, entry in saved.tensors.items() if name.startswith(f"{saved.head}.")}
+        same = not gate.differences(of_head, model)[0]
+    if not same:
+        raise ValueError(f"{path}: fitted to another head than that of --weight and --bias; fit it again")
+    detector = GradNorm(model, saved.head, **saved.options)
+    return detector if saved.calibration is None else detector.fit_scores(np.array(saved.calibration), saved.tpr)
+
+
+def save_gate(detector: GradNorm, path: Path) -> None:
+    """`GradNorm.save`, but of a head without its model as what it is."""
+    if not isinstance(detector.model, _HeadAlone):
+        detector.save(path)
+        return
+    assert detector.head_name is not None and detector._calibration is not None
+    options = {name: getattr(detector, name) for name in SCORE_OPTIONS} | {"score": detector.score_name}
+    calibration, digest = detector._calibration.tolist(), detector._fingerprint()
+    gate.write(gate.Gate(detector.head_name, options, detector.tpr, calibration, None, None, digest), path)
+
+
+class _HeadAlone(nn.Module):
+    """A model of which only the head is known."""
 
 
 def _model_of(name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
-    """A model that is nothing but its head, under that name, so that a gate fitted to it fits the model it is from."""
+    """A model that is nothing but its head, under that name, so that a gate fitted to it fits the model it is of."""
     head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     head.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         head.bias = nn.Parameter(bias, requires_grad=False)
     model: nn.Module = head
     for part in reversed(name.split(".")):
-        outer = nn.Module()
+        outer = _HeadAlone()
         outer.add_module(part, model)
         model = outer
     return model

@@ -37,16 +37,16 @@ class Table(NamedTuple):
         known = self.labels >= 0
         return float((self.scores["prediction"] == self.labels)[known].mean()) if known.any() else None
 
-    def nan_message(self) -> str:
+    def nan_message(self, score: str = "gradnorm") -> str:
         """How many scores are NaN and which is the first; empty where none is."""
-        bad = np.flatnonzero(np.isnan(self.scores["gradnorm"]))
+        bad = np.flatnonzero(np.isnan(self.scores[score]))
         return f"{len(bad)} of {len(self.names)} scores are NaN, the first of {self.names[bad[0]]}" if len(bad) else ""
 
 
 def columns_of(table: Table, is_ood: Array | None = None) -> dict[str, Any]:
-    """path, score, prediction and the other fields of HeadScores; label where one is known; is_ood if given."""
-    columns: dict[str, Any] = {"path": table.names, "score": table.scores["gradnorm"]}
-    columns |= {name: table.scores[name] for name in ("prediction", *FIELDS) if name != "gradnorm"}
+    """path, prediction and the other fields of HeadScores; label where one is known; is_ood if given."""
+    columns: dict[str, Any] = {"path": table.names}
+    columns |= {name: table.scores[name] for name in ("prediction", *FIELDS)}
     if (table.labels >= 0).any():
         columns["label"] = table.labels
     if is_ood is not None:
@@ -93,14 +93,13 @@ def read_table(path: Path, fields: Iterable[str] = FIELDS) -> Table:
     except (ValueError, OSError, csv.Error) as error:
         raise ValueError(f"scores: cannot read {path} as a table of scores: {error}") from None
     scores = {}
-    for field in fields:
-        name = "score" if field == "gradnorm" else field
+    for name in fields:
         if name not in columns:
             raise ValueError(
                 f"scores: expected the column {name!r} in {path}, as score writes, got {', '.join(columns) or 'none'}"
             )
         try:
-            scores[field] = np.asarray(columns[name]).astype(np.int64 if field == "prediction" else np.float32)
+            scores[name] = np.asarray(columns[name]).astype(np.int64 if name == "prediction" else np.float32)
         except ValueError as error:
             raise ValueError(f"scores: expected numbers in column {name!r} of {path}: {error}") from None
     n = len(next(iter(scores.values())))
