@@ -61,19 +61,27 @@ class _Parser(argparse.ArgumentParser):
 
 def _add_demo(subparsers: Subparsers, common: _Parser) -> None:
     def command(args: argparse.Namespace) -> None:
-        from . import demo
+        from . import demo, demo_imagenet
 
-        demo.run(output=args.output, device=args.device, seed=args.seed)
+        if args.images and not args.imagenet:
+            raise ValueError("images: they go with --imagenet")
+        if args.imagenet:
+            demo_imagenet.run(args.output or "gradnorm_imagenet.png", args.images, args.device)
+        else:
+            demo.run(args.output or "gradnorm_demo.png", args.device, args.seed)
 
     parser = subparsers.add_parser(
         "demo",
         parents=[common],
-        help="train a small network on handwritten digits and score several OOD sets",
+        help="GradNorm beside other scores, on handwritten digits or on photographs",
         description="Train a small network on the handwritten digits 0-6, score four OOD sets (digits 7-9, inverted "
-        "digits, photograph patches, noise) with GradNorm and three other scores, and draw the result. Takes seconds.",
-        epilog=f"example: {_PROG} demo --output gradnorm_demo.png --device cpu --seed 0",
+        "digits, photograph patches, noise) with GradNorm and four other scores, and draw the result. Takes seconds. "
+        "With --imagenet a network trained on ImageNet scores photographs, yours too.",
+        epilog=f"examples:\n  {_PROG} demo --output gradnorm_demo.png\n  {_PROG} demo --imagenet --images photos/",
     )
-    parser.add_argument("--output", default="gradnorm_demo.png", metavar="PNG", help="picture to write (%(default)s)")
+    parser.add_argument("--imagenet", action="store_true", help="photographs (pip install 'gradnorm_fast[imagenet]')")
+    parser.add_argument("--images", nargs="+", default=[], metavar="PATH", help="with --imagenet: your images, folders")
+    parser.add_argument("--output", metavar="PNG", help="picture to write (gradnorm_demo.png, gradnorm_imagenet.png)")
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (%(default)s)")
     parser.set_defaults(command=command)

@@ -176,7 +176,7 @@ def _detector(args: argparse.Namespace, paths: list[str]) -> tuple[GradNorm, Any
         raise ValueError("model: expected --model NAME (torchvision), timm:NAME or module:function")
     if find_spec("torchvision") is None:
         raise ImportError('images need torchvision: pip install "gradnorm_fast[eval]"')
-    device = _device(args.device)
+    device = device_of(args.device)
     model, transform = load_model(args.model, args.weights, args.checkpoint, args.classes)
     known = ":" not in args.model or args.model.startswith("timm:")
     if known and args.weights is None and args.checkpoint is None and scoring.rank_and_world()[0] == 0:
@@ -232,7 +232,7 @@ def _score_features(args: argparse.Namespace, out: Path) -> scoring.Table | None
         batch_size=max(args.batch_size, 1024),
         resume=args.resume,
         progress=not args.quiet,
-        device=_device(args.device),
+        device=device_of(args.device),
         **_options(args),
     )
 
@@ -251,7 +251,7 @@ def _array(name: str, path: str, mapped: bool = False) -> np.ndarray[Any, Any]:
     return array
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
