@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from . import HeadScores, fast_gradnorm, head_scores
-from .cli.model import device_of
 from .evaluation import METHODS, Results, compare_methods, plot_roc, plot_scores
+from .models import device_of
 from .reference import autograd_gradnorm
 
 ID_DIGITS = 7  # the classes 0-6 are trained on, 7-9 are held out

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cli.model import device_of
 from .demo import check_output, require
 from .detector import GradNorm
 from .functional import HeadScores
+from .models import device_of
 
 # Of scikit-image: objects that ImageNet has classes for, then textures, microscopy, text and the sky, which it has not.
 PHOTOGRAPHS = (
@@ -105,14 +105,14 @@ def photographs() -> dict[str, Any]:
 def _own_images(paths: Sequence[str | Path]) -> list[tuple[str, Any]]:
     """Each file with its image, or with the reason why it cannot be read."""
     from .cli.images import read_image
-    from .cli.inputs import find_images
+    from .cli.inputs import find_inputs
 
     found: list[tuple[str, Any]] = []
-    for name in find_images(paths) if paths else []:
+    for item in find_inputs(paths):
         try:
-            found.append((name, read_image(name)))
+            found.append((item.name, read_image(item)))
         except ValueError as error:
-            found.append((name, str(error)))
+            found.append((item.name, str(error)))
     return found
 
 
