@@ -109,6 +109,8 @@ def test_changed_code_of_a_model_is_another_model(place, interrupt, capsys):
     Path("own.py").write_text(Path("own.py").read_text() + "\n# changed\n")
     assert run(*again) == 2
     assert "another model's code" in capsys.readouterr().err
+    assert run(*[a for a in again if a != "--quiet"]) == 2
+    assert "other code and files that they use are not compared" in capsys.readouterr().err
 
 
 def test_an_empty_part_is_no_rows(place, interrupt):

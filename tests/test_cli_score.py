@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gradnorm_fast import head_scores
+from gradnorm_fast import _progress, head_scores
 from gradnorm_fast.cli import images, inputs
 
 from command_line import FEATURES_RUN, MODEL_RUN, SCORE, run, table
@@ -107,6 +107,32 @@ def test_workers_hand_over_one_tensor_per_batch():
     """One each would be one open file each: more than a process may have, with a few workers."""
     batch, reasons = images._collate([torch.ones(3, 2, 2), "not an image", torch.zeros(3, 2, 2)])
     assert batch.shape == (2, 3, 2, 2) and reasons == [None, "not an image", None]
+
+
+def test_workers_by_the_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    some, many = (images._Images([None] * n, images.Preprocessing(lambda image: image)) for n in (30, 40))
+    assert [images._default_workers(i, 10) for i in (some, many)] == [0, 6]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert images._default_workers(many, 10) == 2
+    monkeypatch.setattr(images.multiprocessing, "get_start_method", lambda: "spawn")
+    assert images._default_workers(many, 10) == 0  # a lambda
+    assert images._default_workers(images._Images([None] * 40, images.Preprocessing(str)), 10) == 2
+
+
+def test_progress_names_what_is_slow(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(_progress.time, "monotonic", lambda: now[0])
+    slow = {1: "the model is slow (97% of the time)", 24: "reading is slow, try more --workers (80% of the time)"}
+    for waited, message in slow.items():
+        (1, "the model is slow (97% of the time)"),
+        (24, "reading is slow, try more --workers (80%"),
+    ):
+        bar = _progress.Progress(100, "images", True)
+        bar.start(100)
+        now[0] += 30
+        bar.advance(100, waited)
+        assert f"100/100 images, 3/s, {message}" in capsys.readouterr().err
 
 
 def test_names_of_any_bytes(place):
@@ -248,6 +274,10 @@ def test_lists_standard_input_and_shards(place, monkeypatch):
             data.size = 1
             shard.addfile(data, io.BytesIO(str(4 - i).encode()))
     assert run(*SCORE, "--images", "shard.tar", "--out", "s.csv") == 0
+    os.mkdir("shards")
+    os.rename("shard.tar", "shards/a.tar")
+    assert run(*SCORE, "--images", "shards", "--out", "t.csv") == 0
+    assert [r["gradnorm"] for r in table("t.csv")] == [r["gradnorm"] for r in table("s.csv")]
     assert [(r["path"], r["gradnorm"], r["label"]) for r in table("s.csv")] == [
         (f"shard.tar:x/{i}.rgb.png", expected[path], str(4 - i)) for i, path in enumerate(some)
     ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
+import pickle
 import re
 import signal
 import sys
@@ -141,11 +143,21 @@ def _ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the main one ends the workers
 
 
-def default_workers(batches: int) -> int:
-    """Processes that read images: one per core of this process's share, none where they would start for nothing."""
+def _default_workers(images: _Images, batch_size: int) -> int:
+    """Processes that read images: one per core of this process's share, at most 8.
+
+    None for less than four batches, and where a lambda in the preprocessing cannot be handed to a process.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return 0 if batches < 4 or share < 2 else min(8, share)
+    if len(images) < 4 * batch_size or share < 2:
+        return 0
+    if multiprocessing.get_start_method() != "fork":
+        try:
+            pickle.dumps(images.preprocessing)
+        except Exception:  # pickle raises whatever the object does
+            return 0
+    return min(8, share)
 
 
 def score_images(
@@ -178,7 +190,7 @@ def score_images(
 
     def batches(todo: list[int]) -> Iterator[Batch]:
         images = _Images([inputs[i] for i in todo], preprocessing)
-        n = default_workers(len(images) // batch_size) if workers is None else workers
+        n = _default_workers(images, batch_size) if workers is None else workers
         loader = torch.utils.data.DataLoader(
             images, batch_size, num_workers=n, collate_fn=_collate, worker_init_fn=_ignore_interrupts
         )

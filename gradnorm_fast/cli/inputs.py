@@ -29,9 +29,9 @@ def find_inputs(sources: Sequence[str | os.PathLike[str]], root: str | os.PathLi
     """The images of all sources in their order, each once.
 
     Args:
-        sources: folders, searched through, sorted by path; image files; lists of paths (.txt, one path a line, or an
-            OpenOOD image list with "path label"), "-" for such a list on the standard input; .tar shards in the layout
-            of webdataset, with the label in KEY.cls.
+        sources: folders, searched through for images or, where there is none, for shards, sorted by path; image files;
+            lists of paths (.txt, one path a line, or an OpenOOD image list with "path label"); "-" for such a list on
+            the standard input; .tar shards in the layout of webdataset, with the label in KEY.cls.
         root: what relative paths in lists are relative to; by default the current folder.
 
     Raises:
@@ -66,7 +66,9 @@ def _in_folder(folder: str) -> list[Input]:
     def unreadable(error: OSError) -> None:
         raise error
 
-    found, visited = [], set()
+    found: list[str] = []
+    shards: list[str] = []
+    visited = set()
     for root, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
         real = os.path.realpath(root)
         if real in visited:
@@ -74,8 +76,11 @@ def _in_folder(folder: str) -> list[Input]:
             continue
         visited.add(real)
         folders.sort()
-        images = (os.path.join(root, file) for file in files if os.path.splitext(file)[1].lower() in EXTENSIONS)
-        found += [path for path in images if _is_file_or_nothing(path)]
+        paths = [os.path.join(root, file) for file in files]
+        found += [p for p in paths if os.path.splitext(p)[1].lower() in EXTENSIONS and _is_file_or_nothing(p)]
+        shards += [p for p in paths if p.endswith(".tar") and os.path.isfile(p)]
+    if not found and shards:
+        return [image for shard in sorted(shards) for image in _in_shard(shard)]
     if not found:
         raise ValueError(f"images: no image in {folder} (looked for {' '.join(sorted(EXTENSIONS))})")
     return [_image(path) for path in sorted(found)]
