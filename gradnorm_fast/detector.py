@@ -6,30 +6,18 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
 
 from . import gate, heads
 from .batches import batches
 from .capture import Inputs
 from .functional import HeadScores, _check_options, fast_gradnorm, head_scores
+from .serving import Prediction, ServedModel
 from .verification import Verdicts, without_autocast
-
-
-class Prediction(NamedTuple):
-    """What `GradNorm.predict` returns, each of shape (B,)."""
-
-    labels: Tensor  #: int64, the model's class
-    scores: Tensor  #: float32, larger = more in-distribution
-    is_ood: Tensor  #: bool
-
-
-# torch.export saves a program that returns a Prediction only if it knows the type by name.
-_pytree._register_namedtuple(Prediction, serialized_type_name="gradnorm_fast.Prediction")
 
 
 class GradNorm:
@@ -280,7 +268,8 @@ class GradNorm:
             heads.check_tied(detector.model, saved.head, detector._head, saved.options["include_bias"])  # type: ignore[arg-type]
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        wrong = []
+        wrong: list[str] = []
+        rounded: list[str] = []
         if given is not None and saved.preprocessing is not None and given != saved.preprocessing:
             wrong.append(f"the preprocessing was {saved.preprocessing}, it is {given}")
         if saved.tensors is None:
@@ -298,18 +287,18 @@ class GradNorm:
             different, rounded = gate.differences(saved.tensors, detector.model)
             if different:
                 wrong.append(f"{len(different)} of {len(saved.tensors)} tensors differ: {gate.at_most(different)}")
-            if rounded:
-                warnings.warn(
-                    f"{path}: the model has another dtype than the one it was fitted to. {len(rounded)} tensors are "
-                    f"equal after rounding ({gate.at_most(rounded)}); scores near the threshold may cross it",
-                    stacklevel=2,
-                )
         if wrong and not force:
             raise ValueError(
                 f"{path}: fitted to something else: {'; '.join(wrong)}. Fit it again, or load with force=True"
             )
         if wrong:
             warnings.warn(f"{path}: loaded by force, fitted to something else: {'; '.join(wrong)}", stacklevel=2)
+        if rounded:
+            warnings.warn(
+                f"{path}: the model has another dtype than the one it was fitted to. {len(rounded)} tensors are "
+                f"equal after rounding ({gate.at_most(rounded)}); scores near the threshold may cross it",
+                stacklevel=2,
+            )
         if saved.calibration is not None:
             detector.fit_scores(torch.tensor(saved.calibration), saved.tpr)
         detector._tpr = saved.tpr
@@ -323,8 +312,6 @@ class GradNorm:
         Raises:
             ValueError: before `fit` and `load`.
         """
-        from .serving import ServedModel
-
         self._fitted()
         assert self._head is not None
         return ServedModel(self)

@@ -267,13 +267,17 @@ def _check_product(name: str, head: nn.Module, call: Call, logits: Tensor) -> No
 def _rows(features: Tensor, logits: Tensor) -> Tensor:
     """(B, D) of what the head was given: (B, D), (B, D, 1, 1) or with other dimensions of size 1."""
     if logits.dim() < 2 or features.dim() < 2:
-        raise ValueError(
-            f"images: expected a batch (B, ...); with what was given the model returns shape {tuple(logits.shape)}. A "
-            "single image needs a dimension in front, image[None]"
-        )
+        raise ValueError(f"model: {no_batch(logits)}")
     if features.shape[0] != len(logits) or not _is_vectors(features):
         raise ValueError(f"head: expected one feature vector per image, it was given shape {tuple(features.shape)}")
     return features.flatten(1)
+
+
+def no_batch(logits: Tensor) -> str:
+    return (
+        f"expected logits (B, C) of images (B, ...), got shape {tuple(logits.shape)}. A single image needs a dimension "
+        "in front, image[None]; one output per image has to be made two classes"
+    )
 
 
 def _same(output: Tensor | None, logits: Tensor) -> bool:

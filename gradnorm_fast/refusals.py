@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Inputs, call, watching
-from .heads import Call, _is_vectors, _same, is_linear
+from .heads import Call, _is_vectors, _same, is_linear, no_batch
 from .verification import BY_HAND, constant_ratio, scaled
 
 
@@ -24,7 +24,7 @@ def no_head(model: nn.Module, images: Inputs, calls: dict[str, tuple[nn.Module, 
 
 def _positions(calls: dict[str, tuple[nn.Module, Call]], logits: Tensor) -> str:
     if logits.dim() < 2:
-        return "expected logits (B, C) of a batch (B, ...); a single image needs a dimension in front, image[None]"
+        return no_batch(logits)
     if _is_vectors(logits):
         return ""
     return (
@@ -117,6 +117,6 @@ def _parameter(model: nn.Module, logits: Tensor) -> str:
                 place = f"{name}.{key}" if name else key
                 return (
                     f"the parameter {place!r}, shape {tuple(p.shape)}, may be its head, multiplied by a function "
-                    "(F.linear, einsum, @). Make it a torch.nn.Linear layer of the model, and a scale before it a temperature"
+                    "(F.linear, einsum, @). Make it a torch.nn.Linear layer of the model, and a factor a temperature"
                 )
     return ""
