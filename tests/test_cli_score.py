@@ -125,9 +125,6 @@ def test_progress_names_what_is_slow(monkeypatch, capsys):
     monkeypatch.setattr(_progress.time, "monotonic", lambda: now[0])
     slow = {1: "the model is slow (97% of the time)", 24: "reading is slow, try more --workers (80% of the time)"}
     for waited, message in slow.items():
-        (1, "the model is slow (97% of the time)"),
-        (24, "reading is slow, try more --workers (80%"),
-    ):
         bar = _progress.Progress(100, "images", True)
         bar.start(100)
         now[0] += 30
