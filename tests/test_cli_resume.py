@@ -141,10 +141,12 @@ def test_files_with_the_name_of_a_part_are_left_alone(place, capsys):
     assert run(*SCORE, "--images", "ood", "--out", "s.csv") == 0
     assert run(*SCORE, "--images", "ood", "--out", "s.csv", "--restart") == 0
     assert [p.read_text() for p in sorted(place.glob("s.*part*"))] == ["my own"] * 4
-    Path("s.part-0-of-1").write_text("my own")
-    assert run(*SCORE, "--images", "ood", "--out", "s.csv", "--restart") == 2
-    assert "s.part-0-of-1 is in the way" in capsys.readouterr().err
-    assert Path("s.part-0-of-1").read_text() == "my own"
+    for name in ("s.part-0-of-1", "s.part-features"):
+        Path(name).write_text("my own")
+        assert run(*SCORE, "--images", "ood", "--out", "s.csv", "--restart") == 2
+        assert f"{name} is in the way" in capsys.readouterr().err
+        assert Path(name).read_text() == "my own"
+        Path(name).unlink()
 
 
 def test_a_second_run_into_the_same_file_is_refused(place, capsys):

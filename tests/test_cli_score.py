@@ -369,7 +369,7 @@ def test_a_gate_by_another_score(place, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_a_gate_knows_its_model_and_preprocessing(place, capsys):
+def test_a_gate_knows_its_model_and_preprocessing(place, capsys, interrupt):
     assert run("fit", *MODEL_RUN, "--id", "id", "--out", "g.json") == 0
     gate = (*SCORE, "--images", "id", "--detector", "g.json", "--out", "s.csv")
     assert run(*gate) == 0
@@ -379,6 +379,11 @@ def test_a_gate_knows_its_model_and_preprocessing(place, capsys):
         assert "the preprocessing was" in err and "or give --force" in err and err.count("\n") == 1
         assert run(*gate, *other, "--force") == 0
         assert "the preprocessing was" in capsys.readouterr().err
+    state = json.loads(Path("g.json").read_text())
+    Path("n.json").write_text(json.dumps(state | {"calibration": None}))
+    sizes = interrupt(1)
+    assert run(*gate, "--detector", "n.json") == 2
+    assert "no threshold yet" in capsys.readouterr().err and sizes == []  # before any work
     Path("own2.py").write_text(Path("own.py").read_text().replace("torch.nn.ReLU()", "torch.nn.BatchNorm2d(8)"))
     assert run(*gate, "--model", "own2:small") == 2
     assert "tensors differ" in capsys.readouterr().err

@@ -264,6 +264,6 @@ def _code_digest(model: torch.nn.Module, transform: Any, module: str | None) -> 
     sources = []
     for name in sorted(modules):
         path = getattr(sys.modules.get(name), "__file__", None)
-        if path is not None and name.split(".")[0] != "torch":
+        if path is not None and os.path.isfile(path) and name.split(".")[0] != "torch":
             sources.append(digest_of(Path(path).read_bytes()))
     return digest_of(" ".join(sources))

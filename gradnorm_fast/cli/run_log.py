@@ -81,8 +81,10 @@ def locked(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            raise ValueError(f"out: {file.read().strip() or 'another process'} is writing {out} ({path})") from None
+            with file:
+                file.seek(0)
+                owner = file.read().strip() or "another process"
+            raise ValueError(f"out: {owner} is writing {out} ({path})") from None
         except OSError:  # a file system without locks
             pass
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
@@ -102,10 +104,9 @@ def check_progress(out: Path, resume: bool, restart: bool) -> None:
     """Refuse to start over where an interrupted run has rows, unless the user says what to do with them; ValueError."""
     if resume and restart:
         raise ValueError("resume: it does not go with --restart")
-    part = _part(out, *rank_and_world())
-    features = features_part(out)
-    if (part.exists() and part.stat().st_size and not _header_of(part)) or (features.exists() and not parts_of(out)):
-        raise ValueError(f"out: {part if part.exists() else features} is in the way: it is no part of a run")
+    for part, magic in ((_part(out, *rank_and_world()), _MAGIC), (features_part(out), b"\x93NUMPY")):
+        if part.exists() and part.stat().st_size and not _starts_with(part, magic):
+            raise ValueError(f"out: {part} is in the way: it is no part of a run")
     if resume or restart:
         return
     kept = sum(max(0, part.stat().st_size - len(_header_of(part))) // _ROW.itemsize for part in parts_of(out))
@@ -202,6 +203,11 @@ def discard_parts(out: Path) -> None:
 def _header(job: Job) -> bytes:
     inputs = [len(job.names), digest_of("\0".join(job.names))]
     return _MAGIC + json.dumps({"inputs": inputs} | job.settings)[1:].encode() + b"\n"
+
+
+def _starts_with(path: Path, magic: bytes) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(magic)) == magic
 
 
 def _header_of(part: Path) -> bytes:

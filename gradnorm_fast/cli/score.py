@@ -64,10 +64,10 @@ def run(args: argparse.Namespace) -> int:
         scorer = HeadScorer(args) if args.images is None else ModelScorer(args, {"images": sources})
         if isinstance(scorer, ModelScorer):
             check_format(out, [item.name for item in scorer.inputs["images"]])
+        threshold = args.threshold if args.detector is None else scorer.detector.threshold
         table = scorer.table("images", sources, out, features)
         if table is None:  # another process writes
             return 0
-        threshold = args.threshold if args.detector is None else scorer.detector.threshold
         score = scorer.detector.score_name
         scores = table.scores[score]
         is_ood = None if threshold is None else ~(scores >= threshold)
