@@ -101,7 +101,8 @@ def write_report(
     if threshold is not None and (not isinstance(threshold, int | float) or math.isnan(threshold)):
         raise ValueError(f"threshold: expected a number or None, got {threshold!r}")
     tables = {name: _Table.of(name, scored, score) for name, scored in sets.items()}
-    if any(out == Path(image).resolve() for table in tables.values() for image in table.names):
+    alike = (n for t in tables.values() for n in t.names if os.path.basename(n) in (out.name, Path(path).name))
+    if any(Path(name).resolve() == out for name in alike):
         raise ValueError(f"path: {out} is one of the images; give another name")
     finite = {name: table.values[score][table.ranking] for name, table in tables.items()}
     comparable = len(tables) > 1 and all(len(values) for values in finite.values())
@@ -262,23 +263,24 @@ class _Cards(NamedTuple):
     def of(self, number: int, name: str, table: _Table, color: str) -> Iterator[str]:
         """The figures of one set, the least in-distribution image first."""
         badge = f'<span style="border-color:{color}">{escape(_shown(name))}</span>' if color else ""
-        for place, i in enumerate(table.ranking.tolist()):
-            ends = ["least"] * (place < self.each) + ["most"] * (place >= len(table.ranking) - self.each)
-            if ends:
-                values = {f: float(table.values[f][i]) for f in self.fields if f in table.values}
-                prediction = int(table.values["prediction"][i]) if "prediction" in table.values else None
-                data = {"set": str(number), "end": " ".join(ends), "path": _shown(table.names[i])}
-                data |= {f: f"{v:.9g}" for f, v in values.items()}
-                data["prediction"] = "" if prediction is None else str(prediction)
-                attributes = " ".join(f'data-{k}="{escape(v)}"' for k, v in data.items())
-                caption = self._caption(badge, values, prediction, _shown(table.names[i]))
-                picture = _thumbnail(table.names[i], self.read_image)
-                yield f"<figure {attributes}>{picture}<figcaption>{caption}</figcaption></figure>"
+        n = len(table.ranking)
+        for place in sorted({*range(min(self.each, n)), *range(max(0, n - self.each), n)}):
+            i = table.ranking[place]
+            ends = ["least"] * (place < self.each) + ["most"] * (place >= n - self.each)
+            values = {f: float(table.values[f][i]) for f in self.fields if f in table.values}
+            prediction = int(table.values["prediction"][i]) if "prediction" in table.values else None
+            data = {"set": str(number), "end": " ".join(ends), "path": _shown(table.names[i])}
+            data |= {f: f"{v:.9g}" for f, v in values.items()}
+            data["prediction"] = "" if prediction is None else str(prediction)
+            attributes = " ".join(f'data-{k}="{escape(v)}"' for k, v in data.items())
+            caption = self._caption(badge, values, prediction, _shown(table.names[i]))
+            picture = _thumbnail(table.names[i], self.read_image)
+            yield f"<figure {attributes}>{picture}<figcaption>{caption}</figcaption></figure>"
 
     def _caption(self, badge: str, values: dict[str, float], prediction: int | None, path: str) -> str:
         if self.threshold is not None and values[self.fields[0]] < self.threshold:
             badge += '<span class="ood">OOD</span>'
-        label = "" if prediction is None else str(prediction)
+        label = "" if prediction is None else f"class {prediction}"
         if self.classes is not None and prediction is not None and 0 <= prediction < len(self.classes):
             label = self.classes[prediction]
         facts = "".join(
