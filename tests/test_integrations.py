@@ -716,11 +716,10 @@ def test_pytorch_ood_refuses_what_does_not_fit(ours):
         detector.predict(inputs())
 
 
-# pytorch-ood's own tests of its GradNorm, at version 0.4.0, one function for each of theirs, asked of our class. They
-# are not in its distribution, so each is written anew here and named after theirs. These of theirs cannot hold:
+# pytorch-ood's own tests of its GradNorm, at version 0.4.0, asked of our class. They are not in its distribution, so each
+# is written anew here and named after theirs. The one of theirs that fails with our class in the place of theirs:
 #
-#   TestParamFilter.test_gradients_only_for_selected_parameters: counts calls of a private function of its own module.
-#   TestGradNormReference.test_logit_gradient: is about another private function of its module, not about the class.
+#   TestParamFilter.test_gradients_only_for_selected_parameters: counts the calls of a private function of its module.
 
 
 class TheirModel(nn.Module):
