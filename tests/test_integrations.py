@@ -716,8 +716,8 @@ def test_pytorch_ood_refuses_what_does_not_fit(ours):
         detector.predict(inputs())
 
 
-# pytorch-ood's own tests of its GradNorm, at version 0.4.0, asked of our class. Its distribution leaves them out, so each
-# is written anew here and named after theirs. The one of theirs that fails with our class in the place of theirs:
+# pytorch-ood's own tests of its GradNorm, at version 0.4.0, asked of our class. Its distribution leaves them out, so
+# each is written anew here and named after theirs. The one of theirs that fails with our class in the place of theirs:
 #
 #   TestParamFilter.test_gradients_only_for_selected_parameters: counts the calls of a private function of its module.
 
