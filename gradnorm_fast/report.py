@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -98,7 +99,7 @@ def write_report(
         raise ValueError("sets: expected at least one named set of images, got an empty mapping")
     if isinstance(gallery, bool) or not isinstance(gallery, int) or gallery < 0:
         raise ValueError(f"gallery: expected a count, got {gallery!r}")
-    if threshold is not None and (not isinstance(threshold, int | float) or math.isnan(threshold)):
+    if threshold is not None and (not isinstance(threshold, Real) or math.isnan(threshold)):
         raise ValueError(f"threshold: expected a number or None, got {threshold!r}")
     tables = {name: _Table.of(name, scored, score) for name, scored in sets.items()}
     alike = (n for t in tables.values() for n in t.names if os.path.basename(n) in (out.name, Path(path).name))

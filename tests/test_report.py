@@ -87,7 +87,7 @@ def test_few_images_are_shown_once_each(tmp_path):
 
 def test_threshold_marks_what_is_below_it(tmp_path):
     images = scored(20)
-    threshold = images.scores["gradnorm"].sort().values[7].item()
+    threshold = images.scores["gradnorm"].sort().values[7].numpy()[()]  # as NumPy's own kind of float
     page = write(tmp_path, {"photos": images}, threshold=threshold)
     assert page.texts.count("OOD") == 7
     assert "7 (35.0%)" in page.cells
@@ -213,6 +213,7 @@ def test_refusals(tmp_path):
             r"sets\['x'\]: expected gradnorm of shape \(1,\), one per name, got \(2,\)",
         ),
         ((out, good), {"gallery": -1}, ValueError, "gallery: expected a count, got -1"),
+        ((out, good), {"threshold": "0.5"}, ValueError, "threshold: expected a number or None, got '0.5'"),
         ((out, good), {"threshold": float("nan")}, ValueError, "threshold: expected a number or None, got nan"),
         ((out, {"x": ScoredImages([str(out)], {"gradnorm": [1.0]})}), {}, ValueError, "path: .* is one of the images"),
     ]:  # fmt: skip
