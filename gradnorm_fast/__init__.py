@@ -5,11 +5,19 @@ scores = fast_gradnorm(features, model.fc.weight, model.fc.bias)  # (B,) float32
 """
 
 import os as _os
+import sys as _sys
+from importlib.machinery import ModuleSpec as _ModuleSpec
+from importlib.util import module_from_spec as _module_from_spec
 
-# The kernels lie beside this package in the repository (a folder `kernels/` that must not be a top-level package of
-# that name, for Hugging Face has one) and inside it in a wheel. Not resolved: strict editable installs are links.
+# A wheel holds the kernels in this folder. In the repository they lie beside it, in a `kernels/` without __init__.py,
+# for a top-level package of that name is Hugging Face's. There, that folder alone becomes `gradnorm_fast.kernels`.
+# Not resolved: strict editable installs are links.
 if not _os.path.isdir(_os.path.join(_os.path.dirname(__file__), "kernels")):
-    __path__.append(_os.path.dirname(_os.path.dirname(_os.path.abspath(__file__))))
+    _spec = _ModuleSpec(f"{__name__}.kernels", None, is_package=True)
+    _spec.submodule_search_locations = [
+        _os.path.join(_os.path.dirname(_os.path.dirname(_os.path.abspath(__file__))), "kernels")
+    ]
+    kernels = _sys.modules.setdefault(_spec.name, _module_from_spec(_spec))
 
 from .detector import GradNorm, Prediction
 from .evaluation import evaluate, plot_roc, plot_scores
