@@ -1,7 +1,11 @@
 """GradNorm out-of-distribution scores for whole batches: exact, fused, without autograd.
 
-from gradnorm_fast import fast_gradnorm
-scores = fast_gradnorm(features, model.fc.weight, model.fc.bias)  # (B,) float32, larger = more in-distribution
+>>> import torch
+>>> from gradnorm_fast import fast_gradnorm
+>>> features, head = torch.rand(256, 2048), torch.nn.Linear(2048, 1000).requires_grad_(False)
+>>> scores = fast_gradnorm(features, head.weight, head.bias)  # float32, larger = more in-distribution
+>>> scores.shape
+torch.Size([256])
 """
 
 import os as _os
