@@ -10,8 +10,10 @@ torch.Size([256])
 
 import os as _os
 import sys as _sys
+from importlib import import_module as _import_module
 from importlib.machinery import ModuleSpec as _ModuleSpec
 from importlib.util import module_from_spec as _module_from_spec
+from typing import TYPE_CHECKING
 
 # A wheel holds the kernels in this folder. In the repository they lie beside it, in a `kernels/` without __init__.py,
 # for a top-level package of that name is Hugging Face's. There, that folder alone becomes `gradnorm_fast.kernels`.
@@ -23,9 +25,10 @@ if not _os.path.isdir(_os.path.join(_os.path.dirname(__file__), "kernels")):
     ]
     kernels = _sys.modules.setdefault(_spec.name, _module_from_spec(_spec))
 
-from .detector import GradNorm, Prediction
-from .evaluation import evaluate, plot_roc, plot_scores
-from .functional import HeadScores, fast_gradnorm, gradnorm_from_logits, head_scores
+if TYPE_CHECKING:
+    from .detector import GradNorm, Prediction
+    from .evaluation import evaluate, plot_roc, plot_scores
+    from .functional import HeadScores, fast_gradnorm, gradnorm_from_logits, head_scores
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,3 +43,28 @@ __all__ = [
     "plot_roc",
     "plot_scores",
 ]
+
+# The module of each public name. They are imported on first use, so that `gradnorm-fast --help` need not wait for
+# torch.
+_MODULES = {
+    "GradNorm": "detector",
+    "HeadScores": "functional",
+    "Prediction": "detector",
+    "evaluate": "evaluation",
+    "fast_gradnorm": "functional",
+    "gradnorm_from_logits": "functional",
+    "head_scores": "functional",
+    "plot_roc": "evaluation",
+    "plot_scores": "evaluation",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(_import_module(f".{_MODULES[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
