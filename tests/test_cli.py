@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_real_data import DATA, FIGURES
 from torch.utils.data import DataLoader
 
 from gradnorm_fast import GradNorm, HeadScores, cli, head_scores
@@ -20,7 +19,7 @@ from gradnorm_fast.cli import images, inputs, model, tables
 from gradnorm_fast.evaluation import compare_methods, results_table
 from gradnorm_fast.models import _load_checkpoint, default_transform
 
-from resnet20 import ResNet20
+from resnet20 import DATA, FIGURES, ResNet20
 
 HERE = Path(__file__).parent
 MODEL = """
