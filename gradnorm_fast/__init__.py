@@ -28,7 +28,7 @@ if not _os.path.isdir(_os.path.join(_os.path.dirname(__file__), "kernels")):
 if TYPE_CHECKING:
     from .detector import GradNorm, Prediction
     from .evaluation import evaluate, plot_roc, plot_scores
-    from .functional import HeadScores, fast_gradnorm, gradnorm_from_logits, head_scores
+    from .functional import HeadScores, fast_gradnorm, gradnorm_from_logits, head_scores, warmup
 
 __version__ = "0.1.0"
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "head_scores",
     "plot_roc",
     "plot_scores",
+    "warmup",
 ]
 
 # The module of each public name. They are imported on first use, so that `gradnorm-fast --help` need not wait for
@@ -56,6 +57,7 @@ _MODULES = {
     "head_scores": "functional",
     "plot_roc": "evaluation",
     "plot_scores": "evaluation",
+    "warmup": "functional",
 }
 
 

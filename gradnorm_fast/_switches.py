@@ -2,7 +2,7 @@
 
 import os
 
-SWITCHES = ("GRADNORM_FAST_AUTOTUNE", "GRADNORM_FAST_BATCH_INVARIANT")
+SWITCHES = ("GRADNORM_FAST_BATCH_INVARIANT",)
 
 
 def switch(name: str) -> bool:

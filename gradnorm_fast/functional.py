@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -163,6 +164,49 @@ def gradnorm_from_logits(
         _rows(features), _rows(logits), None, None, temperature, reduction, include_bias, backend, False
     )
     return out.reshape(features.shape[:-1])
+
+
+def warmup(
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    batch_sizes: Iterable[int] = (1, 32, 256, 4096),
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Compile and load every kernel that `fast_gradnorm` and `head_scores` need for this head and these batch sizes.
+
+    The first call of a kernel compiles it, which takes 1 to 3 seconds each unless Triton has it in its cache. Call this
+    once at start-up, and before capturing a CUDA graph: it also tries the library's matmul, which cannot be tried
+    during a capture. Where no Triton kernel runs (a CPU), it only checks its arguments.
+
+    Args:
+        weight: (C, D), on the device where the head will run.
+        bias: (C,) or None.
+        batch_sizes: numbers of rows, each at least 1.
+        dtype: of features, weight and bias at run time; None for that of weight.
+
+    Raises:
+        TypeError, ValueError: as `fast_gradnorm`; a batch size that is not a positive integer.
+
+    Example:
+        >>> import torch
+        >>> from gradnorm_fast import warmup
+        >>> head = torch.nn.Linear(512, 10)
+        >>> warmup(head.weight, head.bias, batch_sizes=(1, 64))
+    """
+    sizes = list(batch_sizes)
+    for size in sizes:
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"batch_sizes: expected positive integers, got {size!r}")
+    weight = weight.detach() if dtype is None else weight.detach().to(dtype)
+    bias = bias if bias is None else bias.detach().to(weight.dtype)
+    cuda = weight.device.type == "cuda"
+    for size in sizes if cuda else [1]:
+        features = weight.new_zeros((size, weight.shape[1])) if weight.dim() > 1 else weight
+        fast_gradnorm(features, weight, bias)
+        head_scores(features, weight, bias)
+    if cuda:
+        torch.cuda.synchronize(weight.device)
 
 
 def _rows(t: Tensor) -> Tensor:
