@@ -106,7 +106,7 @@ def _deviations(
 
 @triton.jit
 def _merged(STATISTICS, rows, B, tiles, inv_temperature, BLOCK_B: tl.constexpr, TILES: tl.constexpr):
-    """m and S of whole rows from those of their tiles.  # STATISTICS (2, B, tiles), rows (BLOCK_B,) -> 2 x (BLOCK_B,)"""
+    """m and S of whole rows from their tiles'.  # STATISTICS (2, B, tiles), rows (BLOCK_B,) -> 2 x (BLOCK_B,)"""
     at = STATISTICS + tl.where(rows < B, rows, 0)[:, None] * tiles
     m = tl.full((BLOCK_B,), float("-inf"), tl.float32)
     for j in range(0, tiles, TILES):
@@ -248,7 +248,7 @@ def why_not(problem: Problem, arch: str) -> str:
 def score_rows(
     problem: Problem, scores: Scores, config: Config | None = None, workspace: Workspace | None = None
 ) -> None:
-    """Scores of features (B, D) with the logits (B, C) of the problem, or those of the workspace plus the problem's bias.
+    """Scores of features (B, D) with the problem's logits (B, C), or with the workspace's plus the problem's bias.
 
     ValueError where there is neither.
     """

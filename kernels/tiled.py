@@ -188,5 +188,6 @@ def score_tiled(problem: Problem, scores: Scores, config: Config | None = None) 
         score_rows(
             problem._replace(features=shares[: b * n].view(b, n), weight=None, bias=None),
             scores.rows(start, start + b),
-            workspace=Workspace(logits[: cfg.slices * b * width].view(cfg.slices, b, width), c, statistics, cfg.block_c),
+            None,
+            Workspace(logits[: cfg.slices * b * width].view(cfg.slices, b, width), c, statistics, cfg.block_c),
         )  # fmt: skip

@@ -85,7 +85,8 @@ def calls():
         ):  # fmt: skip
             if score is not cluster.score_cluster or cluster.CLUSTERS:
                 scores = Scores(torch.zeros(6, rows), torch.zeros(rows, dtype=torch.int64) if all_fields else None)
-                yield lambda f=score, a=(problem(rows, depth, classes, offset), scores, config): f(*a)
+                arguments = problem(rows, depth, classes, offset), scores, config
+                yield lambda f=score, a=arguments: f(*a)
 
 
 def recorded(call):
