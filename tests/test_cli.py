@@ -140,7 +140,6 @@ def test_switches_that_are_none(monkeypatch, capsys):
         fast_gradnorm(torch.ones(2, 3), torch.ones(4, 3), backend="torch")
     for name, value, message in (
         ("GRADNORM_FAST_BATCH_INVARIANT", "true", "GRADNORM_FAST_BATCH_INVARIANT: expected 0 or 1, got 'true'"),
-        ("GRADNORM_FAST_AUTOTUNE", "2", "GRADNORM_FAST_AUTOTUNE: expected 0 or 1, got '2'"),
         ("GRADNORM_FAST_AUTOTUNING", "1", "GRADNORM_FAST_AUTOTUNING: no such environment variable"),
     ):
         with monkeypatch.context() as patch:
