@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from functools import cache
 from importlib.util import find_spec
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _torch_path
+from ._switches import switch
 
 BACKENDS = ("auto", "triton", "torch")
 
@@ -64,7 +64,7 @@ def run(
     rest = (out, prediction if head else None, temperature, scale, bias_norm)
     if not uses_triton(backend, features.device):
         # A row by itself: how a matmul rounds depends on how many rows it has.
-        if os.environ.get("GRADNORM_FAST_BATCH_INVARIANT") == "1":
+        if switch("GRADNORM_FAST_BATCH_INVARIANT"):
             for i in range(batch):
                 row = (out[:, i : i + 1], prediction[i : i + 1] if head else None, *rest[2:])
                 z = None if logits is None else logits[i : i + 1]

@@ -6,7 +6,8 @@ import argparse
 import sys
 from typing import Any
 
-from .parsing import PROG, Parser, Subparsers
+from . import PROG
+from .parsing import Parser, Subparsers
 
 
 def add_parser(subparsers: Subparsers, common: Parser) -> None:
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     if args.seed is not None and args.imagenet:
         raise ValueError("seed: it does not go with --imagenet, where nothing is random")
     from .. import demo, demo_imagenet
-    from .model import device_of
+    from ..models import device_of
 
     device = device_of(args.device)
     if args.imagenet:
@@ -42,15 +43,15 @@ def run(args: argparse.Namespace) -> None:
         demo.run(args.output or "gradnorm_demo.png", device, args.seed or 0)
 
 
-def _read(paths: list[str]) -> dict[str, Any]:
-    """Every image that can be read, by its path; the others are named on standard error."""
+def _read(sources: list[str]) -> dict[str, Any]:
+    """Every image that can be read, by its name; the others are named on standard error."""
     from .images import read_image
-    from .inputs import find_images
+    from .inputs import find_inputs
 
     images = {}
-    for path in find_images(paths) if paths else []:
+    for item in find_inputs(sources) if sources else []:
         try:
-            images[path] = read_image(path)
+            images[item.name] = read_image(item)
         except ValueError as error:
-            print(f"skipped {path}: {error}", file=sys.stderr)
+            print(f"skipped {item.name}: {error}", file=sys.stderr)
     return images

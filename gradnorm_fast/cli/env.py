@@ -8,10 +8,14 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from .. import __version__
-from .parsing import PROG, Parser, Subparsers, positive
+from . import PROG
+from .parsing import Parser, Subparsers, positive
 
 if TYPE_CHECKING:
     import torch
+
+
+_SHAPES = ((5, 10), (5, 300), (70, 300), (3, 8300))  # batch and classes of the checks
 
 
 def add_parser(subparsers: Subparsers, common: Parser) -> None:
@@ -89,7 +93,7 @@ def _check(device: torch.device) -> list[str]:
 
         kernels = plan.KERNELS
     lines = []
-    for b, c in ((5, 10), (5, 300), (70, 300), (3, 8300)):
+    for b, c in _SHAPES:
         for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             g = torch.Generator().manual_seed(c)
             x, w, bias = (torch.randn(*s, generator=g).to(dtype) for s in ((b, 64), (c, 64), (c,)))

@@ -1,4 +1,4 @@
-"""``gradnorm-fast fit``: a threshold from in-distribution images, saved as a detector."""
+"""``gradnorm-fast fit``: a threshold from in-distribution inputs, saved as a detector."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import argparse
 import math
 from pathlib import Path
 
-from . import model
-from .inputs import find_images
-from .parsing import PROG, Parser, Subparsers
+from . import PROG, options
+from .inputs import check_output
+from .parsing import Parser, Subparsers, fraction
 
 
 def add_parser(subparsers: Subparsers, common: Parser) -> None:
@@ -17,33 +17,43 @@ def add_parser(subparsers: Subparsers, common: Parser) -> None:
         parents=[common],
         help="find the threshold from in-distribution images",
         description="Find the threshold that keeps a fraction of in-distribution images (not those of the training) "
-        "and save it with the head's fingerprint.",
-        epilog=f"example: {PROG} fit --model resnet50 --weights DEFAULT --id val/ --tpr 0.95 --out gate.json",
+        "and save it with the head's fingerprint. In place of images, features with --weight, or a file of scores.",
+        epilog=f"examples:\n"
+        f"  {PROG} fit --model resnet50 --weights DEFAULT --id val/ --tpr 0.95 --out gate.json\n"
+        f"  {PROG} fit --id features.npy --weight W.npy --bias b.npy --head fc --out gate.json",
     )
-    parser.add_argument("--id", nargs="+", required=True, metavar="DIR", help="in-distribution images")
-    parser.add_argument("--tpr", type=float, default=0.95, metavar="P", help="fraction to keep (%(default)s)")
+    parser.add_argument("--id", nargs="+", required=True, metavar="PATH", help=f"in-distribution: {options.SETS}")
+    parser.add_argument("--tpr", type=fraction, default=0.95, metavar="P", help="fraction to keep (%(default)s)")
     parser.add_argument("--out", required=True, metavar="JSON", help="the detector, for score --detector")
-    model.add_options(parser)
+    options.add_options(parser)
     parser.set_defaults(command=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """A threshold from in-distribution images, saved as a detector."""
-    from ..detector import check_tpr
-    from .run_log import discard_parts
+    """A threshold from in-distribution inputs, saved as a detector."""
+    from . import run_log
+    from .scorers import scorer
 
     out = Path(args.out)
-    model.check_out(out)
-    check_tpr(args.tpr)
-    paths = find_images(args.id)
-    detector, transform = model.detector_of(args, paths)
-    table = model.score_images(args, detector, transform, paths, out)
-    if table is None:
-        return
-    detector.fit_scores(table.scores["gradnorm"], args.tpr)
-    detector.save(out)
-    discard_parts(out)
-    n = len(table.paths)
-    print(f"{out}: threshold {detector.threshold:.6g} from {n} images keeps {100 * args.tpr:g}% of such images")
-    if math.isinf(detector.threshold):
-        print(f"{n} images are too few to reject any: about {math.ceil(1 / (1 - args.tpr)) - 1} are needed")
+    options.check_out(out, ".json")
+    check_output("out", out, [*args.id, *options.files_read(args)])
+    with run_log.locked(out):
+        run_log.check_progress(out, args.resume, args.restart)
+        chosen = scorer(args, {"id": args.id})
+        table = chosen.table("id", args.id, out)
+        if table is None:
+            return
+        if chosen.detector is None:
+            raise ValueError(
+                "fit: a file of scores does not tell whose they are: expected --model and --head, or --weight"
+            )
+        if message := table.nan_message():
+            raise ValueError(f"fit: expected finite scores, but {message}")
+        chosen.detector.fit_scores(table.scores["gradnorm"], args.tpr)
+        with run_log.resumable(out):
+            chosen.detector.save(out)
+        run_log.discard_parts(out)
+    n, threshold = len(table.names), chosen.detector.threshold
+    print(f"{out}: threshold {threshold:.6g} from {n} inputs keeps {100 * args.tpr:g}% of such inputs")
+    if math.isinf(threshold):
+        print(f"{n} inputs are too few to reject any: about {math.ceil(1 / (1 - args.tpr)) - 1} are needed")
