@@ -20,7 +20,7 @@ from .layout import Layout, find_layout
 from .logit_gradient import loss_gradient, target_gradient
 from .norms import combined, norm_dtype, p_norm
 from .selection import Layers, selected_parameters
-from .trace import Names, Stale, Trace, Use
+from .trace import Names, Stale, Trace, Use, forget_derived
 
 GRADIENT_BYTES = 8 * 2**20  #: of gradients at a time, at least those of one sample
 
@@ -115,7 +115,11 @@ def layer_gradnorms(
             zeros = images.new_zeros(0, dtype=norm_dtype(images.dtype))
             norms = LayerNorms(dict.fromkeys(names, zeros))
         else:
-            norms = _Pass(model, images, names, p).norms(logit_gradient)
+            batch = _Pass(model, images, names, p)
+            try:
+                norms = batch.norms(logit_gradient)
+            finally:
+                forget_derived(model, batch.parameters)
     if norms.one_by_one:
         warnings.warn(
             f"layer_gradnorms: no rule for the use of {', '.join(norms.one_by_one)}; ran the model sample by sample",
@@ -144,6 +148,7 @@ class _Pass:
                 scale = self._run(known[key], logit_gradient)
             except Stale:
                 del known[key]
+                forget_derived(self.model, self.parameters)
                 return type(self)(self.model, self.images, list(self.parameters), self.p).norms(logit_gradient)
         else:
             layouts = self._learn_layouts()
@@ -235,7 +240,7 @@ class _Pass:
                 gradient = _pulled_back(use, parameter, here)
                 total = gradient if total is None else total + gradient
             assert total is not None
-            parts.append(p_norm(total.flatten(1), self.p))
+            parts.append(p_norm(total.reshape(len(total), -1), self.p))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _each(self, logit_gradient: Callable[[Tensor, slice], Tensor]) -> dict[str, Tensor]:

@@ -125,7 +125,7 @@ class Convolution(SampleGradients):
             g, x = (self._positions(t, n) for t in (g, x))
             return (g @ x.mT).reshape(n, *self.weight.shape)
         if n > 1 and self.images == 1 and (self.groups > 1 or x.shape[1] >= GROUPED_CHANNELS):
-            weight = self.weight.expand(n, *self.weight.shape).flatten(0, 1)
+            weight = self.weight.new_empty(n * len(self.weight), *self.weight.shape[1:])  # nobody reads its values
             g, x = (t.reshape(1, n * t.shape[1], *t.shape[2:]) for t in (g, x))
             return self._library(g, x, weight, n * self.groups).view(n, *self.weight.shape)
         each = zip(g.split(self.images), x.split(self.images), strict=True)
@@ -279,10 +279,25 @@ def batch_norm(
             "normalises by the statistics of the batch, so that a sample has no gradient of its own; call model.eval()"
         )
 
-    def normalize(x: Tensor) -> Tensor:
-        return torch.batch_norm(x, None, None, running_mean, running_var, False, 0.0, eps, cudnn_enabled)
+    if not layout.leading or running_var is None:
+        raise Unsupported
+    value = _unchanged(input)
 
-    return _channels(layout, samples, input, weight, bias, normalize)
+    def gradients(g: Tensor) -> Gradients:
+        """By the library's call, with the channels of all samples as the channels of one image."""
+        dtype, channels = norm_dtype(g.dtype), samples * g.shape[1]
+        g, x = (
+            t.to(dtype).unflatten(0, (samples, layout.inner)).transpose(1, 2).reshape(1, channels, -1)
+            for t in (g, value())
+        )
+        statistics = (t.to(dtype).repeat(samples) for t in (running_mean, running_var))
+        wanted = [False, weight is not None, bias is not None]
+        found = torch.ops.aten.native_batch_norm_backward(g, x, None, *statistics, None, None, False, eps, wanted)
+        for parameter, gradient in zip((weight, bias), found[1:], strict=True):
+            if parameter is not None:
+                yield parameter, Given(gradient.view(samples, -1))
+
+    return gradients
 
 
 def group_norm(

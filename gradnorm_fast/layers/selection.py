@@ -47,7 +47,7 @@ def head_name(model: nn.Module, images: Tensor) -> str:
 
     Runs the model on one image. ValueError where there is no such layer.
     """
-    with torch.inference_mode():
+    with torch.no_grad():
         try:
             return heads.find_head(model, images[:1])[0]
         except ValueError:

@@ -76,8 +76,7 @@ class Trace(TorchFunctionMode):
         super().__init__()
         self._known: dict[int, Names] = {id(t): frozenset() for t in constants}
         self._known |= {id(t): frozenset([name]) for name, t in parameters.items()}
-        self._kept = (parameters, constants)  # an id is good for as long as the tensor lives
-        self._mark = object()
+        self._parameters, self._constants = parameters, constants  # an id is good for as long as its tensor lives
         self._written: set[int] = set()  # storages of constants into which samples were written
         self._escaped = False
         self._samples, self._layouts, self._use = samples, layouts, use
@@ -86,7 +85,13 @@ class Trace(TorchFunctionMode):
         self.sources: list[Any] = []  #: where a backward pass must go to reach every use
 
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        result = self._run(func, args, kwargs or {})
+        if func.__name__ == "batch_norm" and result.requires_grad and len(result) == 1:
+            # On a CPU torch (2.6 to 2.14) computes wrong gradients from the transposed one of a single image.
+            result.register_hook(lambda g: g.contiguous())
+        return result
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         names, samples = self._parameters_of(args, kwargs)
         if not names and samples:
             self._note_writing(func, args, kwargs)
@@ -116,7 +121,7 @@ class Trace(TorchFunctionMode):
         known = self._known.get(id(t))
         if known is None:
             mark, known = getattr(t, "_derived_from", (None, None))
-            if mark is not self._mark:
+            if mark is not self._parameters:
                 return None
         if self._written and t.untyped_storage()._cdata in self._written:
             return None
@@ -137,7 +142,7 @@ class Trace(TorchFunctionMode):
     def _derive(self, result: Any, names: Names) -> None:
         for t in _tensors(result):
             if id(t) not in self._known:
-                t._derived_from = (self._mark, names if t.requires_grad else frozenset())  # type: ignore[attr-defined]
+                t._derived_from = (self._parameters, names if t.requires_grad else frozenset())  # type: ignore[attr-defined]
 
     def _note_writing(self, func: Any, args: Any, kwargs: Any) -> None:
         """Once samples are written into a constant, it and all its views depend on them."""
@@ -231,6 +236,18 @@ class Trace(TorchFunctionMode):
         assert self._use is not None
         for t in tensors:
             self._use(self._names(t) or frozenset(), None)
+
+
+def forget_derived(model: torch.nn.Module, parameters: dict[str, Tensor]) -> None:
+    """Take what was derived from these parameters out of the caches that modules keep in dictionaries, as LeViT does.
+
+    Left there, it would keep this pass's graph, and stand in for the parameter in the model's next one.
+    """
+    for module in model.modules():
+        for cache in vars(module).values():
+            if isinstance(cache, dict):
+                for key in [k for k, t in cache.items() if getattr(t, "_derived_from", (None,))[0] is parameters]:
+                    del cache[key]
 
 
 def _per_sample(
