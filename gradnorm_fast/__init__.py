@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .detector import GradNorm, Prediction
     from .evaluation import evaluate, plot_roc, plot_scores
     from .functional import HeadScores, fast_gradnorm, gradnorm_from_logits, head_scores, warmup
+    from .layers import layer_gradnorms
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "fast_gradnorm",
     "gradnorm_from_logits",
     "head_scores",
+    "layer_gradnorms",
     "plot_roc",
     "plot_scores",
     "warmup",
@@ -55,6 +57,7 @@ _MODULES = {
     "fast_gradnorm": "functional",
     "gradnorm_from_logits": "functional",
     "head_scores": "functional",
+    "layer_gradnorms": "layers",
     "plot_roc": "evaluation",
     "plot_scores": "evaluation",
     "warmup": "functional",
