@@ -28,7 +28,15 @@ if not _os.path.isdir(_os.path.join(_os.path.dirname(__file__), "kernels")):
 if TYPE_CHECKING:
     from .detector import GradNorm, Prediction
     from .evaluation import evaluate, plot_roc, plot_scores
-    from .functional import HeadScores, fast_gradnorm, gradnorm_from_logits, head_scores, warmup
+    from .functional import (
+        HeadScores,
+        TokenStatistics,
+        fast_gradnorm,
+        gradnorm_from_logits,
+        head_scores,
+        token_statistics,
+        warmup,
+    )
     from .layers import layer_gradnorms
 
 __version__ = "0.1.0"
@@ -36,6 +44,7 @@ __all__ = [
     "GradNorm",
     "HeadScores",
     "Prediction",
+    "TokenStatistics",
     "__version__",
     "evaluate",
     "fast_gradnorm",
@@ -44,6 +53,7 @@ __all__ = [
     "layer_gradnorms",
     "plot_roc",
     "plot_scores",
+    "token_statistics",
     "warmup",
 ]
 
@@ -53,6 +63,7 @@ _MODULES = {
     "GradNorm": "detector",
     "HeadScores": "functional",
     "Prediction": "detector",
+    "TokenStatistics": "functional",
     "evaluate": "evaluation",
     "fast_gradnorm": "functional",
     "gradnorm_from_logits": "functional",
@@ -60,6 +71,7 @@ _MODULES = {
     "layer_gradnorms": "layers",
     "plot_roc": "evaluation",
     "plot_scores": "evaluation",
+    "token_statistics": "functional",
     "warmup": "functional",
 }
 

@@ -10,7 +10,8 @@ FIELDS = ("gradnorm", "feature_norm", "output_norm", "max_logit", "msp", "energy
 
 
 class Problem(NamedTuple):
-    """Rows of features and either the head that makes their logits, or the logits."""
+    """Rows of features and either the head that makes their logits, or the logits; and which gradient's norm is asked
+    for. The kernels take the uniform target and p = 1."""
 
     features: Tensor  #: (B, D)
     weight: Tensor | None  #: (C, D); None where the logits are given
@@ -18,7 +19,9 @@ class Problem(NamedTuple):
     logits: Tensor | None = None  #: (B, C), bias included
     temperature: float = 1.0
     scale: float = 1.0  #: of output_norm: C for reduction="sum"
-    bias_norm: float = 0.0  #: what the bias's gradient adds to ‖x‖₁: 1 with include_bias
+    bias_norm: float = 0.0  #: the bias's entry beside x in ‖(x, bias_norm)‖_p: 1 with include_bias
+    target: str | Tensor = "uniform"  #: or "predicted", or labels (B,), int64
+    p: float = 1.0  #: order of the norm
 
     @property
     def classes(self) -> int:
@@ -26,8 +29,11 @@ class Problem(NamedTuple):
 
     def rows(self, start: int, stop: int) -> Problem:
         """The same problem for rows start ... stop − 1."""
+        if stop - start == len(self.features):
+            return self  # views cost as much as sums over a row
         logits = None if self.logits is None else self.logits[start:stop]
-        return self._replace(features=self.features[start:stop], logits=logits)
+        target = self.target if isinstance(self.target, str) else self.target[start:stop]
+        return self._replace(features=self.features[start:stop], logits=logits, target=target)
 
 
 class Scores(NamedTuple):
@@ -37,5 +43,13 @@ class Scores(NamedTuple):
     prediction: Tensor | None  #: (B,) int64, with (6, B) only
 
     def rows(self, start: int, stop: int) -> Scores:
+        if stop - start == self.out.shape[1]:
+            return self
         prediction = None if self.prediction is None else self.prediction[start:stop]
         return Scores(self.out[:, start:stop], prediction)
+
+
+def copies(matrix: Tensor) -> bool:
+    """Whether BLAS needs a copy of this matrix first, because neither its rows nor its columns are contiguous."""
+    (m, n), (a, b) = matrix.shape, matrix.stride()
+    return not ((b == 1 and a >= max(1, n)) or (a == 1 and b >= max(1, m)))

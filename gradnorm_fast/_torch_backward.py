@@ -1,0 +1,111 @@
+"""Derivatives of the scores in closed form, in plain torch: backward, and forward mode.
+
+With V = Σ|p − 1/C| and s_k = sign(p_k − 1/C), 0 at the kink:  ∂V/∂z_k = p_k (s_k − Σ_c s_c p_c)/T. Where one class has
+all the probability, that difference would cancel. With A = Σ_c p_c (1 − s_c) and B = Σ_c p_c (1 + s_c), twice the
+probability of the classes below and above, it is A for s_k = 1, −B for s_k = −1 and (A − B)/2 for s_k = 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._torch_forward import (
+    budget_of,
+    centred,
+    chunks,
+    deviation,
+    operand,
+    row_norm,
+    shaped,
+    softmax,
+    with_bias,
+)
+from .kernels.problem import Problem
+
+BUFFERS = 6  # of the size of a chunk of logits that are alive at once
+
+
+def _derivatives(z: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """p, V and T·∂V/∂z for the rows of logits z.  # (R, C) -> (R, C), (R, 1), (R, C)"""
+    p, u, scratch = (shaped(z.new_empty(z.numel()), z) for _ in range(3))
+    softmax(z, inv_temperature, p, scratch)
+    u, total = centred(z, inv_temperature, u)
+    sign = u.sign()
+    v = deviation(u, total, scratch)
+    above, below = torch.add(sign, 1.0, out=u).mul_(p), sign.neg_().add_(1.0).mul_(p)
+    a, b = below.sum(1, keepdim=True), above.sum(1, keepdim=True)
+    return p, v, above.mul_(a).sub_(below.mul_(b)).mul_(0.5)
+
+
+def _derivatives_of_l2(z: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for V = ‖p − 1/C‖₂: ∂V/∂z_k = p_k (p_k − Σp²)/(V·T).
+
+    With u = p − 1/C, that is p_k (u_k/V − V)/T, since Σp² = V² + 1/C. For a class with most of the probability,
+    p_k − Σp² = ε p_k − Σ_(c ≠ k) p_c², where ε is the sum of the others.
+    """
+    p, u, scratch = (shaped(z.new_empty(z.numel()), z) for _ in range(3))
+    softmax(z, inv_temperature, p, scratch)
+    u, total = centred(z, inv_temperature, u)
+    u.div_(total).sub_(u.mean(1, keepdim=True))
+    v = row_norm(scratch.copy_(u), 2.0)
+    safe = torch.where(v > 0, v, 1.0)
+    dz = u.div_(safe).sub_(v).mul_(p)
+    most, top = p.max(1, keepdim=True)
+    others = scratch.copy_(p).scatter_(1, top, 0.0)
+    exact = most * (most * others.sum(1, keepdim=True) - others.square_().sum(1, keepdim=True)) / safe
+    return p, v, dz.scatter_(1, top, torch.where(most > 0.5, exact, dz.gather(1, top)))
+
+
+def norm_gradient(x: Tensor, norm: Tensor, p: float) -> Tensor:
+    """∂‖(x, bias_norm)‖_p/∂x for p = 1 and 2, given that norm.  # (R, D), (R, 1) -> (R, D)"""
+    return x.sign() if p == 1.0 else x / torch.where(norm > 0, norm, 1.0)
+
+
+def converted(problem: Problem, dtype: torch.dtype) -> Problem:
+    """The problem with its weight in dtype: what every chunk multiplies by is converted once."""
+    return problem if problem.weight is None else problem._replace(weight=operand(problem.weight, dtype))
+
+
+def backward(grad: Tensor, problem: Problem, needed: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for features, logits, weight and bias, empty where not needed, given that of Scores.out.
+
+    gradnorm = ‖(x, bias_norm)‖_p·V·scale/T for the uniform target; the rest as in any linear layer.
+    """
+    dtype, inv_temperature = grad.dtype, 1.0 / problem.temperature
+    inputs = problem.features, problem.logits, problem.weight, problem.bias
+    grad_x, grad_z, grad_w, grad_b = (
+        torch.zeros_like(t, dtype=dtype, memory_format=torch.contiguous_format)
+        if need and t is not None
+        else problem.features.new_empty(0)
+        for t, need in zip(inputs, needed, strict=True)
+    )
+    problem = converted(problem, dtype)
+    for rows, z in chunks(problem, dtype, budget_of(grad.device).chunk // BUFFERS):
+        x, z, g = operand(problem.features[rows], dtype), z.to(dtype), grad[:, rows].unsqueeze(2)
+        p, v, dz = (_derivatives if problem.p == 1.0 else _derivatives_of_l2)(z, inv_temperature)
+        grad_norm = g[0] * v * problem.scale * inv_temperature
+        norm = with_bias(row_norm(x.clone(), problem.p), problem.bias_norm, problem.p)
+        grad_output = g[0] * norm
+        if len(g) > 1:
+            grad_norm, grad_output = grad_norm + g[1], grad_output + g[2]
+        dz *= grad_output * problem.scale * inv_temperature
+        dz *= inv_temperature  # not squared before: 1/T² may overflow where dz is 0
+        if len(g) > 1:
+            top = z.argmax(1, keepdim=True)
+            grad_msp = g[4] * p.gather(1, top) * inv_temperature
+            dz.addcmul_(p, g[5])
+            p.scatter_(1, top, 0.0)  # 1 − msp is the sum of the others
+            dz.addcmul_(p, grad_msp, value=-1.0).scatter_add_(1, top, g[3] + grad_msp * p.sum(1, keepdim=True))
+        if needed[0]:
+            if problem.weight is not None:
+                torch.mm(dz, problem.weight, out=grad_x[rows])
+            grad_x[rows].addcmul_(norm_gradient(x, norm, problem.p), grad_norm)
+        if needed[1]:
+            grad_z[rows] = dz
+        if needed[2]:
+            grad_w.addmm_(dz.t(), x)
+        if needed[3]:
+            grad_b += dz.sum(0)
+    grads = zip((grad_x, grad_z, grad_w, grad_b), inputs, strict=True)
+    return tuple(g if t is None else g.to(t.dtype) for g, t in grads)  # type: ignore[return-value]
