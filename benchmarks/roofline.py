@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -137,15 +136,6 @@ def evidence(matrix: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def put(page: Path, mark: str, text: str) -> None:
-    """Replace what stands between the marks of the page."""
-    begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
-    old = page.read_text()
-    if begin not in old or end not in old:
-        raise ValueError(f"{page}: expected the marks {begin} and {end}")
-    page.write_text(re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{text}\n{end}", old, flags=re.DOTALL))
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--matrix", type=Path, metavar="JSON", help="of compile_matrix.py: the compiler's evidence too")
@@ -158,7 +148,7 @@ def main() -> int:
             tables["evidence"] = evidence(json.loads(args.matrix.read_text()))
         for mark, text in tables.items():
             if args.write:
-                put(ROOT / "docs/performance.md", mark, text)
+                report.put(ROOT / "docs/performance.md", mark, text)
             else:
                 print(text)
     except (ValueError, OSError) as error:

@@ -93,12 +93,19 @@ def tune(w: Workload, device: str, deadline: float) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda r: r.get("seconds", float("inf")))
 
 
-def warm_up(share: int, of: int, deadline: float) -> None:
-    """Compile every of-th candidate into Triton's cache on disk, by launching it once."""
+def compile_all(seconds: float) -> int:
+    """Every candidate into Triton's cache on disk, by WORKERS processes; their number that failed."""
+    command = [sys.executable, __file__, "--out", ".", "--compile", "--seconds", str(seconds), "--share"]
+    workers = [subprocess.Popen([*command, str(i)]) for i in range(WORKERS)]
+    return sum(worker.wait() != 0 for worker in workers)
+
+
+def compile_share(share: int, deadline: float) -> None:
+    """Compile every WORKERS-th candidate by launching it once."""
     for w in GPU:
         _, weight, bias = Workload(1, w.depth, w.classes, w.dtype).inputs("cuda")
         x = weight.new_zeros(w.batch, w.depth)
-        for chosen in list(plans(w, x, weight))[share::of]:
+        for chosen in list(plans(w, x, weight))[share::WORKERS]:
             if time.monotonic() > deadline:
                 return
             try:
@@ -121,27 +128,27 @@ def main() -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="without a GPU: tiny shapes in the interpreter, no times"
     )
-    parser.add_argument("--warm-up", type=int, metavar="SHARE", help=argparse.SUPPRESS)
+    parser.add_argument("--compile", action="store_true", help="only compile the candidates, in parallel processes")
+    parser.add_argument("--share", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = "cpu" if args.dry_run else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
         print("tune.py: error: torch sees no GPU here; --dry-run does without", file=sys.stderr)
         return 2
     deadline = time.monotonic() + args.seconds
-    if args.warm_up is not None:
-        warm_up(args.warm_up, WORKERS, deadline)
+    if args.share is not None:
+        compile_share(args.share, deadline)
         return 0
+    if args.compile:
+        failed = compile_all(args.seconds)
+        print(f"compiled by {WORKERS} processes, {failed} of which failed")
+        return int(failed > 0)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "tune.json"
     results = {"environment": measure.environment(device), "rows": []}
     if path.exists():
         results["rows"] = json.loads(path.read_text())["rows"]
     done = {r["workload"] for r in results["rows"]}
-    if device == "cuda":
-        command = [sys.executable, __file__, "--out", str(args.out), "--seconds", str(args.seconds / 2)]
-        workers = [subprocess.Popen([*command, "--warm-up", str(i)]) for i in range(WORKERS)]
-        for worker in workers:
-            worker.wait()
     for w in DRY if args.dry_run else GPU:
         if str(w) in done or time.monotonic() > deadline:
             continue

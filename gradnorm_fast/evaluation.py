@@ -7,7 +7,7 @@ field of `head_scores` but `prediction` give it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -89,18 +89,12 @@ def evaluate(
     Raises:
         ValueError: an argument is not a non-empty one-dimensional array of finite real numbers; a convention that is
             not known.
-        ImportError: scikit-learn is not installed.
     """
     if convention is not None and convention not in CONVENTIONS:
         raise ValueError(f"convention: expected None or one of {', '.join(CONVENTIONS)}, got {convention!r}")
     keep_dtype = convention == "pytorch_ood_0.3"  # the one whose numbers depend on it
     inside = _as_scores("id_scores", id_scores, keep_dtype)
     outside = _as_scores("ood_scores", ood_scores, keep_dtype)
-    try:
-        import sklearn.metrics  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"evaluate needs scikit-learn: {_EXTRA}") from error
-
     if not isinstance(bootstrap, int) or bootstrap < 0 or not 0.0 < confidence < 1.0:
         raise ValueError(f"bootstrap: expected a count and a confidence in (0, 1), got {bootstrap} and {confidence}")
     metrics = _metrics(inside, outside, convention)
@@ -238,31 +232,79 @@ def plot_roc(id_scores: ScoresLike, ood_scores: ScoresLike | Mapping[str, Scores
     return ax
 
 
+class _Curve(NamedTuple):
+    """How many of each class score at least as high as every distinct score, from the highest down."""
+
+    positives: npt.NDArray[np.intp]
+    negatives: npt.NDArray[np.intp]
+
+    @classmethod
+    def of(cls, positive: Array, negative: Array) -> _Curve:
+        scores = np.unique(np.concatenate([positive, negative]))[::-1]
+        counts = (len(s) - np.searchsorted(np.sort(s), scores) for s in (positive, negative))
+        return cls(*counts)
+
+    @property
+    def tpr(self) -> Array:  # recall
+        return self.positives / self.positives[-1]
+
+    @property
+    def fpr(self) -> Array:
+        return self.negatives / self.negatives[-1]
+
+    @property
+    def precision(self) -> Array:
+        return self.positives / (self.positives + self.negatives)
+
+    def auroc(self) -> float:
+        return _area(np.r_[0.0, self.fpr], np.r_[0.0, self.tpr])
+
+    def average_precision(self) -> float:
+        return float(np.sum(np.diff(self.tpr, prepend=0.0) * self.precision))
+
+    def trapezoid_aupr(self) -> float:
+        return _area(np.r_[0.0, self.tpr], np.r_[1.0, self.precision])
+
+    def fpr95(self) -> float:
+        return float(self.fpr[np.argmax(self.tpr >= 0.95)])
+
+    def fpr_at_nearest_recall(self) -> float:
+        end = np.argmax(self.tpr == 1.0) + 1  # lower thresholds only add false positives
+        # From the lowest threshold up: the first of equally near recalls has the larger FPR.
+        return float(self.fpr[:end][::-1][np.argmin(np.abs(self.tpr[:end][::-1] - 0.95))])
+
+    def thinned(self) -> _Curve:
+        """Without the points that scikit-learn's roc_curve drops: between two equal steps."""
+        if len(self.positives) < 3:
+            return self
+        kept = np.r_[True, (np.diff(self.positives, 2) != 0) | (np.diff(self.negatives, 2) != 0), True]
+        return _Curve(self.positives[kept], self.negatives[kept])
+
+
+def _area(x: Array, y: Array) -> float:
+    return float(np.sum(np.diff(x) * (y[1:] + y[:-1])) / 2)
+
+
 def _metrics(inside: Array, outside: Array, convention: str | None) -> dict[str, float]:
     """AUROC, AUPR and FPR95 as the convention computes them."""
-    from sklearn.metrics import average_precision_score, roc_auc_score
-
-    scores = np.concatenate([inside, outside])
-    is_id = np.concatenate([np.ones(inside.size, dtype=int), np.zeros(outside.size, dtype=int)])
-    is_ood, outlier = 1 - is_id, -scores
     if convention == "pytorch_ood_0.3":
-        order = np.argsort(outlier, kind="stable")
-        is_id, is_ood = is_id[order], is_ood[order]
-        scores, outlier = _squashed(scores[order]), _squashed(outlier[order])  # no longer mirror images
-    metrics = {"auroc": float(roc_auc_score(is_ood, outlier))}
+        id_positive, ood_positive = _squashed_curves(inside, outside)
+    else:
+        id_positive, ood_positive = _Curve.of(inside, outside), _Curve.of(-outside, -inside)
+    metrics = {"auroc": ood_positive.auroc()}
     if convention is None or convention == "official":
-        metrics["aupr_in"] = float(average_precision_score(is_id, scores))
-        metrics["aupr_out"] = float(average_precision_score(is_ood, outlier))
+        metrics["aupr_in"] = id_positive.average_precision()
+        metrics["aupr_out"] = ood_positive.average_precision()
     else:
-        metrics["aupr_in"] = _trapezoid_aupr(is_id, scores)
-        metrics["aupr_out"] = _trapezoid_aupr(is_ood, outlier)
+        metrics["aupr_in"] = id_positive.trapezoid_aupr()
+        metrics["aupr_out"] = ood_positive.trapezoid_aupr()
     if convention is None:
-        metrics["fpr95_id_positive"] = _fpr95(is_id, scores)
-        metrics["fpr95_ood_positive"] = _fpr95(is_ood, outlier)
+        metrics["fpr95_id_positive"] = id_positive.fpr95()
+        metrics["fpr95_ood_positive"] = ood_positive.fpr95()
     elif convention == "official":
-        metrics["fpr95"] = _fpr_at_nearest_recall(is_id, scores)
+        metrics["fpr95"] = id_positive.fpr_at_nearest_recall()
     else:
-        metrics["fpr95"] = _fpr95(is_ood, outlier, thinned=convention == "openood")
+        metrics["fpr95"] = (ood_positive.thinned() if convention == "openood" else ood_positive).fpr95()
     return metrics
 
 
@@ -271,37 +313,22 @@ def _metric_names(result: Mapping[str, float]) -> list[str]:
     return [k for k in result if k not in ("n_id", "n_ood") and not k.endswith(("_low", "_high"))]
 
 
-def _fpr95(is_positive: npt.NDArray[np.int_], scores: Array, thinned: bool = False) -> float:
-    from sklearn.metrics import roc_curve
+def _squashed_curves(inside: Array, outside: Array) -> tuple[_Curve, _Curve]:
+    """With ID and with OOD as the positive class, of what torchmetrics makes of scores (its issue 1989).
 
-    # One point per distinct score, from the highest threshold down: dropping points could skip the one sought.
-    fpr, tpr, _ = roc_curve(is_positive, scores, drop_intermediate=thinned)
-    return float(fpr[np.argmax(tpr >= 0.95)])
+    Scores outside [0, 1] go through a sigmoid, in their own precision and in the order in which pytorch-ood sorts them.
+    """
+    outlier = -np.concatenate([inside, outside])
+    order = np.argsort(outlier, kind="stable")
+    is_id = order < len(inside)
 
+    def squashed(scores: Array) -> Array:
+        inside_range = np.all((scores >= 0) & (scores <= 1))
+        result: Array = scores if inside_range else torch.from_numpy(scores).sigmoid().numpy()
+        return result
 
-def _fpr_at_nearest_recall(is_positive: npt.NDArray[np.int_], scores: Array) -> float:
-    from sklearn.metrics import roc_curve
-
-    fpr, tpr, _ = roc_curve(is_positive, scores, drop_intermediate=False)
-    end = int(np.argmax(tpr == 1.0)) + 1  # lower thresholds only add false positives
-    # From the lowest threshold up, so that the first minimum has the larger FPR; without the point that accepts none.
-    distance = np.abs(tpr[1:end][::-1] - 0.95)
-    return float(fpr[1:end][::-1][np.argmin(distance)])
-
-
-def _trapezoid_aupr(is_positive: npt.NDArray[np.int_], scores: Array) -> float:
-    from sklearn.metrics import auc, precision_recall_curve
-
-    precision, recall, _ = precision_recall_curve(is_positive, scores)
-    return float(auc(recall, precision))
-
-
-def _squashed(scores: Array) -> Array:
-    """What torchmetrics makes of scores outside [0, 1] (its issue 1989), in their own precision."""
-    if np.all((scores >= 0) & (scores <= 1)):
-        return scores
-    squashed: Array = torch.from_numpy(scores).sigmoid().numpy()
-    return squashed
+    s, o = squashed(-outlier[order]), squashed(outlier[order])
+    return _Curve.of(s[is_id], s[~is_id]), _Curve.of(o[~is_id], o[is_id])
 
 
 def _as_scores(name: str, scores: ScoresLike, keep_dtype: bool = False) -> Array:

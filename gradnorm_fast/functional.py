@@ -71,6 +71,11 @@ def fast_gradnorm(
             torch.autocast all are cast as in torch.nn.functional.linear); a temperature that is not a number, an
             include_bias that is not a bool.
         ValueError: a shape, device, temperature, reduction or backend that does not fit.
+
+    Example:
+        >>> features, weight = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.eye(2)
+        >>> fast_gradnorm(features, weight)
+        tensor([1.3864, 0.0000])
     """
     features, weight, bias = _autocast(features, weight, bias)
     weight = _check_head(features, weight, bias, include_bias)
@@ -93,6 +98,14 @@ def head_scores(
 
     Takes and raises what `fast_gradnorm` does. Where GradNorm fails, feature_norm and output_norm show which factor is
     at fault. Every field but prediction is differentiable.
+
+    Example:
+        >>> features, weight = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.eye(2)
+        >>> scores = head_scores(features, weight)
+        >>> scores.feature_norm, scores.prediction
+        (tensor([3., 0.]), tensor([1, 0]))
+        >>> torch.equal(scores.gradnorm, scores.feature_norm * scores.output_norm)
+        True
     """
     features, weight, bias = _autocast(features, weight, bias)
     weight = _check_head(features, weight, bias, include_bias)
@@ -129,6 +142,13 @@ def gradnorm_from_logits(
 
     Raises:
         TypeError, ValueError: as `fast_gradnorm`.
+
+    Example:
+        >>> features, head = torch.tensor([[1.0, 2.0]]), torch.nn.Linear(2, 5)
+        >>> with torch.no_grad():
+        ...     torch.allclose(gradnorm_from_logits(features, head(features)),
+        ...                    fast_gradnorm(features, head.weight, head.bias))
+        True
     """
     _check_tensor("features", features)
     _check_tensor("logits", logits)

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_real_data import DATA, FIGURES
 from torch.utils.data import DataLoader
 
 from gradnorm_fast import GradNorm, HeadScores
@@ -18,7 +17,7 @@ from gradnorm_fast.evaluation import compare_methods, results_table
 from gradnorm_fast.models import _load_checkpoint, default_transform
 
 from command_line import FEATURES_RUN, MODEL_RUN, run, table
-from resnet20 import ResNet20
+from resnet20 import DATA, FIGURES, ResNet20
 
 HERE = Path(__file__).parent
 

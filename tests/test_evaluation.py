@@ -297,8 +297,6 @@ def test_refusals_name_the_argument(argument, wrong, message):
 def test_missing_scikit_learn_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
     with pytest.raises(ImportError, match=r'scikit-learn: pip install "gradnorm_fast\[eval\]"'):
-        evaluate([1.0], [0.0])
-    with pytest.raises(ImportError, match=r"gradnorm_fast\[eval\]"):
         plot_roc([1.0], [0.0])
 
 

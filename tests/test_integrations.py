@@ -598,6 +598,23 @@ def test_pytorch_ood_head_replaced_after_the_first_batch(ours):
         torch.testing.assert_close(detector.predict(x), theirs(model, x, weight_and_bias), rtol=1e-9, atol=0)
 
 
+def test_pytorch_ood_logits_scaled_after_the_first_batch(ours):
+    model, x = Net(), inputs()
+    detector = ours(model, weight_only)
+    detector.predict(x)
+    model.fc.register_forward_hook(lambda module, args, output: 3 * output)
+    assert_as_theirs_or_refused(detector, model, x, weight_only)
+
+
+def assert_as_theirs_or_refused(detector, model, x, param_filter):
+    """Other selections are scored by the layers' own gradients or refused, never by the head's closed form."""
+    if importlib.util.find_spec("gradnorm_fast.layers") is None:
+        with pytest.raises(NotImplementedError, match=r"^param_filter: expected .* it selects \d+ other parameters"):
+            detector.predict(x)
+    else:
+        torch.testing.assert_close(detector.predict(x), theirs(model, x, param_filter), rtol=1e-9, atol=0)
+
+
 class Everywhere(Net):
     """The head's output is not all that makes the logits: it is scaled afterwards, or the head is called twice."""
 
@@ -625,14 +642,8 @@ def beyond_the_head():
 
 @pytest.mark.parametrize("case", range(6), ids=["all", "two layers", "hidden", "scaled", "called twice", "tied"])
 def test_pytorch_ood_beyond_the_head(ours, case):
-    """Every other selection is scored by the layers' own gradients or refused, never by the head's closed form."""
     model, param_filter = beyond_the_head()[case]
-    detector, x = ours(model, param_filter, micro_batch_size=4), inputs()
-    if importlib.util.find_spec("gradnorm_fast.layers") is None:
-        with pytest.raises(NotImplementedError, match=r"^param_filter: expected .* it selects \d+ other parameters"):
-            detector.predict(x)
-    else:
-        torch.testing.assert_close(detector.predict(x), theirs(model, x, param_filter), rtol=1e-9, atol=0)
+    assert_as_theirs_or_refused(ours(model, param_filter, micro_batch_size=4), model, inputs(), param_filter)
 
 
 def test_pytorch_ood_names_are_those_of_the_model_as_given(ours):
@@ -716,11 +727,10 @@ def test_pytorch_ood_refuses_what_does_not_fit(ours):
         detector.predict(inputs())
 
 
-# pytorch-ood's own tests of its GradNorm, at version 0.4.0, one function for each of theirs, asked of our class. They
-# are not in its distribution, so each is written anew here and named after theirs. These of theirs cannot hold:
+# pytorch-ood's own tests of its GradNorm, at version 0.4.0, asked of our class. Its distribution leaves them out, so
+# each is written anew here and named after theirs. The one of theirs that fails with our class in the place of theirs:
 #
-#   TestParamFilter.test_gradients_only_for_selected_parameters: counts calls of a private function of its own module.
-#   TestGradNormReference.test_logit_gradient: is about another private function of its module, not about the class.
+#   TestParamFilter.test_gradients_only_for_selected_parameters: counts the calls of a private function of its module.
 
 
 class TheirModel(nn.Module):

@@ -76,7 +76,7 @@ class GradNorm(_Base):
         self.param_filter = param_filter or (lambda name: True)
         self.micro_batch_size = micro_batch_size
         self.temperature = _check_options(torch.empty(0), temperature, "mean", "auto")
-        self._checked: tuple[nn.Module | None, bool] = None, False  # a layer, and whether it makes the logits
+        self._batches = 0  # scored so far: says which row of the next one is held against the head
 
     def fit(self, data_loader: Any = None, **kwargs: Any) -> GradNorm:
         """Nothing to fit; returns the detector."""
@@ -105,37 +105,36 @@ class GradNorm(_Base):
         if len(x) == 0:
             return torch.empty(0, device=x.device)
         model = heads.unwrap(self.model)
-        head = self._head(model, selected, x)
-        if head is not None:
-            return -self._head_norms(model, head, selected, x)
-        return -torch.cat([self._layer_norms(model, selected, part) for part in x.split(self.micro_batch_size)])
+        norms = self._head_norms(model, selected, x)
+        if norms is None:
+            norms = torch.cat([self._layer_norms(model, selected, part) for part in x.split(self.micro_batch_size)])
+        return -norms
 
-    def _head(self, model: nn.Module, selected: set[int], x: Tensor) -> nn.Module | None:
-        """The layer that makes the logits, if the selected parameters are its weight, its bias or both, and no other's.
+    def _head_norms(self, model: nn.Module, selected: set[int], x: Tensor) -> Tensor | None:
+        """By the closed form, if the selected parameters are weight, bias or both of the head, and no other layer's.
 
-        Looked up in every batch: the model's layers may have been replaced.
+        None where they are not, or where that layer does not make the logits of one row of this batch: layers may have
+        been replaced, and logits scaled.
         """
         owners = [
             (name, module)
             for name, module in model.named_modules()
             if any(id(p) in selected for p in module.parameters(recurse=False))
         ]
-        name, module = owners[0]
-        if len(owners) > 1 or not heads.is_linear(module) or selected - {id(module.weight), id(module.bias)}:
+        if len(owners) != 1:
             return None
-        if self._checked[0] is not module:
-            try:
-                with heads.evaluating(model):
-                    heads.check_head(model, name, module, x)
-                    heads.features_and_logits(model, module, x)  # refuses a layer that is called more than once
-                self._checked = module, True
-            except ValueError:
-                self._checked = module, False
-        return module if self._checked[1] else None
-
-    def _head_norms(self, model: nn.Module, head: nn.Module, selected: set[int], x: Tensor) -> Tensor:
-        with heads.evaluating(model):
-            features, logits = heads.features_and_logits(model, head, x)
+        name, head = owners[0]
+        if not heads.is_linear(head) or selected - {id(head.weight), id(head.bias)}:
+            return None
+        try:
+            with heads.evaluating(model):
+                features, logits = heads.features_and_logits(model, head, x)
+            verification = heads.check_row(name, head, features, logits, self._batches % len(x))
+        except ValueError:  # not called, more than once, on positions or tokens, or not with the logits' shape
+            return None
+        self._batches += 1
+        if verification is not None and verification.failed:
+            return None
         dtype = torch.promote_types(logits.dtype, torch.float32)
         features, logits = features.to(dtype), logits.flatten(1).to(dtype)
         if id(head.weight) not in selected:  # the gradient of the bias is that of a weight on a feature that is 1
