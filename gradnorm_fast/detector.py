@@ -281,7 +281,10 @@ class GradNorm:
             if detector._fingerprint() != saved.head_digest:
                 wrong.append(f"the model has other weights of {saved.head!r}")
         else:
-            different, rounded = gate.differences(saved.tensors, detector.model)
+            try:
+                different, rounded = gate.differences(saved.tensors, detector.model)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
             if different:
                 wrong.append(f"{len(different)} of {len(saved.tensors)} tensors differ: {gate.at_most(different)}")
         if wrong and not force:
@@ -310,7 +313,8 @@ class GradNorm:
             ValueError: before `fit` and `load`.
         """
         self._fitted()
-        assert self._head is not None
+        if self._head is None:
+            raise ValueError("module: the head is not known yet; score or fit first, or name it")
         return ServedModel(self)
 
     # The parts
@@ -367,9 +371,10 @@ class GradNorm:
             return t.to(parameter.device, parameter.dtype if t.is_floating_point() else None)
 
         if isinstance(images, Mapping):
-            wrong = [f"{name}: {type(t).__name__}" for name, t in images.items() if not isinstance(t, Tensor)]
+            wrong = [f"{k}: {type(t).__name__}" for k, t in images.items() if not isinstance(t, Tensor) or t.dim() == 0]
             if wrong or not images:
-                raise TypeError(f"images: expected a mapping to tensors, got {', '.join(wrong) or 'an empty one'}")
+                got = ", ".join(wrong) or "an empty one"
+                raise TypeError(f"images: expected a mapping to tensors (B, ...), got {got}")
             keywords = {name: placed(t) for name, t in images.items()}
             return keywords, next(iter(keywords.values()))
         if not isinstance(images, Tensor):

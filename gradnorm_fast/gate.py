@@ -46,6 +46,8 @@ def write(gate: Gate, path: str | os.PathLike[str]) -> None:
         "tensors": gate.tensors,
     }
     target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{path}: no folder {target.parent}")
     partial = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
         with open(partial, "w", encoding="utf-8") as file:
