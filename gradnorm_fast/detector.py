@@ -116,9 +116,7 @@ class GradNorm:
         "image", "images" or "data", or with "input_ids": then all tensors but labels are the model's keyword arguments.
         A torch Dataset is taken in batches of 64. Warns of scores that are NaN.
         """
-        parts = [self.score(inputs).cpu() for inputs in batches(loader, progress)]
-        self.raise_refusals()
-        scores = torch.cat(parts) if parts else torch.empty(0)
+        scores = self._scores_of(loader, progress)
         _warn_of_nan(scores)
         return scores.numpy() if numpy else scores
 
@@ -150,9 +148,7 @@ class GradNorm:
             ValueError: tpr not in (0, 1); no images; a score that is not finite.
         """
         check_tpr(tpr)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=_NAN_WARNING)  # fit_scores refuses them
-            return self.fit_scores(self.score_loader(id_loader, progress), tpr)
+        return self.fit_scores(self._scores_of(id_loader, progress), tpr)
 
     def fit_scores(self, scores: Tensor | np.ndarray[Any, Any], tpr: float = 0.95) -> GradNorm:
         """`fit` from scores (N,) of the chosen kind that are there already."""
@@ -268,14 +264,13 @@ class GradNorm:
             heads.check_tied(detector.model, saved.head, detector._head, saved.options["include_bias"])  # type: ignore[arg-type]
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        wrong: list[str] = []
-        rounded: list[str] = []
+        wrong, rounded = list[str](), list[str]()
         if given is not None and saved.preprocessing is not None and given != saved.preprocessing:
             wrong.append(f"the preprocessing was {saved.preprocessing}, it is {given}")
         if saved.tensors is None:
             warnings.warn(
                 f"{path}: a file of format 1, which knows the head alone: neither the rest of the model nor the "
-                "preprocessing were compared. Fit and save it again",
+                "preprocessing was compared. Fit and save it again",
                 stacklevel=2,
             )
             if detector._fingerprint() != saved.head_digest:
@@ -319,6 +314,11 @@ class GradNorm:
 
     # The parts
 
+    def _scores_of(self, loader: Iterable[Any], progress: bool) -> Tensor:
+        parts = [self.score(inputs).cpu() for inputs in batches(loader, progress)]
+        self.raise_refusals()
+        return torch.cat(parts) if parts else torch.empty(0)
+
     def _apply(self, function: Callable[..., Any], images: Inputs) -> Any:
         """fast_gradnorm or head_scores of what the head multiplies on these images."""
         self.raise_refusals()
@@ -329,10 +329,10 @@ class GradNorm:
             if not self._verified:
                 self._find(inputs)
             assert self._head is not None and self.head_name is not None
-            features, logits = heads.features_and_logits(self.model, self._head, inputs)
+            features, logits, eps = heads.head_pass(self.model, self._head, inputs)
             row = self._batches % len(features)
             self._batches += 1
-            verification = heads.check_row(self.head_name, self._head, features, logits, row)
+            verification = heads.check_row(self.head_name, self._head, features, logits, row, eps)
             weight, bias = self._weights()
         features = features.to(weight.dtype)  # under autocast the features are halves, the weight is not
         options = {"temperature": self.temperature, "reduction": self.reduction, "include_bias": self.include_bias}
@@ -398,14 +398,11 @@ def check_tpr(tpr: float) -> None:
         raise ValueError(f"tpr: expected a fraction between 0 and 1, as 0.95, got {tpr!r}")
 
 
-_NAN_WARNING = "gradnorm_fast: .* are NaN"
-
-
 def _warn_of_nan(scores: Tensor) -> None:
     bad = int(scores.isnan().sum())
     if bad:
         warnings.warn(
-            f"gradnorm_fast: {bad} of {len(scores)} scores are NaN: images, preprocessing or weights are not finite, "
+            f"{bad} of {len(scores)} scores are NaN: images, preprocessing or weights are not finite, "
             "or overflow in the model's dtype",
             stacklevel=3,
         )
