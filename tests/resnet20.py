@@ -1,7 +1,14 @@
-"""The CIFAR-10 network whose weights and scores are in shared/data/cifar10_resnet20."""
+"""The CIFAR-10 network whose features are in tests/data/cifar10_resnet20, and how its images are read."""
 
-from torch import nn
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
 from torch.nn.functional import pad, relu
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
 
 class Block(nn.Module):
@@ -34,3 +41,19 @@ class ResNet20(nn.Module):
 
     def forward(self, images):
         return self.linear(self.features(images))
+
+
+def load(checkpoint: Path) -> ResNet20:
+    """The network of github.com/akamaster/pytorch_resnet_cifar10, in evaluation mode."""
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    network = ResNet20()
+    network.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
+    return network.eval()
+
+
+def read_images(folder: Path, paths: list[str]) -> Tensor:
+    """Images of 32x32 pixels as the network expects them: (n, 3, 32, 32), float32."""
+    from PIL import Image
+
+    pixels = np.stack([np.array(Image.open(folder / path).convert("RGB")) for path in paths])
+    return ((torch.from_numpy(pixels).float() / 255 - MEAN) / STD).permute(0, 3, 1, 2).contiguous()

@@ -15,7 +15,8 @@ from PIL import Image
 from test_real_data import DATA, FIGURES
 from torch.utils.data import DataLoader
 
-from gradnorm_fast import GradNorm, HeadScores, cli, commands, head_scores, scoring
+from gradnorm_fast import GradNorm, HeadScores, cli, head_scores
+from gradnorm_fast.cli import images, inputs, model, tables
 from gradnorm_fast.evaluation import compare_methods, results_table
 from gradnorm_fast.models import _load_checkpoint, default_transform
 
@@ -72,7 +73,7 @@ SCORE = ("score", "--model", "own:small", *RUN)
 @pytest.fixture
 def interrupt(monkeypatch):
     """interrupt(n): the nth batch from now on ends in Ctrl-C; returns the list of batch sizes as they come."""
-    real = scoring.GradNorm.head_scores
+    real = GradNorm.head_scores
 
     def after(n):
         sizes = []
@@ -83,7 +84,7 @@ def interrupt(monkeypatch):
                 raise KeyboardInterrupt
             return real(self, images)
 
-        monkeypatch.setattr(scoring.GradNorm, "head_scores", interrupted)
+        monkeypatch.setattr(GradNorm, "head_scores", interrupted)
         return sizes
 
     return after
@@ -167,8 +168,8 @@ def test_nothing_is_lost_when_the_result_cannot_be_written(place, interrupt, mon
 
     arguments = (command, *SCORE[1:], "--images" if command == "score" else "--id", "id", "--out", "x.csv")
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "write_table", full)
-        patch.setattr(scoring.GradNorm, "save", full)
+        patch.setattr(tables, "write_table", full)
+        patch.setattr(GradNorm, "save", full)
         assert run(*arguments) == 2
     sizes = interrupt(1)
     assert run(*arguments, "--resume") == 0 and sizes == [] and Path("x.csv").exists()
@@ -195,7 +196,7 @@ def test_resume_sees_other_features(place, monkeypatch, capsys):
     np.save("W.npy", g.standard_normal((4, 6), dtype=np.float32))
     arguments = ("score", "--features", "F.npy", "--weight", "W.npy", "--out", "s.npy", *RUN)
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "write_table", lambda *_: 1 / 0)
+        patch.setattr(tables, "write_table", lambda *_: 1 / 0)
         assert run(*arguments) == 1
     np.save("F.npy", g.standard_normal((3000, 6), dtype=np.float32))
     assert run(*arguments, "--resume") == 2
@@ -217,14 +218,14 @@ def test_every_image_once_through_links_and_repeated_folders(place):
     os.symlink(place / "id", "ood/linked")
     os.symlink(place / "ood", "ood/circle")
     os.symlink("nothing", "ood/nowhere.png")
-    found = scoring.find_images(["ood", "ood/linked", Path("ood")])
+    found = inputs.find_images(["ood", "ood/linked", Path("ood")])
     assert len(found) == 12 + 20 + 1 == len({os.path.realpath(f) for f in found}) and "ood/nowhere.png" in found
 
 
 def test_workers_hand_over_one_tensor_per_batch():
     """One each would be one open file each: more than a process may have, with a few workers."""
-    images, reasons = scoring._collate([torch.ones(3, 2, 2), "not an image", torch.zeros(3, 2, 2)])
-    assert images.shape == (2, 3, 2, 2) and reasons == [None, "not an image", None]
+    batch, reasons = images._collate([torch.ones(3, 2, 2), "not an image", torch.zeros(3, 2, 2)])
+    assert batch.shape == (2, 3, 2, 2) and reasons == [None, "not an image", None]
 
 
 def test_names_of_any_bytes(place):
@@ -401,7 +402,7 @@ def test_each_process_takes_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert [str(commands._device(name)) for name in (None, "cuda", "cuda:0", "cpu")] == ["cuda:1"] * 2 + [
+    assert [str(model.device_of(name)) for name in (None, "cuda", "cuda:0", "cpu")] == ["cuda:1"] * 2 + [
         "cuda:0",
         "cpu",
     ]
@@ -411,6 +412,21 @@ def test_env_says_what_would_run_and_checks_it(capsys):
     assert run("env", "--check", "--shape", 4, 5, 6) == 0
     out = capsys.readouterr().out
     assert torch.__version__ in out and "4x5x6 float32: " in out and "pass" in out and "FAIL" not in out
+
+
+def test_help_imports_neither_torch_nor_numpy():
+    code = """
+import sys
+from gradnorm_fast.cli import main
+for arguments in ([], ["score"], ["eval"], ["fit"], ["demo"], ["env"], ["bench"]):
+    try:
+        main([*arguments, "--help"])
+    except SystemExit:
+        pass
+print(sorted({"torch", "numpy", "triton"} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE.parent)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
 
 
 def test_help_of_every_command_has_an_example(capsys):
@@ -424,8 +440,8 @@ def test_help_of_every_command_has_an_example(capsys):
 def test_from_folders_to_the_table_on_real_data(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(HERE)
     sets = [x for name in FIGURES for x in ("--ood", f"{name}={DATA}/images/ood/{name}")]
-    model = ("--model", "resnet20:ResNet20", "--checkpoint", DATA / "weights/resnet20-12fca82f.th")
-    assert run("eval", *model, "--id", DATA / "images/id", *sets, "--out", tmp_path, "--quiet") == 0
+    network = ("--model", "resnet20:ResNet20", "--checkpoint", DATA / "weights/resnet20-12fca82f.th")
+    assert run("eval", *network, "--id", DATA / "images/id", *sets, "--out", tmp_path, "--quiet") == 0
     results = json.loads((tmp_path / "results.json").read_text())["results"]
     for name, (auroc, fpr95) in FIGURES.items():
         metrics = results[name]["GradNorm"]
