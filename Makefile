@@ -4,13 +4,22 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test kernels bench gpu lint clean
+# The working loop: what a change breaks first, in under a minute.
+QUICK  := tests/test_validation.py tests/test_gradnorm.py tests/test_properties.py tests/test_real_data.py tests/test_docs.py
+
+.PHONY: demo test check lint docs kernels bench gpu clean
 
 demo: $(STAMP)
 	$(BIN)/gradnorm-fast demo
 
 test: lint
 	$(BIN)/python -m pytest
+
+check: lint
+	$(BIN)/python -m pytest -q $(QUICK)
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

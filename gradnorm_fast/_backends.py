@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import warnings
 from functools import cache
 from importlib.util import find_spec
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from . import _torch_path
+from ._switches import switch
+from .kernels.problem import Problem, Scores
 
 BACKENDS = ("auto", "triton", "torch")
 
@@ -24,8 +26,8 @@ def why_not_triton(device: torch.device) -> str:
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
             major, minor = torch.cuda.get_device_capability(device)
             return f"the kernels need compute capability 8.0, {device} has {major}.{minor}; use backend='torch'"
-        return ""
-    from .kernels.targets import INTERPRETED
+        return _why_no_driver()
+    from .kernels.device import INTERPRETED
 
     if device.type == "cpu" and INTERPRETED:
         return ""
@@ -35,9 +37,33 @@ def why_not_triton(device: torch.device) -> str:
     )
 
 
+def _why_no_driver() -> str:
+    """Why Triton cannot load its driver, for which it compiles a few lines of C on first use; empty where it can."""
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()
+    except Exception as error:  # whatever stops Triton must not stop the call
+        reason = " ".join(str(error).split())[:200]
+        return (
+            f"Triton cannot load its driver ({type(error).__name__}: {reason}); is there a C compiler (gcc or clang)? "
+            "Or use backend='torch'"
+        )
+    return ""
+
+
+@cache
+def _warn_of_fallback(reason: str) -> None:
+    warnings.warn(f"gradnorm_fast runs in plain torch: {reason}", RuntimeWarning, stacklevel=2)
+
+
 def uses_triton(backend: str, device: torch.device) -> bool:
-    """ "auto" is Triton on a GPU wherever it can run, else torch."""
-    return backend == "triton" or (backend == "auto" and device.type == "cuda" and not why_not_triton(device))
+    """ "auto" is Triton on a GPU wherever it can run, else torch, with one warning that says why."""
+    if backend != "auto" or device.type != "cuda":
+        return backend == "triton"
+    if reason := why_not_triton(device):
+        _warn_of_fallback(reason)
+    return not reason
 
 
 def run(
@@ -60,31 +86,25 @@ def run(
     prediction = torch.empty(batch if head else 0, dtype=torch.int64, device=features.device)
     if batch == 0:
         return out, prediction
-    scale, bias_norm = _factors(logits, weight, reduction, include_bias)
-    rest = (out, prediction if head else None, temperature, scale, bias_norm)
-    if not uses_triton(backend, features.device):
-        # A row by itself: how a matmul rounds depends on how many rows it has.
-        if os.environ.get("GRADNORM_FAST_BATCH_INVARIANT") == "1":
-            for i in range(batch):
-                row = (out[:, i : i + 1], prediction[i : i + 1] if head else None, *rest[2:])
-                z = None if logits is None else logits[i : i + 1]
-                _torch_path.forward(features[i : i + 1], z, weight, bias, *row)
-        else:
-            _torch_path.forward(features, logits, weight, bias, *rest)
-        return out, prediction
-    from .kernels import plan, rows
+    problem = Problem(features, weight, bias, logits, temperature, *_factors(logits, weight, reduction, include_bias))
+    scores = Scores(out, prediction if head else None)
+    invariant = switch("GRADNORM_FAST_BATCH_INVARIANT")
+    if uses_triton(backend, features.device):
+        from .kernels import dispatch
 
-    def score(chosen: plan.Plan) -> Tensor:
-        plan.KERNELS[chosen.kernel](features, weight, bias, *rest, chosen.config)
-        return out[0]
-
-    with _current(features.device):
-        if logits is not None:
-            rows.score_rows(features, logits, *rest)
-        else:
-            assert weight is not None
-            score(plan.chosen(features, weight, score))
+        with _current(features.device):
+            dispatch.score(problem, scores, invariant)
+    elif invariant:
+        for i in range(batch):  # a row by itself: how a matmul rounds depends on how many rows it has
+            _torch(problem.rows(i, i + 1), scores.rows(i, i + 1))
+    else:
+        _torch(problem, scores)
     return out, prediction
+
+
+def _torch(problem: Problem, scores: Scores) -> None:
+    x, w, bias, logits, *rest = problem
+    _torch_path.forward(x, logits, w, bias, *scores, *rest)
 
 
 def run_backward(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,14 +21,25 @@ def replacing(path: str | os.PathLike[str], mode: str = "w", **options: Any) -> 
     Where `path` is a symbolic link, the file that it points to is replaced.
     """
     target = Path(os.path.realpath(path))
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    partial = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
         with open(partial, mode, **options) as file:
             yield file
         os.replace(partial, target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        if error.filename not in (None, str(partial)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def digest_of(data: str | bytes) -> str:
+    """Of a text or of bytes."""
+    data = data.encode(errors="surrogateescape") if isinstance(data, str) else data
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def digest(tensors: Iterable[Tensor | None]) -> str:

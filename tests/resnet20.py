@@ -1,4 +1,7 @@
-"""The CIFAR-10 network whose features are in tests/data/cifar10_resnet20, and how its images are read."""
+"""The CIFAR-10 network whose features are in tests/data/cifar10_resnet20.
+
+Where shared/data holds its weights and 2,000 images, these too.
+"""
 
 from pathlib import Path
 
@@ -7,6 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, relu
 
+PLACES = [folder / "shared/data/cifar10_resnet20" for folder in Path(__file__).resolve().parents[1:3]]
+DATA = next((place for place in PLACES if place.is_dir()), None)
+# GradNorm's AUROC and FPR95 (ID positive) on the 2,000 images, in %, as published with them.
+FIGURES = {"imagenet_resize": (65.50, 82.25), "textures": (81.91, 46.50), "uniform_noise": (70.22, 93.50)}
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 

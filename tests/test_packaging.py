@@ -10,11 +10,16 @@ from pathlib import Path
 
 import pytest
 
+import gradnorm_fast
+
 ROOT = Path(__file__).parents[1]
 USE = """
 import importlib.util, os, sys, torch
 import gradnorm_fast, gradnorm_fast.kernels.split as split
 import kernels
+assert sys.modules["gradnorm_fast.kernels"] is gradnorm_fast.kernels and gradnorm_fast.kernels.split is split
+for sibling in ("setup", "tests", "benchmarks", "build"):
+    assert importlib.util.find_spec("gradnorm_fast." + sibling) is None, sibling
 assert os.path.basename(os.path.dirname(kernels.__file__)) == "kernels" and hasattr(kernels, "get_kernel"), kernels
 x, w = torch.ones(2, 3), torch.arange(12.0).reshape(4, 3)
 expected = gradnorm_fast.fast_gradnorm(x, w, backend="torch")
@@ -76,9 +81,13 @@ def test_the_wheel_has_one_top_level_name(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"gradnorm_fast"}
-    files = {f"gradnorm_fast/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
+    files = {f"gradnorm_fast/kernels/{p.relative_to(ROOT / 'kernels')}" for p in (ROOT / "kernels").rglob("*.py")}
     files |= {f"gradnorm_fast/{p.relative_to(ROOT / 'gradnorm_fast')}" for p in (ROOT / "gradnorm_fast").rglob("*.py")}
     assert files | {"gradnorm_fast/py.typed"} <= set(names)
+
+
+def test_the_version_is_the_same_everywhere(wheel):
+    assert wheel.name.split("-")[1] == gradnorm_fast.__version__
 
 
 def test_wheel(environment, wheel, tmp_path):
@@ -118,6 +127,7 @@ def test_importing_the_package_imports_no_triton_and_touches_no_gpu(tmp_path):
 import sys, torch
 before = "triton" in sys.modules
 import gradnorm_fast
-print(torch.cuda.is_initialized(), ("triton" in sys.modules) != before, "gradnorm_fast.kernels" in sys.modules)
+kernels = [name for name in sys.modules if name.startswith("gradnorm_fast.kernels.")]
+print(torch.cuda.is_initialized(), ("triton" in sys.modules) != before, bool(kernels))
 """
     assert run(sys.executable, "-c", code, cwd=tmp_path).split() == ["False"] * 3

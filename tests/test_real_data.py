@@ -19,10 +19,6 @@ import resnet20
 from conftest import DEVICE
 
 ROWS = Path(__file__).parent / "data/cifar10_resnet20/rows.npz"
-IMAGES = [folder / "shared/data/cifar10_resnet20" for folder in Path(__file__).resolve().parents[1:3]]
-FOUND = [folder for folder in IMAGES if folder.is_dir()]
-# AUROC and FPR95 (ID positive) of the 2,000 images, in %, as published with them.
-PUBLISHED = {"imagenet_resize": (65.50, 82.25), "textures": (81.91, 46.50), "uniform_noise": (70.22, 93.50)}
 
 
 class Real(NamedTuple):
@@ -43,7 +39,7 @@ def committed_rows():
 
 
 def all_images():
-    folder = FOUND[0]
+    folder = resnet20.DATA
     network = resnet20.load(folder / "weights/resnet20-12fca82f.th").to(DEVICE)
     with open(folder / "reference_scores_T1.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -59,7 +55,7 @@ def all_images():
 
 # A float32 logit is off by at most 2.6e-7·Σ|x·w| <= 1.1e-5 here (docs/numerics.md), and a score by as much, relatively.
 TOLERANCE = 1e-5
-SOURCES = [(committed_rows, 200)] + [(all_images, 2000)] * bool(FOUND)
+SOURCES = [(committed_rows, 200)] + [(all_images, 2000)] * (resnet20.DATA is not None)
 
 
 @pytest.fixture(scope="module", params=SOURCES, ids=lambda source: source[0].__name__)
@@ -84,8 +80,10 @@ def test_predictions_and_metrics_match_the_reference(real):
     scores = head_scores(real.features, real.weight, real.bias)
     assert torch.equal(scores.prediction.cpu(), real.predictions)
     gradnorm, expected = scores.gradnorm.cpu(), real.scores[1.0]
-    for name in PUBLISHED:
+    for name in resnet20.FIGURES:
         found = evaluate(gradnorm[real.sets == "id"], gradnorm[real.sets == name])
         assert found == pytest.approx(evaluate(expected[real.sets == "id"], expected[real.sets == name]), abs=1e-4)
         if len(real.sets) == 2000:
-            assert (round(100 * found["auroc"], 2), round(100 * found["fpr95_id_positive"], 2)) == PUBLISHED[name]
+            assert (round(100 * found["auroc"], 2), round(100 * found["fpr95_id_positive"], 2)) == resnet20.FIGURES[
+                name
+            ]

@@ -6,16 +6,15 @@ anything else, as one line. Modules that need torch are imported when a command 
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from .. import __version__
-from . import bench, demo, env, eval, fit, score
-from .parsing import PROG, Parser
+if TYPE_CHECKING:
+    from .parsing import Parser
 
-_SUBCOMMANDS = (score, eval, fit, demo, env, bench)
+PROG = "gradnorm-fast"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,9 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that has no arrows is no reason to fail
         sys.stdout.reconfigure(errors="replace")
     try:
-        args = _build_parser().parse_args(argv)
+        args = _build_parser().parse_args(argv)  # imports are within the try, that Ctrl-C ends in one line
         debug = "debug" in args
-        args.command(args)
+        _check_environment()
+        return args.command(args) or 0
     except KeyboardInterrupt:
         print(f"{PROG}: interrupted", file=sys.stderr)
         return 130
@@ -39,10 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             reason = f"{error.filename}: {error.strerror}"
         print(f"{PROG}: error: {' '.join(reason.split())}", file=sys.stderr)
         return 2 if foreseen else 1
-    return 0
 
 
 def _build_parser() -> Parser:
+    import argparse
+
+    from .. import __version__
+    from . import bench, demo, env, eval, fit, score
+    from .parsing import Parser
+
     # --debug may stand before or after the subcommand; SUPPRESS keeps the subcommand's default from overwriting it.
     common = Parser(add_help=False)
     common.add_argument(
@@ -56,6 +61,19 @@ def _build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     subparsers = parser.add_subparsers(title="subcommands", metavar="COMMAND", required=True)
-    for subcommand in _SUBCOMMANDS:
+    for subcommand in (score, eval, fit, demo, env, bench):
         subcommand.add_parser(subparsers, common)
     return parser
+
+
+def _check_environment() -> None:
+    """Refuse a misspelt switch, which would have no effect; ValueError."""
+    import os
+
+    from .._switches import SWITCHES, switch
+
+    for name in os.environ:
+        if name.startswith("GRADNORM_FAST_"):
+            if name not in SWITCHES:
+                raise ValueError(f"{name}: no such environment variable; there are {' and '.join(SWITCHES)}")
+            switch(name)

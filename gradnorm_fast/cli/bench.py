@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .parsing import PROG, Parser, Subparsers
+from . import PROG
+from .parsing import Parser, Subparsers
 
 
 def add_parser(subparsers: Subparsers, common: Parser) -> None:

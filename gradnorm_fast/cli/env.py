@@ -8,10 +8,14 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from .. import __version__
-from .parsing import PROG, Parser, Subparsers, positive
+from . import PROG
+from .parsing import Parser, Subparsers, positive
 
 if TYPE_CHECKING:
     import torch
+
+
+_SHAPES = ((5, 10), (5, 300), (70, 300), (3, 8300))  # batch and classes of the checks
 
 
 def add_parser(subparsers: Subparsers, common: Parser) -> None:
@@ -63,15 +67,18 @@ def _chosen(device: torch.device, b: int, d: int, c: int, dtype: torch.dtype) ->
 
     if not uses_triton("auto", device):
         return "plain torch: " + ("a CPU's own path" if device.type == "cpu" else why_not_triton(device))
-    from ..kernels import plan
+    import torch
+
+    from ..kernels import dispatch
+    from ..kernels.problem import Problem
 
     why = {
         "one_tile": "all classes in one tile, one launch",
-        "few_rows": "reading the weight is all the work: slices of the features on all processors, two launches",
-        "library": "the library's matmul is the fastest in this dtype, then one read of the logits",
-        "split": "more classes than one tile holds, two launches",
+        "tiled": "tiles of logits, then one read of them",
+        "library": "the library's matmul, then one read of the logits",
     }
-    kernel, config = plan.by_table(b, c, d, dtype, device)
+    problem = Problem(*(torch.empty(shape, dtype=dtype, device=device) for shape in ((b, d), (c, d))), None)
+    kernel, config = dispatch.choose(problem)
     return f"{kernel}, {why[kernel]}: {config}"
 
 
@@ -83,13 +90,15 @@ def _check(device: torch.device) -> list[str]:
     from .._backends import why_not_triton
     from ..reference import autograd_gradnorm
 
-    triton, kernels = not why_not_triton(device), {}
+    triton, kernels = not why_not_triton(device), []
     if triton and device.type == "cuda":
-        from ..kernels import plan
+        from ..kernels.device import architecture
+        from ..kernels.dispatch import KERNELS
+        from ..kernels.problem import Problem, Scores
 
-        kernels = plan.KERNELS
+        kernels = [KERNELS[name] for name in ("one_tile", "tiled", "library")]
     lines = []
-    for b, c in ((5, 10), (5, 300), (70, 300), (3, 8300)):
+    for b, c in _SHAPES:
         for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             g = torch.Generator().manual_seed(c)
             x, w, bias = (torch.randn(*s, generator=g).to(dtype) for s in ((b, 64), (c, 64), (c,)))
@@ -102,13 +111,12 @@ def _check(device: torch.device) -> list[str]:
             if triton:
                 got["triton, as chosen"] = fast_gradnorm(x, w, bias, backend="triton")
                 got["rows, given logits"] = gradnorm_from_logits(x.to(wide), logits.to(wide), backend="triton")
-            for kernel, score in kernels.items():
-                out = torch.full((1, b), torch.nan, dtype=wide, device=device)
-                try:
-                    score(x, w, bias, out, None, 1.0, 1.0, 0.0)
-                except ValueError:  # not for this shape or dtype
-                    continue
-                got[kernel] = out[0]
+            for kernel in kernels:
+                problem = Problem(x, w, bias)
+                if not kernel.why_not(problem, architecture(device)):
+                    out = torch.full((1, b), torch.nan, dtype=wide, device=device)
+                    kernel.score(problem, Scores(out, None), None)
+                    got[kernel.name] = out[0]
             for name, scores in got.items():
                 error = ((scores.double().cpu() - expected) / expected).abs().max().item()
                 shape = f"{b}x64x{c} {str(dtype).removeprefix('torch.')}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,13 @@ import torch
 from torch import Tensor
 
 from .._files import digest
-from ..functional import HeadScores, head_scores
-from .run_log import run
-from .tables import Table
+from ..functional import head_scores
+from .run_log import Batch, Job, run
+from .tables import Array, Table
 
 
-def load_array(name: str, path: str, mapped: bool = False) -> np.ndarray[Any, Any]:
+def load_array(name: str, path: str, mapped: bool = False) -> Array:
+    """A .npy array of floats; ValueError, naming the option, for anything else."""
     try:
         array = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
     except FileNotFoundError:
@@ -31,30 +34,49 @@ def load_array(name: str, path: str, mapped: bool = False) -> np.ndarray[Any, An
 
 
 def score_features(
-    features: np.ndarray[Any, Any],
+    path: str,
     weight: Tensor,
     bias: Tensor | None,
     out: Path,
     *,
     batch_size: int = 4096,
     resume: bool = False,
+    content: bool = False,
     progress: bool = True,
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> Table | None:
-    """Score rows (N, D) of an array, which may be memory-mapped and larger than memory; see `run_log.run`."""
+    """Score the rows (N, D) of a .npy file, which may exceed memory, into the parts of `out`; see `run_log.run`.
 
-    def batches(todo: list[int]) -> Iterator[tuple[list[int], HeadScores | None, list[tuple[int, str]]]]:
+    Args:
+        content: tell the file by its content, not by size and time of change.
+        options: temperature, reduction and include_bias, as in `head_scores`.
+    """
+    features = load_array("features", path, mapped=True)
+    if features.ndim != 2:
+        raise ValueError(f"features: expected shape (N, D) in {path}, got {features.shape}")
+
+    def batches(todo: list[int]) -> Iterator[Batch]:
         for start in range(0, len(todo), batch_size):
             indices = todo[start : start + batch_size]
             rows = torch.from_numpy(np.array(features[indices[0] : indices[-1] + 1])[np.array(indices) - indices[0]])
             x, w, b = (None if t is None else t.to(device) for t in (rows, weight, bias))
             assert x is not None and w is not None
-            yield indices, head_scores(x.to(w.dtype), w, b, **options), []
+            yield Batch(indices, head_scores(x.to(w.dtype), w, b, **options), [])
 
     x, b = torch.empty(features.shape, dtype=weight.dtype, device="meta"), None if bias is None else bias.to("meta")
     head_scores(x, weight.to("meta"), b, **options)  # refuses what does not fit, without reading anything
-    sample = np.unique(np.linspace(0, max(len(features) - 1, 0), 16, dtype=int))[: len(features)]  # not terabytes
-    of_all = digest([torch.from_numpy(np.array(features[sample])), weight, bias])
-    settings = [sorted(options.items()), str(features.dtype), features.shape[1], of_all]
-    return run([str(i) for i in range(len(features))], settings, batches, out, "rows", resume, progress)
+    status = os.stat(path)
+    of_file = _content(path) if content else [status.st_size, status.st_mtime_ns]
+    settings = {**options, "features": of_file, "head": digest([weight, bias])}
+    n = len(features)
+    job = Job([str(i) for i in range(n)], np.zeros(n, np.uint64), np.full(n, -1), settings, "rows")
+    return run(job, batches, out, resume=resume, progress=progress)
+
+
+def _content(path: str) -> str:
+    hashed = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            hashed.update(block)
+    return hashed.hexdigest()

@@ -9,8 +9,6 @@ from typing import Any, NoReturn, TypeAlias
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[Parser]"
 
-PROG = "gradnorm-fast"
-
 
 class Parser(argparse.ArgumentParser):
     """Keeps the lines of the epilog, so that the examples can be copied."""
@@ -44,6 +42,13 @@ def finite(text: str) -> float:
         value = math.nan
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
+    return value
+
+
+def fraction(text: str) -> float:
+    value = finite(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a fraction between 0 and 1, as 0.95, got {text!r}")
     return value
 
 
