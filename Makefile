@@ -25,6 +25,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy gradnorm_fast
+	$(BIN)/mypy --explicit-package-bases kernels
 
 kernels: $(STAMP)
 	$(BIN)/python benchmarks/compile_matrix.py

@@ -58,7 +58,7 @@ __all__ = [
 ]
 
 # The module of each public name. They are imported on first use, so that `gradnorm-fast --help` need not wait for
-# torch.
+# torch. A process that only loads an exported program imports `gradnorm_fast.serving`, which registers the operators.
 _MODULES = {
     "GradNorm": "detector",
     "HeadScores": "functional",

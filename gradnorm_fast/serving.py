@@ -1,4 +1,7 @@
-"""A fitted detector as an nn.Module without hooks or modes: for torch.export, torch.compile and threads."""
+"""A fitted detector as an nn.Module without hooks or modes: for torch.export, torch.compile and threads.
+
+A process that loads an exported detector imports this module before, which registers its operators and types.
+"""
 
 from __future__ import annotations
 

@@ -256,7 +256,7 @@ def test_lists_standard_input_and_shards(place, monkeypatch):
     assert [(r["gradnorm"], r["label"]) for r in table("s.csv")] == [(expected[p], str(i)) for i, p in enumerate(some)]
 
     shutil.copy(some[0], "a name 7")  # a file of that name is no label
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{some[1]} -1\na name 7\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{some[1]} -1\r\na name 7\n".encode())))
     assert run(*SCORE, "--images", "-", "--out", "s.csv") == 0
     assert [(r["path"], r["gradnorm"]) for r in table("s.csv")] == [
         (some[1], expected[some[1]]),

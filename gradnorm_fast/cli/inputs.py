@@ -40,7 +40,7 @@ def find_inputs(sources: Sequence[str | os.PathLike[str]], root: str | os.PathLi
     found: list[Input] = []
     for source in (os.fspath(s) for s in sources):
         if source == "-":
-            found += _listed(sys.stdin.read().splitlines(), "the standard input", root)
+            found += _listed(sys.stdin.buffer.read(), "the standard input", root)
         elif os.path.isdir(source):
             found += _in_folder(source)
         elif not os.path.exists(source):
@@ -50,8 +50,7 @@ def find_inputs(sources: Sequence[str | os.PathLike[str]], root: str | os.PathLi
         elif source.endswith(".tar"):
             found += _in_shard(source)
         elif os.path.splitext(source)[1] in LISTS:
-            lines = Path(source).read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-            found += _listed(lines, source, root)
+            found += _listed(Path(source).read_bytes(), source, root)
         else:
             found.append(_image(source))
     unique: dict[tuple[str, int], Input] = {}
@@ -99,10 +98,12 @@ def _is_file_or_nothing(path: str) -> bool:
         return True
 
 
-def _listed(lines: list[str], source: str, root: str | os.PathLike[str]) -> list[Input]:
+def _listed(content: bytes, source: str, root: str | os.PathLike[str]) -> list[Input]:
+    if b"\0" in content:
+        raise ValueError(f"images: expected a list of paths, one a line, in {source}, got binary data")
     found = []
-    for line in map(str.strip, lines):
-        if not line:
+    for line in (os.fsdecode(line.rstrip(b"\r")) for line in content.split(b"\n")):
+        if not line.strip():
             continue
         path, label = line, None
         before, _, last = line.rpartition(" ")
