@@ -166,7 +166,7 @@ def _once(forward: Callable[..., Any], call: Callable[..., Any]) -> type[torch.a
         def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
             return _loop(call, info.batch_size, in_dims, args)
 
-    Backward.forward = staticmethod(forward)  # type: ignore[method-assign,assignment]
+    Backward.forward = staticmethod(forward)  # type: ignore[method-assign]
     return Backward
 
 

@@ -380,6 +380,29 @@ def test_torch_func():
     torch.testing.assert_close(log_p(x), expected)
 
 
+def test_what_others_compute():
+    """By the formulas of DeepCore (GraNd, EL2N) and of verl (the weight of its optimal token baseline)."""
+    x, w, bias, labels = problem(6, 8, 5)
+    p = torch.softmax(torch.nn.functional.linear(x, w, bias), 1)
+    delta = p - torch.nn.functional.one_hot(labels, 5)
+    found = token_statistics(x, w, labels, bias)
+    assert relative(found.residual_norm, delta.norm(dim=1)) < 1e-12
+    gradients = torch.cat([delta, (x[:, None] * delta[:, :, None]).flatten(1)], 1)
+    got = fast_gradnorm(x, w, bias, target=labels, p=2.0, include_bias=True)
+    assert relative(got, gradients.norm(dim=1)) < 1e-12
+    p_y = p.gather(1, labels[:, None])[:, 0]
+    assert relative(found.residual_norm**2, 1 - 2 * p_y + found.sum_squares) < 1e-12
+
+
+def test_grad_uncertainty_of_pytorch_ood():
+    detector = pytest.importorskip("pytorch_ood.detector")
+    x, w, bias, _ = problem(6, 8, 5, torch.float32)
+    head = torch.nn.Linear(8, 5).to(DEVICE)
+    head.load_state_dict({"weight": w, "bias": bias})
+    got = -(fast_gradnorm(x, w, bias, p=2.0, reduction="sum", include_bias=True) ** 2)
+    assert relative(got, detector.GradUncertainty(head).predict(x)) < 1e-5
+
+
 def random(*shape, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
