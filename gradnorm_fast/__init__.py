@@ -14,17 +14,20 @@ if not _os.path.isdir(_os.path.join(_os.path.dirname(__file__), "kernels")):
 from .detector import GradNorm, Prediction
 from .evaluation import evaluate, plot_roc, plot_scores
 from .functional import HeadScores, fast_gradnorm, gradnorm_from_logits, head_scores
+from .layers import LayerNorms, layer_gradnorms
 
 __version__ = "0.1.0"
 __all__ = [
     "GradNorm",
     "HeadScores",
+    "LayerNorms",
     "Prediction",
     "__version__",
     "evaluate",
     "fast_gradnorm",
     "gradnorm_from_logits",
     "head_scores",
+    "layer_gradnorms",
     "plot_roc",
     "plot_scores",
 ]
