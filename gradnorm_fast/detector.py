@@ -116,9 +116,7 @@ class GradNorm:
         "image", "images" or "data", or with "input_ids": then all tensors but labels are the model's keyword arguments.
         A torch Dataset is taken in batches of 64. Warns of scores that are NaN.
         """
-        parts = [self.score(inputs).cpu() for inputs in batches(loader, progress)]
-        self.raise_refusals()
-        scores = torch.cat(parts) if parts else torch.empty(0)
+        scores = self._scores_of(loader, progress)
         _warn_of_nan(scores)
         return scores.numpy() if numpy else scores
 
@@ -150,9 +148,7 @@ class GradNorm:
             ValueError: tpr not in (0, 1); no images; a score that is not finite.
         """
         check_tpr(tpr)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=_NAN_WARNING)  # fit_scores refuses them
-            return self.fit_scores(self.score_loader(id_loader, progress), tpr)
+        return self.fit_scores(self._scores_of(id_loader, progress), tpr)
 
     def fit_scores(self, scores: Tensor | np.ndarray[Any, Any], tpr: float = 0.95) -> GradNorm:
         """`fit` from scores (N,) of the chosen kind that are there already."""
@@ -268,23 +264,24 @@ class GradNorm:
             heads.check_tied(detector.model, saved.head, detector._head, saved.options["include_bias"])  # type: ignore[arg-type]
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        wrong: list[str] = []
-        rounded: list[str] = []
+        wrong, rounded = list[str](), list[str]()
         if given is not None and saved.preprocessing is not None and given != saved.preprocessing:
             wrong.append(f"the preprocessing was {saved.preprocessing}, it is {given}")
         if saved.tensors is None:
+            unknown = "knows the head alone: neither the rest of the model nor the preprocessing was compared"
             warnings.warn(
-                f"{path}: a file of format 1, which knows the head alone: neither the rest of the model nor the "
-                "preprocessing were compared. Fit and save it again"
+                f"{path}: a file of format 1, which {unknown}. Fit and save it again"
                 if saved.version == 1
-                else f"{path}: fitted to features, it knows the head alone: neither the rest of the model nor the "
-                "preprocessing were compared",
+                else f"{path}: fitted to features, it {unknown}",
                 stacklevel=2,
             )
             if detector._fingerprint() != saved.head_digest:
                 wrong.append(f"the model has other weights of {saved.head!r}")
         else:
-            different, rounded = gate.differences(saved.tensors, detector.model)
+            try:
+                different, rounded = gate.differences(saved.tensors, detector.model)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
             if different:
                 wrong.append(f"{len(different)} of {len(saved.tensors)} tensors differ: {gate.at_most(different)}")
         if wrong and not force:
@@ -313,10 +310,16 @@ class GradNorm:
             ValueError: before `fit` and `load`.
         """
         self._fitted()
-        assert self._head is not None
+        if self._head is None:
+            raise ValueError("module: the head is not known yet; score or fit first, or name it")
         return ServedModel(self)
 
     # The parts
+
+    def _scores_of(self, loader: Iterable[Any], progress: bool) -> Tensor:
+        parts = [self.score(inputs).cpu() for inputs in batches(loader, progress)]
+        self.raise_refusals()
+        return torch.cat(parts) if parts else torch.empty(0)
 
     def _apply(self, function: Callable[..., Any], images: Inputs) -> Any:
         """fast_gradnorm or head_scores of what the head multiplies on these images."""
@@ -328,10 +331,10 @@ class GradNorm:
             if not self._verified:
                 self._find(inputs)
             assert self._head is not None and self.head_name is not None
-            features, logits = heads.features_and_logits(self.model, self._head, inputs)
+            features, logits, eps = heads.head_pass(self.model, self._head, inputs)
             row = self._batches % len(features)
             self._batches += 1
-            verification = heads.check_row(self.head_name, self._head, features, logits, row)
+            verification = heads.check_row(self.head_name, self._head, features, logits, row, eps)
             weight, bias = self._weights()
         features = features.to(weight.dtype)  # under autocast the features are halves, the weight is not
         options = {"temperature": self.temperature, "reduction": self.reduction, "include_bias": self.include_bias}
@@ -370,9 +373,10 @@ class GradNorm:
             return t.to(parameter.device, parameter.dtype if t.is_floating_point() else None)
 
         if isinstance(images, Mapping):
-            wrong = [f"{name}: {type(t).__name__}" for name, t in images.items() if not isinstance(t, Tensor)]
+            wrong = [f"{k}: {type(t).__name__}" for k, t in images.items() if not isinstance(t, Tensor) or t.dim() == 0]
             if wrong or not images:
-                raise TypeError(f"images: expected a mapping to tensors, got {', '.join(wrong) or 'an empty one'}")
+                got = ", ".join(wrong) or "an empty one"
+                raise TypeError(f"images: expected a mapping to tensors (B, ...), got {got}")
             keywords = {name: placed(t) for name, t in images.items()}
             return keywords, next(iter(keywords.values()))
         if not isinstance(images, Tensor):
@@ -396,14 +400,11 @@ def check_tpr(tpr: float) -> None:
         raise ValueError(f"tpr: expected a fraction between 0 and 1, as 0.95, got {tpr!r}")
 
 
-_NAN_WARNING = "gradnorm_fast: .* are NaN"
-
-
 def _warn_of_nan(scores: Tensor) -> None:
     bad = int(scores.isnan().sum())
     if bad:
         warnings.warn(
-            f"gradnorm_fast: {bad} of {len(scores)} scores are NaN: images, preprocessing or weights are not finite, "
+            f"{bad} of {len(scores)} scores are NaN: images, preprocessing or weights are not finite, "
             "or overflow in the model's dtype",
             stacklevel=3,
         )

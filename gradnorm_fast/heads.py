@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Inputs, call, evaluating, watching
-from .verification import BY_HAND, check_row
+from .verification import BY_HAND, check_row, epsilon
 
 __all__ = [
     "check_head",
@@ -20,6 +20,7 @@ __all__ = [
     "evaluating",
     "features_and_logits",
     "find_head",
+    "head_pass",
     "is_linear",
     "logits_of",
     "module_named",
@@ -87,13 +88,30 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
-def features_and_logits(model: nn.Module, head: nn.Module, images: Inputs) -> tuple[Tensor, Tensor]:
-    """One forward pass: what the head was given, as rows (B, D), and the model's logits.
+class HeadPass(NamedTuple):
+    """What one forward pass tells of the head."""
 
-    Raises ValueError where the head was not run, or more than once.
-    """
+    features: Tensor  #: (B, D), what the head was given
+    logits: Tensor  #: (B, C), what the model returned
+    eps: float  #: of the coarsest format in force when the head was called
+
+
+def features_and_logits(model: nn.Module, head: nn.Module, images: Inputs) -> tuple[Tensor, Tensor]:
+    """The first two of `head_pass`."""
+    return head_pass(model, head, images)[:2]
+
+
+def head_pass(model: nn.Module, head: nn.Module, images: Inputs) -> HeadPass:
+    """One forward pass, watching the head. Raises ValueError where the head was not run, or more than once."""
     seen: list[Tensor] = []
-    with watching([head], lambda _, features, __: seen.append(features)):
+    eps = 0.0
+
+    def record(_: nn.Module, features: Tensor, output: Any) -> None:
+        nonlocal eps
+        seen.append(features)
+        eps = epsilon(head, features, output) if isinstance(output, Tensor) else 0.0
+
+    with watching([head], record):
         logits = logits_of(call(model, images))
     if not seen:
         raise ValueError("head: the model did not call it; is it the head of another model?")
@@ -102,7 +120,7 @@ def features_and_logits(model: nn.Module, head: nn.Module, images: Inputs) -> tu
             f"head: expected one call of it in a pass, the model made {len(seen)}: its gradient is then a sum of outer "
             "products, for which the closed form does not hold"
         )
-    return _rows(seen[0], logits), logits
+    return HeadPass(_rows(seen[0], logits), logits, eps)
 
 
 def find_head(model: nn.Module, images: Inputs) -> tuple[str, LinearHead]:
@@ -210,6 +228,7 @@ class Call(NamedTuple):
     shape: tuple[int, ...]  #: of the output
     features: Tensor | None  #: the input; both None where the output is more than a vector per image
     output: Tensor | None
+    eps: float  #: of the coarsest format in force
 
 
 class _Pass(NamedTuple):
@@ -234,8 +253,9 @@ def _recorded(model: nn.Module, modules: Iterable[nn.Module], images: Inputs) ->
         if not isinstance(output, Tensor):
             return
         # Only vectors: the tokens of a ViT's linear layers, the maps of a ResNet's 1x1 convolutions, are gigabytes.
-        kept = (features, output) if _is_vectors(output) else (None, None)
-        calls[module] = Call(tuple(output.shape), *kept)
+        kept = _is_vectors(output)
+        eps = epsilon(module, features, output)
+        calls[module] = Call(tuple(output.shape), features if kept else None, output if kept else None, eps)
 
     with watching(modules, record):
         output = call(model, images)
@@ -259,7 +279,7 @@ def _check_product(name: str, head: nn.Module, call: Call, logits: Tensor) -> No
             f"before quantisation or sharding. {BY_HAND}"
         )
     assert call.features is not None
-    verification = check_row(name, head, _rows(call.features, logits), logits, 0)
+    verification = check_row(name, head, _rows(call.features, logits), logits, 0, call.eps)
     if verification is not None:
         verification.raise_if_failed()
 

@@ -13,7 +13,7 @@ from .verification import BY_HAND, constant_ratio, scaled
 def no_head(model: nn.Module, images: Inputs, calls: dict[str, tuple[nn.Module, Call]], logits: Tensor) -> str:
     """The message for a model without a linear layer, of those called in a pass, that returned the logits."""
     message = f"head: no linear layer's output is the model's output, shape {tuple(logits.shape)}"
-    reason = _positions(calls, logits) or _pooled(calls) or _changed(calls, logits)
+    reason = _positions(logits) or _pooled(calls) or _changed(calls, logits)
     if not reason:
         reason = _maker(model, images, logits) or _parameter(model, logits)
     if not reason:
@@ -22,7 +22,7 @@ def no_head(model: nn.Module, images: Inputs, calls: dict[str, tuple[nn.Module, 
     return f"{message}: {reason}. {BY_HAND}"
 
 
-def _positions(calls: dict[str, tuple[nn.Module, Call]], logits: Tensor) -> str:
+def _positions(logits: Tensor) -> str:
     if logits.dim() < 2:
         return no_batch(logits)
     if _is_vectors(logits):
@@ -48,15 +48,15 @@ def _pooled(calls: dict[str, tuple[nn.Module, Call]]) -> str:
 
 def _changed(calls: dict[str, tuple[nn.Module, Call]], logits: Tensor) -> str:
     """What is done to a linear layer's output, if one can tell."""
+    if logits.is_meta:
+        return ""
     z = logits.detach().float().flatten(1)
     outputs = {
         name: last.output.detach().float().flatten(1)
         for name, (_, last) in calls.items()
         if last.output is not None and last.output.shape[:1] == z.shape[:1] and last.output[0].numel() == z.shape[1]
     }
-    if logits.is_meta:
-        return ""
-    tolerance = 1e-5 * z.abs().amax()
+    tolerance = max(1e-5, torch.finfo(logits.dtype).eps) * z.abs().amax()
     for name, output in outputs.items():
         scale = constant_ratio(z.flatten(), output.flatten(), tolerance)
         if scale is not None:
@@ -113,7 +113,7 @@ def _parameter(model: nn.Module, logits: Tensor) -> str:
         return "its layers are function calls, as in a traced or exported program. Give the model it was made from"
     for name, module in model.named_modules():
         for key, p in module.named_parameters(recurse=False):
-            if p.dim() == 2 and classes in p.shape and not is_linear(module):
+            if not nn.parameter.is_lazy(p) and p.dim() == 2 and classes in p.shape and not is_linear(module):
                 place = f"{name}.{key}" if name else key
                 return (
                     f"the parameter {place!r}, shape {tuple(p.shape)}, may be its head, multiplied by a function "

@@ -29,6 +29,7 @@ _PIECE = 1 << 22  # elements of the weight taken at a time: 16 MiB of scratch
 
 
 def without_autocast(device: torch.device) -> Any:
+    """A context in which torch.autocast is off for this device."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
@@ -87,10 +88,13 @@ def constant_ratio(logits: Tensor, product: Tensor, tolerance: Tensor) -> float 
     return k
 
 
-def check_row(name: str, head: nn.Module, features: Tensor, logits: Tensor, row: int) -> Verification | None:
+def check_row(
+    name: str, head: nn.Module, features: Tensor, logits: Tensor, row: int, eps: float | None = None
+) -> Verification | None:
     """Hold one row of features (B, D) and logits (B, C) against the head; None where there are no values (meta).
 
-    ValueError, at once, where the shapes cannot be those of the head.
+    `eps` is what `epsilon` said when the head was called; None: what it says now. ValueError, at once, where the shapes
+    cannot be those of the head.
     """
     weight = head.weight.detach()  # type: ignore[operator]
     bias = None if head.bias is None else head.bias.detach()  # type: ignore[operator]
@@ -103,32 +107,36 @@ def check_row(name: str, head: nn.Module, features: Tensor, logits: Tensor, row:
     if features.is_meta:
         return None
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    eps = max(eps or 0.0, epsilon(head, features, logits))
     formats = [t.dtype for t in (features, weight, logits)]
     with without_autocast(features.device):
         x, z = features[row].to(dtype), logits[row].reshape(-1).to(dtype)
         sums, sizes = [], []
-        for start in range(0, len(weight), max(1, _PIECE // weight.shape[1])):
-            terms = weight[start : start + max(1, _PIECE // weight.shape[1])] * x
+        for part in weight.split(max(1, _PIECE // weight.shape[1])):
+            terms = part * x
             sums.append(terms.sum(1))
             sizes.append(terms.abs_().sum(1))
         product, size = torch.cat(sums), torch.cat(sizes)
         if bias is not None:
             product, size = product + bias, size + bias.abs()
-        eps = _coarsest(features.device, isinstance(head, nn.Conv2d), formats)
-        sums_eps = torch.finfo(dtype).eps
-        c_eps = 2 * eps + 4 * math.sqrt(weight.shape[1] + 1) * sums_eps
+        c_eps = 2 * eps + 4 * math.sqrt(weight.shape[1] + 1) * torch.finfo(dtype).eps
         smallest = max(torch.finfo(f).smallest_normal * torch.finfo(f).eps for f in formats)  # below it all is rounded
         largest = min(torch.finfo(f).max for f in formats)
         return Verification(name, head, row, z, product, size * c_eps + smallest, largest)
 
 
-def _coarsest(device: torch.device, convolution: bool, formats: list[torch.dtype]) -> float:
-    """The machine epsilon of the coarsest format in force where the head is computed."""
-    eps = max(torch.finfo(dtype).eps for dtype in formats)
-    if torch.is_autocast_enabled(device.type):
+def epsilon(head: nn.Module, *tensors: Tensor) -> float:
+    """The machine epsilon of the coarsest format in force for a head and what it takes and returns, here and now.
+
+    Asked during the call of the head, it knows of an autocast region inside the model whose logits come out as float32.
+    """
+    weight: Any = head.weight
+    device, formats = tensors[0].device, [weight.dtype, *(t.dtype for t in tensors)]
+    eps = max((torch.finfo(dtype).eps for dtype in formats if dtype.is_floating_point), default=0.0)
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         eps = max(eps, torch.finfo(torch.get_autocast_dtype(device.type)).eps)
     if torch.float64 not in formats:
-        eps = max(eps, _FLOAT32_PRODUCTS[_float32_products(device, convolution)])
+        eps = max(eps, _FLOAT32_PRODUCTS[_float32_products(device, isinstance(head, nn.Conv2d))])
     return eps
 
 
@@ -173,7 +181,7 @@ class Verdicts:
             return bias
         self._waiting.append((verification, outcome))
         poison = torch.where(verification.failed, torch.nan, 0.0).to(like.dtype)
-        return poison.expand(len(like)) if bias is None else bias + poison
+        return poison.repeat(len(like)) if bias is None else bias + poison
 
     def raise_refusals(self) -> None:
         """Raise the ValueError of the first verification that is known to have failed; forget those that passed."""

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from classifiers import images, loader, small
+from classifiers import Small, images, loader, small
 from torch import nn
 
 from gradnorm_fast import GradNorm
@@ -245,3 +245,11 @@ def test_bytes_and_folders(path, tmp_path):
         GradNorm.load(path, small())
     with pytest.raises(OSError):
         GradNorm.load(tmp_path, small())
+    with pytest.raises(FileNotFoundError, match=r"none/gate\.json"):
+        GradNorm(small(), "fc").save(tmp_path / "none" / "gate.json")
+    GradNorm(small(), "fc").save(path)
+    with (
+        torch.device("meta"),
+        pytest.raises(ValueError, match=r"gate\.json: model: expected values in 'body\.0\.weight'"),
+    ):
+        GradNorm.load(path, Small())

@@ -2,6 +2,7 @@
 
 import copy
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -292,6 +293,24 @@ def test_rounding_is_no_reason_to_refuse_and_ten_tolerances_are(depth, dtype):
             assert heads.check_row("fc", head, x, spoilt.to(logits.dtype), 5).failed
 
 
+def test_autocast_inside_the_model_and_float32_logits():
+    """As a model wrapped by Accelerate: nothing outside shows that the head was computed in half precision."""
+
+    def wrapped(fc, x):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            return fc(x).float()
+
+    model, x = Flat(change=wrapped).to(DEVICE), images()
+    detector = GradNorm(model)
+    for _ in range(7):
+        detector.score(x)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert GradNorm(Flat(change=lambda fc, x: fc(x).float()).to(DEVICE)).score(x).isfinite().all()
+    model.change = lambda fc, x: wrapped(fc, x) * 1.1
+    with pytest.raises(ValueError, match="rounding explains"):
+        detector.score(x)
+
+
 def test_rows_that_cannot_be_compared():
     """NaN features, masked classes and halves that overflow are no fault of the head; NaN logits alone are."""
     model, x = Flat().to(DEVICE), images()
@@ -309,7 +328,7 @@ def test_rows_that_cannot_be_compared():
 
 def test_tf32_and_reduced_precision_widen_the_tolerance():
     def tolerance(head, device):
-        return verification._coarsest(torch.device(device), isinstance(head, nn.Conv2d), [torch.float32])
+        return verification.epsilon(head, SimpleNamespace(device=torch.device(device), dtype=torch.float32))
 
     linear, convolution = nn.Linear(2, 2), nn.Conv2d(2, 2, 1)
     before = torch.get_float32_matmul_precision()

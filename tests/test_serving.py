@@ -100,6 +100,8 @@ def test_autocast_and_dtypes():
 def test_what_cannot_be_served():
     with pytest.raises(ValueError, match="no threshold yet"):
         GradNorm(small(), "fc").module()
+    with pytest.raises(ValueError, match="head is not known yet"):
+        GradNorm(small()).fit_scores(torch.rand(30)).module()
     model = Calls(lambda fc, x: fc(x)[:, :6]).to(DEVICE)  # does nothing to six logits, cuts the eight features
     model.fc = nn.Linear(8, 6).to(DEVICE)
     with pytest.raises(ValueError, match=r"expected features \(B, 8\) of it without its head, got \(6, 6\)"):
