@@ -29,12 +29,13 @@ if TYPE_CHECKING:
     from .detector import GradNorm, Prediction
     from .evaluation import evaluate, plot_roc, plot_scores
     from .functional import HeadScores, fast_gradnorm, gradnorm_from_logits, head_scores, warmup
-    from .layers import layer_gradnorms
+    from .layers import LayerNorms, layer_gradnorms
 
 __version__ = "0.1.0"
 __all__ = [
     "GradNorm",
     "HeadScores",
+    "LayerNorms",
     "Prediction",
     "__version__",
     "evaluate",
@@ -52,6 +53,7 @@ __all__ = [
 _MODULES = {
     "GradNorm": "detector",
     "HeadScores": "functional",
+    "LayerNorms": "layers",
     "Prediction": "detector",
     "evaluate": "evaluation",
     "fast_gradnorm": "functional",

@@ -15,7 +15,6 @@ from torch.func import functional_call
 
 from .. import heads
 from ..functional import _check_options
-from .gradients import SampleGradients
 from .layout import Layout, find_layout
 from .logit_gradient import loss_gradient, target_gradient
 from .norms import combined, norm_dtype, p_norm
@@ -75,8 +74,8 @@ def layer_gradnorms(
         loss: logits (B, C) to one loss per sample (B,), in place of target, temperature and reduction.
 
     Returns:
-        (B,), float32 or, for a float64 model, float64; with per_layer a dict of these by parameter name, in the order of
-        model.named_parameters(). Parameters that the logits do not depend on have norm 0. Where a parameter is used
+        (B,), float32 or, for a float64 model, float64; with per_layer a dict of these by parameter name, in the order
+        of model.named_parameters(). Parameters that the logits do not depend on have norm 0. Where a parameter is used
         in a way for which no rule is known, the model runs once for each sample: a warning names it, and so does the
         dict's `one_by_one`.
 
@@ -269,10 +268,7 @@ def _pulled_back(use: Use, parameter: Tensor, samples: slice) -> Tensor:
     if use.tensor is parameter:
         return gradients
     return torch.stack(
-        [
-            torch.autograd.grad(use.tensor, parameter, g.to(use.tensor.dtype), retain_graph=True)[0]
-            for g in gradients
-        ]
+        [torch.autograd.grad(use.tensor, parameter, g.to(use.tensor.dtype), retain_graph=True)[0] for g in gradients]
     )
 
 
@@ -295,7 +291,9 @@ def _check_modes(model: nn.Module) -> None:
                 "own; call model.eval()" + ("" if module.training else ", and keep running statistics in it")
             )
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
-            raise ValueError(f"model: {name!r} is dropout in training mode, whose gradients are random; call model.eval()")
+            raise ValueError(
+                f"model: {name!r} is dropout in training mode, whose gradients are random; call model.eval()"
+            )
 
 
 def _check_p(p: object) -> float:
