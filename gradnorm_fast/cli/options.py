@@ -83,9 +83,12 @@ def report_nan(table: Table, strict: bool, score: str = "gradnorm") -> int:
     return 1 if message and strict else 0
 
 
-def check_out(out: Path, *suffixes: str, option: str = "out") -> None:
-    """Refuse a file that cannot be written: its folder is not there, it is a folder, or has another suffix."""
-    if not out.parent.is_dir():
+def check_out(out: Path, *suffixes: str, option: str = "out", new_folder: Path | None = None) -> None:
+    """Refuse a file that cannot be written: its folder is not there, it is a folder, or has another suffix.
+
+    The run makes `new_folder` itself.
+    """
+    if out.parent != new_folder and not out.parent.is_dir():
         raise ValueError(f"{option}: no folder {out.parent}")
     if out.is_dir():
         raise ValueError(f"{option}: expected a file, {out} is a folder")
