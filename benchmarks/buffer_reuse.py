@@ -63,11 +63,11 @@ class Allocation(NamedTuple):
 
 class Buffer(NamedTuple):
     allocation: Allocation
-    index: int | None = None  # None: any of them, or all
+    slot: int | None = None  # None: any of them, or all
 
     def overlaps(self, other: Buffer) -> bool:
-        known = self.index is not None and other.index is not None
-        return self.allocation == other.allocation and not (known and self.index != other.index)
+        known = self.slot is not None and other.slot is not None
+        return self.allocation == other.allocation and not (known and self.slot != other.slot)
 
 
 class Product(NamedTuple):
@@ -200,11 +200,10 @@ class _Execution:
             return values[1] if values[0] else values[2]
         if kind in ("extsi", "extui", "trunci"):
             return values[0]
-        if len(values) == 2 and isinstance(values[0], int) and isinstance(values[1], int):
-            compared = re.search(r"cmpi [su]?(eq|ne|lt|le|gt|ge),", op.text)
-            function = getattr(operator, compared[1]) if compared else ARITHMETIC.get(kind)
-            return int(function(*values)) if function else None
-        return None
+        compared = re.search(r"cmpi [su]?(eq|ne|lt|le|gt|ge),", op.text)
+        function = getattr(operator, compared[1]) if compared else ARITHMETIC.get(kind)
+        known = [value for value in values if isinstance(value, int)]
+        return int(function(*known)) if function and len(known) == len(values) == 2 else None
 
     def allocate(self, op: Operation) -> None:
         """An allocation in a loop is the same memory in each turn, so its initial value is one more refill."""
@@ -220,8 +219,8 @@ class _Execution:
     def view(self, op: Operation, kind: str) -> Value:
         buffer, *indices = (self.values.get(name) for name in op.operands)
         assert isinstance(buffer, Buffer), op.text
-        if kind in ("memdesc_index", "memdesc_subview") and buffer.allocation.buffers > 1 and buffer.index is None:
-            return buffer._replace(index=indices[0] if isinstance(indices[0], int) else None)
+        if kind in ("memdesc_index", "memdesc_subview") and buffer.allocation.buffers > 1 and buffer.slot is None:
+            return buffer._replace(slot=indices[0] if isinstance(indices[0], int) else None)
         return buffer
 
     def issue(self, op: Operation, kind: str) -> None:
