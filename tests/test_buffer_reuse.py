@@ -10,18 +10,21 @@ import pytest
 
 import buffer_reuse
 
-COMPILE = """
-import json, triton, compile_matrix
-from triton.backends.compiler import GPUTarget
+TILED = """
+import json, torch, triton, compile_matrix
+from gradnorm_fast.kernels import tiled
+from gradnorm_fast.kernels.config import Config
+from gradnorm_fast.kernels.problem import Problem, Scores
 found = {}
 for arch in ("sm_90", "sm_100"):
-    for entry in compile_matrix.entries(arch):
-        of = dict(entry.constexprs)
-        if entry.kernel == "logits" and of["BLOCK_B"] == 128 and entry.dtype == "fp16" and not of["LONG"]:
-            options = dict(num_warps=entry.num_warps, num_stages=entry.num_stages, enable_fp_fusion=True)
-            target = GPUTarget("cuda", int(arch[3:]), 32)
-            key = f"{arch} {'TMA' if of['TMA'] else 'pointers'}"
-            found.setdefault(key, triton.compile(compile_matrix._source(entry), target, options).asm["ttgir"])
+    for tma in (False, True):
+        def compile_(source, target, options):
+            if source.fn is tiled.logits_kernel:
+                found[f"{arch} {tma}"] = triton.compile(source, target, options).asm["ttgir"]
+        compile_matrix.pretend(arch, compile_)
+        x, w = (torch.empty(n, 2048, dtype=torch.float16, device="meta") for n in (4096, 1000))
+        scores = Scores(torch.empty(1, 4096, device="meta"), None)
+        tiled.score_tiled(Problem(x, w, None), scores, Config(128, 128, 64, 8, 3, tma))
 print(json.dumps(found))
 """
 
@@ -50,7 +53,7 @@ def test_the_old_one_tile_is_found_at_every_depth_and_size():
 
 @pytest.fixture(scope="module")
 def tiled():
-    return compiled("-c", COMPILE)
+    return compiled("-c", TILED)
 
 
 def spoiled(ttgir, old, new=""):
@@ -63,18 +66,18 @@ def spoiled(ttgir, old, new=""):
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("operands", ["pointers", "TMA"])
-def test_a_tiled_matmul_that_waits_for_one_product_too_few_is_found(tiled, operands):
-    hopper = tiled[f"sm_90 {operands}"]
+@pytest.mark.parametrize("tma", [False, True])
+def test_a_tiled_matmul_that_waits_for_one_product_too_few_is_found(tiled, tma):
+    hopper = tiled[f"sm_90 {tma}"]
     assert not buffer_reuse.races(hopper)
     assert [operand.pending for operand in buffer_reuse.operands(hopper)] == [1, 1]
     late = buffer_reuse.operands(spoiled(hopper, "pendings = 1", "pendings = 2"))
     assert [(operand.pending, operand.race) for operand in late] == [(2, True), (2, True)]
 
 
-@pytest.mark.parametrize("operands", ["pointers", "TMA"])
-def test_a_product_on_tensor_memory_that_nobody_waits_for_is_found(tiled, operands):
-    blackwell = tiled[f"sm_100 {operands}"]
+@pytest.mark.parametrize("tma", [False, True])
+def test_a_product_on_tensor_memory_that_nobody_waits_for_is_found(tiled, tma):
+    blackwell = tiled[f"sm_100 {tma}"]
     assert [operand.pending for operand in buffer_reuse.operands(blackwell)] == [1, 1]
     assert not buffer_reuse.races(blackwell)
     assert len(buffer_reuse.races(spoiled(blackwell, "ttng.wait_barrier"))) == 2
