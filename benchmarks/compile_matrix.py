@@ -46,7 +46,7 @@ CLASSES = (10, 100, 257, 1000, 21_843)
 MORE_CLASSES = (200, 1203, 3000, 8142)  # for the other lines of the kernels' tables, at the first depths alone
 HEADS = (*product(CLASSES, DEPTHS), *product(MORE_CLASSES, DEPTHS[:3]))
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-CONFIGURED = ("num_warps", "num_stages", "num_ctas")
+TILE = ("BLOCK_B", "BLOCK_C", "BLOCK_D", "TILE_C")
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 
 
@@ -145,10 +145,10 @@ def score(arch: str, dtype: torch.dtype, b: int, d: int, c: int, head: bool) -> 
     scores = Scores(out, torch.empty(b, dtype=torch.int64, device="meta") if head else None)
     dispatch._configuration.cache_clear()  # it goes by the device, which is always "meta" here
     for problem in (Problem(x, weight, bias), Problem(x, None, None, logits)):
-        dispatch.score(problem, scores)
+        default, config = dispatch.choose(problem)
         for kernel in (*dispatch.KERNELS.values(), dispatch.Kernel("cluster", cluster.score_cluster, cluster.why_not)):
             if not kernel.why_not(problem, arch):
-                kernel.score(problem, scores, None)
+                kernel.score(problem, scores, config if kernel.name == default else None)
 
 
 def specialisations(archs: Iterable[str]) -> list[Specialisation]:
@@ -174,7 +174,7 @@ def specialisations(archs: Iterable[str]) -> list[Specialisation]:
 
 
 def a_few(found: list[Specialisation]) -> list[Specialisation]:
-    """Every configuration of every kernel and architecture once, in each arithmetic, and every value of every constant.
+    """Of every kernel and architecture each configuration in each arithmetic, each dtype, each value of each constant.
 
     In whatever combination comes first.
     """
@@ -185,9 +185,11 @@ def a_few(found: list[Specialisation]) -> list[Specialisation]:
         arithmetic = "half" if half else each.constants.get("PRECISION", each.dtype)
         if "PRECISION" not in each.constants:  # no product: the sums are float32 or float64
             arithmetic = "fp64" if each.dtype == "fp64" else "fp32"
-        tile = tuple(each.constants.get(f"BLOCK_{x}") for x in "BCD"), *(each.options[x] for x in CONFIGURED)
-        facts: list[tuple[object, ...]] = [("dtype", each.dtype), (arithmetic, tile)]
-        facts += [(arithmetic, *constant) for constant in each.constants.items()]
+        tile = (
+            *(each.constants.get(x) for x in TILE),
+            *(each.options[x] for x in ("num_warps", "num_stages", "num_ctas")),
+        )
+        facts: list[tuple[object, ...]] = [("dtype", each.dtype), (arithmetic, tile), *each.constants.items()]
         new = {(each.kernel, each.arch, *fact) for fact in facts} - seen
         if new:
             kept.append(each)
