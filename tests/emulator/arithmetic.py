@@ -18,8 +18,6 @@ from .ptx import Array, Mask
 if TYPE_CHECKING:
     from .machine import Batch
 
-INTEGER = {f"{s}{n}": np.dtype(f"{'u' if s == 'u' else ''}int{n}") for s in "us" for n in (8, 16, 32, 64)}
-
 
 @dataclass
 class Errors:
@@ -101,9 +99,9 @@ def to_tf32(u: Array) -> Array:
     return np.where(special, u, (u + np.uint32(0x1000)) & np.uint32(0xFFFFE000))
 
 
-def to_integer(x: Array, kind: str) -> Array:
-    info = np.iinfo(INTEGER[kind])
-    return np.clip(np.nan_to_num(x.astype(np.longdouble)), info.min, info.max).astype(INTEGER[kind])
+def to_integer(x: Array, dtype: np.dtype[Any]) -> Array:
+    limits = np.iinfo(dtype)
+    return np.clip(np.nan_to_num(x.astype(np.longdouble)), limits.min, limits.max).astype(dtype)
 
 
 def from_halves(u: Array, kind: str) -> Array:
@@ -147,7 +145,7 @@ def lop3(a: Array, b: Array, c: Array, table: int) -> Array:
     return out
 
 
-def divide(batch: Batch, d: Array, a: Array, b: Array, q: Mask, remainder: bool, index: int) -> None:
+def divide(batch: Batch, d: Array, a: Array, b: Array, remainder: bool, q: Mask, index: int) -> None:
     a, b = np.broadcast_arrays(a, b)
     if ((b == 0) & q).any():
         batch.fail("integer division by zero", index)
@@ -190,9 +188,8 @@ def shuffle(
 
 def reduce_warp(batch: Batch, d: Array, a: Array, how: str, q: Mask, index: int) -> None:
     whole_warps(batch, q, index)
-    ufuncs: dict[str, Any] = {"min": np.minimum, "max": np.maximum, "add": np.add}
-    ufuncs |= {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
-    np.copyto(d, np.repeat(ufuncs[how].reduce(np.broadcast_to(a, d.shape).reshape(-1, 32), 1), 32), where=q)
+    by_warp = np.broadcast_to(a, d.shape).reshape(-1, 32)
+    np.copyto(d, np.repeat(by_warp.min(1) if how == "min" else by_warp.max(1), 32), where=q)
 
 
 def elect(batch: Batch, leader: Array, predicate: Array, q: Mask, index: int) -> None:
@@ -214,11 +211,11 @@ G, T = LANE // 4, LANE % 4  # the rows and columns of a fragment that a lane hol
 
 
 def mma(
-    batch: Batch, shape: str, kind: str, d: list[Array], a: list[Array], b: list[Array], c: list[Array], q: Mask, index: int
-) -> None:  # fmt: skip
+    batch: Batch, k: int, kind: str, d: list[Array], a: list[Array], b: list[Array], c: list[Array], q: Mask, index: int
+) -> None:
     """d = a·b + c by one warp, 16 x 8: registers (uint32) to matrices and back."""
     whole_warps(batch, q, index)
-    warps, k = batch.size // 32, int(shape.split("k")[1])
+    warps = batch.size // 32
     left, right = np.empty((warps, 16, k)), np.empty((warps, k, 8))
     va, vb, vc = (np.stack(x, -1).reshape(warps, 32, len(x)) for x in (a, b, c))
     if kind == "tf32":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import numpy as np
 
 from .arithmetic import from_halves, pairs, rounded_sum
-from .memory import EmulatorError, Lanes, Misaligned, OutOfBounds, active, locate, pieces
+from .memory import Lanes, Misaligned, OutOfBounds, active, locate, pieces
 from .ptx import SHARED_BASE, Array, Mask
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ class Pending:
     batch: Batch
     index: int  # of the instruction
     done: bool
+
+    def complete(self) -> None:
+        raise NotImplementedError
 
 
 @dataclass(eq=False)
@@ -112,42 +115,27 @@ class Queue(Generic[Work]):
         self.open: list[Work] = []
         self.groups: list[list[Work]] = []
 
-    def commit(self) -> None:
-        self.groups.append(self.open)
-        self.open = []
-
-    def wait(self, pending: int) -> None:
-        while len(self.groups) > pending:
-            for work in self.groups.pop(0):
-                work.complete()
-
     def unfinished(self) -> list[Work]:
         return [work for group in (*self.groups, self.open) for work in group if not work.done]
 
 
-def _all_warps(q: Mask, what: str) -> None:
+def _all_warps(batch: Batch, q: Mask, index: int) -> None:
     if q is not True and not q.all():
-        raise EmulatorError(f"{what} by part of the warps that are emulated together: not emulated")
+        batch.fail("not emulated: by part of the warps that are emulated together", index)
 
 
-def commit_copies(batch: Batch, q: Mask) -> None:
-    _all_warps(q, "cp.async.commit_group")
-    batch.copies.commit()
+def commit(batch: Batch, queue: Queue[Work], q: Mask, index: int) -> None:
+    _all_warps(batch, q, index)
+    queue.groups.append(queue.open)
+    queue.open = []
 
 
-def wait_copies(batch: Batch, pending: int, q: Mask) -> None:
-    _all_warps(q, "cp.async.wait_group")
-    batch.copies.wait(pending)
-
-
-def commit_products(batch: Batch, q: Mask) -> None:
-    _all_warps(q, "wgmma.commit_group")
-    batch.products.commit()
-
-
-def wait_products(batch: Batch, pending: int, q: Mask) -> None:
-    _all_warps(q, "wgmma.wait_group")
-    batch.products.wait(pending)
+def wait(batch: Batch, queue: Queue[Work], pending: int, q: Mask, index: int) -> None:
+    """Until at most so many groups are pending."""
+    _all_warps(batch, q, index)
+    while len(queue.groups) > pending:
+        for work in queue.groups.pop(0):
+            work.complete()
 
 
 def copy(batch: Batch, to: Array, source: Array, size: int, count: Array, q: Mask, index: int) -> None:
@@ -175,7 +163,7 @@ def multiply(
     transposed: list[int], q: Mask, index: int,
 ) -> None:  # fmt: skip
     """wgmma; a and b are descriptors, or a is registers."""
-    _all_warps(q, "wgmma")
+    _all_warps(batch, q, index)
     machine = batch.machine
     registers = a if isinstance(a, list) else None
     warpgroup = 128 if batch.size % 128 == 0 else 32
@@ -226,7 +214,7 @@ def swizzled(address: Array, swizzle: int) -> Array:
     return address ^ (((address >> 7) & ((1 << swizzle) - 1)) << 4) if swizzle else address
 
 
-def fence_proxy(batch: Batch, q: Mask) -> None:
+def fence_proxy(batch: Batch, q: Mask, index: int) -> None:
     if batch.machine.races:
         batch.machine.races.fence_proxy(batch, q)
 
@@ -336,7 +324,7 @@ def test_mbarrier(batch: Batch, predicate: Array, address: Array, parity: Array,
     machine = batch.machine
     for a, lanes in _by_address(batch, address, q):
         bar = _mbarrier(batch, a, lanes, index)
-        complete = (bar.phase & 1) != (np.broadcast_to(parity, batch.size)[lanes] & 1)
+        complete = np.not_equal(bar.phase & 1, np.broadcast_to(parity, batch.size)[lanes] & 1)
         predicate[lanes] = complete
         if machine.races and complete.any():
             machine.races.acquire(batch, lanes[complete], bar.done)
@@ -381,12 +369,12 @@ class ClusterBarrier:
     done: Array | None = None
 
 
-def arrive_at_cluster(batch: Batch, relaxed: bool, q: Mask) -> None:
-    _all_warps(q, "barrier.cluster.arrive")
+def arrive_at_cluster(batch: Batch, relaxed: bool, q: Mask, index: int) -> None:
+    _all_warps(batch, q, index)
     machine = batch.machine
     state = machine.clusters[batch.cta // machine.cluster]
     if batch.cluster_phase >= 0:
-        raise EmulatorError("barrier.cluster.arrive twice without a wait")
+        batch.fail("barrier.cluster.arrive twice without a wait", index)
     batch.cluster_phase = state.phase
     state.arrived += batch.size
     if machine.races and not relaxed:

@@ -209,8 +209,8 @@ class Machine:
             return np.array([value & 0xFFFFFFFF, 0], np.uint32)
         return np.array([value & 0xFFFFFFFFFFFFFFFF], np.uint64)
 
-    def param(self, number: int, kind: str) -> Array:
-        return self._params[number].view(f"{'i' if kind[0] == 's' else 'u'}{int(kind[1:]) // 8}")[:1]
+    def param(self, number: int, dtype: str) -> Array:
+        return self._params[number].view(dtype)[:1]
 
     def param_address(self, number: int) -> Array:
         return np.array([DESCRIPTORS + number], np.uint64)

@@ -78,7 +78,7 @@ def locate(batch: Batch, address: Array, total: int, q: Mask, index: int, remote
 
 
 def load_shared(
-    batch: Batch, rows: list[Array], address: Array, size: int, signed: bool, q: Mask, index: int, remote: bool
+    batch: Batch, rows: list[Array], address: Array, size: int, signed: bool, remote: bool, q: Mask, index: int
 ) -> None:
     machine = batch.machine
     lanes, at = locate(batch, address, size * len(rows), q, index, remote)
@@ -189,7 +189,7 @@ def pieces(batch: Batch, address: Array, total: int, q: Mask, index: int, what: 
 
 
 def load_global(
-    batch: Batch, rows: list[Array], address: Array, size: int, signed: bool, q: Mask, index: int, order: str
+    batch: Batch, rows: list[Array], address: Array, size: int, signed: bool, order: str, q: Mask, index: int
 ) -> None:
     races, total = batch.machine.races, size * len(rows)
     for region, lanes, at in pieces(batch, address, total, q, index, "load"):
@@ -217,20 +217,12 @@ def store_global(batch: Batch, values: list[Array], address: Array, size: int, q
         machine.events += 1
 
 
-def atomic(
-    batch: Batch, d: Array | None, address: Array, value: Array, how: str, order: str, q: Mask, index: int
-) -> None:
+def atomic_add(batch: Batch, d: Array, address: Array, value: Array, order: str, q: Mask, index: int) -> None:
     machine, value = batch.machine, np.broadcast_to(value, batch.size)
-    for region, lanes, at in pieces(batch, address, value.itemsize, q, index, "atomic"):
-        view = region.views[value.itemsize].view(value.dtype)
+    for region, lanes, at in pieces(batch, address, 4, q, index, "atomic"):
         if machine.races:
             machine.races.synchronize(batch, lanes, region.start + at, order)
-        for lane, i in zip(lanes.tolist(), (at // value.itemsize).tolist(), strict=True):
-            old, v = view[i], value[lane]
-            results = {"add": old + v, "min": min(old, v), "max": max(old, v), "exch": v}
-            new = results[how] if how in results else {"and": old & v, "or": old | v, "xor": old ^ v}[how]
-            if d is not None:
-                d[lane] = old
-            if new != old:
-                view[i] = new
-                machine.events += 1
+        for lane, i in zip(lanes.tolist(), (at // 4).tolist(), strict=True):
+            d[lane] = region.views[4][i]
+            region.views[4][i] += value[lane]
+            machine.events += int(value[lane] != 0)

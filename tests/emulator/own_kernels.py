@@ -6,6 +6,8 @@ Groups of CTAs walk over blocks of rows; each CTA holds a tile of classes and ex
 and then Σ exp with its group. With TMA, the shared memory of its operands is also that of its reductions.
 """
 
+# mypy: disallow-untyped-defs=False
+
 from __future__ import annotations
 
 import torch
@@ -37,9 +39,10 @@ def exchange(AT, mine, COUNTER, target, n_tiles, other, TILES: tl.constexpr):
 def logsumexp_kernel(
     X, W, OUT, SLOTS, COUNTERS,
     B, C, D, n_tiles, n_groups,
-    TMA: tl.constexpr, TILES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr, TWO_SLOTS: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """X (B, D) and W (C, D), or descriptors of them; SLOTS (groups, 2, 2, BLOCK_B, n_tiles); COUNTERS (groups, 2)."""
+    """X (B, D) and W (C, D), or descriptors of them; SLOTS (groups, 2, BLOCK_B, n_tiles); COUNTERS (groups, 2)."""
     group = tl.program_id(0) // n_tiles
     first_class = tl.program_id(0) % n_tiles * BLOCK_C
     classes = first_class + tl.arange(0, BLOCK_C)
@@ -58,23 +61,24 @@ def logsumexp_kernel(
                 z = tl.dot(x, w, z)
         z = tl.where((classes < C)[None, :], z, float("-inf"))
         target += n_tiles
-        # two slots in turn: the others may be one block ahead of the CTA that still reads
-        slot = SLOTS + (2 * group + target // n_tiles % 2) * 2 * BLOCK_B * n_tiles + local * n_tiles
+        slot = SLOTS + group * 2 * BLOCK_B * n_tiles + local * n_tiles
         counter = COUNTERS + 2 * group
         m = tl.max(exchange(slot, tl.max(z, 1), counter, target, n_tiles, float("-inf"), TILES), 1)
         s = tl.sum(tl.exp(z - m[:, None]), 1)
-        s = tl.sum(exchange(slot + BLOCK_B * n_tiles, s, counter + 1, target, n_tiles, 0.0, TILES), 1)
+        if TWO_SLOTS:  # a CTA may still read the first when another stores its second value
+            slot += BLOCK_B * n_tiles
+        s = tl.sum(exchange(slot, s, counter + 1, target, n_tiles, 0.0, TILES), 1)
         if tl.program_id(0) % n_tiles == 0:
             tl.store(OUT + rows, m + tl.log(s), mask=rows < B)
 
 
-def logsumexp(x: torch.Tensor, w: torch.Tensor, groups: int, tma: bool) -> torch.Tensor:
+def logsumexp(x: torch.Tensor, w: torch.Tensor, groups: int, tma: bool, two_slots: bool = True) -> torch.Tensor:
     """Of halves x (B, D) and w (C, D), D a multiple of 64.  # -> (B,) float32"""
     (b, d), c = x.shape, w.shape[0]
-    tile = dict(BLOCK_B=64, BLOCK_C=128, BLOCK_D=64)
+    tile = dict(BLOCK_B=64, BLOCK_C=64, BLOCK_D=64)
     tiles = triton.cdiv(c, tile["BLOCK_C"])
     out = torch.full((b,), torch.nan)
-    slots = torch.full((groups * 4 * tile["BLOCK_B"] * tiles,), torch.nan)
+    slots = torch.full((groups * 2 * tile["BLOCK_B"] * tiles,), torch.nan)
     counters = torch.zeros(2 * groups, dtype=torch.int32)
     operands = [
         TensorDescriptor(t, list(t.shape), list(t.stride()), [tile[size], tile["BLOCK_D"]]) if tma else t
@@ -82,6 +86,7 @@ def logsumexp(x: torch.Tensor, w: torch.Tensor, groups: int, tma: bool) -> torch
     ]
     logsumexp_kernel[(groups * tiles,)](
         *operands, out, slots, counters, b, c, d, tiles, groups,
-        TMA=tma, TILES=triton.next_power_of_2(tiles), **tile, num_warps=8, num_stages=3, launch_cooperative_grid=True,
+        TMA=tma, TWO_SLOTS=two_slots, TILES=triton.next_power_of_2(tiles), **tile,
+        num_warps=4, num_stages=3, launch_cooperative_grid=True,
     )  # fmt: skip
     return out

@@ -12,15 +12,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
-for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ.setdefault(variable, "1")
-sys.path[:1] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the project
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from emulator.cases import Case, cases, execute
 from emulator.machine import Options
@@ -32,7 +33,7 @@ SCHEDULES = (
 )
 
 
-def run(job: tuple[Case, int, tuple[Options, ...]]) -> tuple[str, bool]:
+def run(job: tuple[Case, int, Sequence[Options]]) -> tuple[str, bool]:
     case, arch, schedules = job
     outcomes = [execute(case, arch, options) for options in schedules]
     good = not any(outcome.problems for outcome in outcomes)
@@ -61,7 +62,7 @@ def main() -> int:
     parser.add_argument("--truncate", action="store_true", help="tensor cores round towards zero")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
-    schedules = SCHEDULES
+    schedules: Sequence[Options] = SCHEDULES
     if args.schedule:
         name, _, seed = args.schedule.partition(":")
         schedules = (Options(name, int(seed or 0), args.copies, args.products),)

@@ -1,24 +1,22 @@
 """Translates each block of a program into Python source and compiles that.
 
-A handler takes an instruction and gives the lines for it. In those lines `B` is the batch, `q` or `m` the mask (`ptx`
-has the convention), U, I, F the 32-bit registers as unsigned, signed and floating-point rows, UH ... those of 16 bits,
-UD ... of 64, P the predicates, and k0, k1, ... constants.
+In the source `B` is the batch, `m` and `q` masks (`ptx` has the convention), U, I, F the 32-bit registers as unsigned,
+signed and floating-point rows, UH ... those of 16 bits, UD ... of 64, P the predicates, and k0, k1, ... constants. What
+is more than an expression calls a function of the engine, whose last arguments are the mask and the instruction's index.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from . import arithmetic, asynchronous, memory
 from .ptx import SHARED_BASE, Instruction, Program, PTXError, names_in
 
-DTYPE = {
-    "u8": np.uint8, "s8": np.int8, "u16": np.uint16, "s16": np.int16, "f16": np.float16,
-    "u32": np.uint32, "s32": np.int32, "f32": np.float32, "u64": np.uint64, "s64": np.int64, "f64": np.float64,
-}  # fmt: skip
+DTYPE = {f"{s}{n}": np.dtype(f"{t}{n // 8}") for s, t in (("u", "u"), ("s", "i"), ("f", "f")) for n in (16, 32, 64)}
+DTYPE |= {"u8": np.dtype("u1"), "s8": np.dtype("i1")}
 VIEW = {
     "h": {"u": "UH", "s": "IH", "f": "FH"},
     "r": {"u": "U", "s": "I", "f": "F"},
@@ -27,28 +25,24 @@ VIEW = {
 WIDTH = {"h": 16, "r": 32, "d": 64}
 UFUNC = {
     "add": "add", "sub": "subtract", "mul": "multiply", "div": "divide", "min": "minimum", "max": "maximum",
-    "neg": "negative", "abs": "abs", "not": "invert", "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor",
-    "sqrt": "sqrt",
+    "neg": "negative", "abs": "abs", "sqrt": "sqrt",
 }  # fmt: skip
-LOGICAL = {"and": "logical_and", "or": "logical_or", "xor": "logical_xor", "not": "logical_not"}
+LOGICAL = {"and": "&", "or": "|", "xor": "^"}
 COMPARE = {
-    "eq": "equal", "ne": "not_equal", "lt": "less", "le": "less_equal", "gt": "greater", "ge": "greater_equal",
-    "lo": "less", "ls": "less_equal", "hi": "greater", "hs": "greater_equal",
+    "eq": "{} == {}", "ne": "{} != {}", "neu": "{} != {}", "lt": "{} < {}", "le": "{} <= {}", "gt": "{} > {}", "ge": "{} >= {}",
+    "lo": "{} < {}", "ls": "{} <= {}", "hi": "{} > {}", "hs": "{} >= {}",
+    "equ": "~(({0} < {1}) | ({0} > {1}))", "ltu": "~({} >= {})", "leu": "~({} > {})", "gtu": "~({} <= {})",
+    "geu": "~({} < {})", "num": "~np.isnan({} + {})", "nan": "np.isnan({} + {})",
 }  # fmt: skip
-UNORDERED = {
-    "ltu": "greater_equal",
-    "leu": "greater",
-    "gtu": "less_equal",
-    "geu": "less",
-}  # what they are the negation of
+ROUND = {"rzi": "trunc", "rni": "rint", "rmi": "floor", "rpi": "ceil"}
 IGNORED = (
-    "fence.mbarrier_init", "fence.acq_rel", "fence.sc", "membar", "fence.proxy.tensormap", "wgmma.fence",
-    "prefetch", "nanosleep", "griddepcontrol", "bar.warp.sync", "createpolicy",
+    "fence.mbarrier_init", "fence.acq_rel", "fence.sc", "membar", "wgmma.fence", "prefetch", "nanosleep",
+    "griddepcontrol", "bar.warp.sync", "createpolicy",
 )  # fmt: skip
 
 
 def unsigned(kind: str) -> str:
-    return "u" + kind.lstrip("busf").removesuffix("x2")
+    return kind if kind == "pred" else "u" + ("32" if kind.endswith("x2") else kind.lstrip("busf"))
 
 
 class Translator:
@@ -57,14 +51,14 @@ class Translator:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.constants: dict[tuple[str, int], str] = {}
-        self.namespace = {
+        self.namespace: dict[str, Any] = {
             "np": np, "arithmetic": arithmetic, "memory": memory, "asynchronous": asynchronous,
             "ktrue": np.array([True]), "kfalse": np.array([False]),
         }  # fmt: skip
 
     def constant(self, value: int, kind: str) -> str:
-        """The name of an array of one number, given by its bits if it is not an integer."""
-        size = np.dtype(DTYPE[kind]).itemsize
+        """The name of an array of one number, given by its bits."""
+        size = DTYPE[kind].itemsize
         value &= (1 << 8 * size) - 1
         name = self.constants.setdefault((kind, value), f"k{len(self.constants)}")
         self.namespace[name] = np.frombuffer(value.to_bytes(size, "little"), DTYPE[kind])
@@ -76,7 +70,7 @@ class Translator:
         return f"P[{number}]" if cls == "p" else f"{VIEW[cls][kind[0] if kind[0] in 'sf' else 'u']}[{number}]"
 
     def whole(self, register: str, kind: str) -> str:
-        """All of a register as an integer, for a load or store that may be narrower; of the type's signedness."""
+        """All of a register as an integer of the type's signedness, for a load or store that may be narrower."""
         cls = self.program.registers[register][0]
         return self.row(register, f"{'s' if kind[0] == 's' else 'u'}{WIDTH[cls]}")
 
@@ -89,16 +83,14 @@ class Translator:
             return f"B.special({operand!r})"
         if operand in self.program.params:
             return f"B.machine.param_address({self.program.params[operand]})"
-        if operand == "global_smem":
-            return self.constant(SHARED_BASE, kind)
         if kind == "pred":
             return "ktrue" if int(operand, 0) else "kfalse"
-        if operand[:2].lower() in ("0f", "0d"):
-            return self.constant(int(operand[2:], 16), kind)
-        return self.constant(int(operand, 0), kind)
+        if operand == "global_smem":
+            return self.constant(SHARED_BASE, kind)
+        return self.constant(int(operand[2:], 16) if operand[:2] in ("0f", "0F", "0d", "0D") else int(operand, 0), kind)
 
     def address(self, operand: str, bits: int) -> str:
-        """[register + offset] or [symbol + offset]."""
+        """[register + offset] or [global_smem + offset]."""
         match = re.fullmatch(r"\[\s*([%$\w]+)\s*(?:\+\s*(-?\w+)|(-\s*\w+))?\s*\]", operand)
         if not match:
             raise PTXError(f"address {operand}")
@@ -106,20 +98,7 @@ class Translator:
         offset = int((match.group(2) or match.group(3) or "0").replace(" ", ""), 0)
         if base == "global_smem":
             return f"B.everywhere({self.constant(SHARED_BASE + offset, kind)})"
-        row = self.row(base, kind)
-        return f"({row} + {self.constant(offset, kind)})" if offset else row
-
-
-Handler = Callable[[Translator, Instruction, str], list[str]]
-HANDLERS: dict[str, Handler] = {}
-
-
-def handles(*roots: str) -> Callable[[Handler], Handler]:
-    def register(handler: Handler) -> Handler:
-        HANDLERS.update(dict.fromkeys(roots, handler))
-        return handler
-
-    return register
+        return f"({self.row(base, kind)} + {self.constant(offset, kind)})" if offset else self.row(base, kind)
 
 
 def translate(program: Program) -> Program:
@@ -127,376 +106,220 @@ def translate(program: Program) -> Program:
     t = Translator(program)
     source = []
     for block in program.blocks:
-        lines = [f"def block{block.index}(B, m):"]
-        lines += ["    P=B.P; UH=B.UH; IH=B.IH; FH=B.FH; U=B.U; I=B.I; F=B.F; UD=B.UD; ID=B.ID; FD=B.FD"]
+        source += [f"def block{block.index}(B, m):"]
+        source += ["    P=B.P; UH=B.UH; IH=B.IH; FH=B.FH; U=B.U; I=B.I; F=B.F; UD=B.UD; ID=B.ID; FD=B.FD"]
         for ins in block.body:
             if ins.op.startswith(IGNORED):
                 continue
+            if ins.predicate:
+                own = f"{'~' if ins.predicate[1] else ''}{t.row(ins.predicate[0], 'pred')}"
+                source.append(f"    q = {own} if m is True else {own} & m")
             try:
-                if ins.predicate:
-                    name, negated = ins.predicate
-                    own = f"{'~' if negated else ''}{t.row(name, 'pred')}"
-                    lines.append(f"    q = {own} if m is True else {own} & m")
-                code = HANDLERS[ins.parts[0]](t, ins, "q" if ins.predicate else "m")
-            except (KeyError, ValueError, IndexError, StopIteration) as error:
+                lines = translated(t, ins, "q" if ins.predicate else "m")
+            except (KeyError, ValueError, IndexError) as error:
                 raise PTXError(f"{ins.text}: {type(error).__name__} {error}") from error
-            lines += [f"    {line}" for line in code]
-        source.append("\n".join(lines) + "\n")
+            if not lines:
+                raise PTXError(f"not emulated: {ins.text}")
+            source += [f"    {line}" for line in lines]
     exec(compile("\n".join(source), f"<{program.name}>", "exec"), t.namespace)
     for block in program.blocks:
-        block.run = t.namespace[f"block{block.index}"]  # type: ignore[assignment]
+        block.run = t.namespace[f"block{block.index}"]
     return program
 
 
-def known(condition: bool, ins: Instruction) -> None:
-    """A variant of an instruction that is not emulated must not pass for one that is."""
-    if not condition:
-        raise PTXError(f"not emulated: {ins.text}")
+def translated(t: Translator, ins: Instruction, q: str) -> list[str]:
+    """The lines for an instruction; none for one that is not known, or a variant of one."""
+    parts, args, kind = ins.parts, ins.args, ins.parts[-1]
+    flags = set(parts[1:-1])
+    if flags & {"sat", "rz", "rm", "rp", "cc", "multicast::cluster", "cta"} or (flags & {"ftz"} and parts[0] == "setp"):
+        return []
 
+    def value(i: int, as_kind: str = kind) -> str:
+        return t.value(args[i], as_kind)
 
-def into(d: str, expression: str, q: str, casting: str = "same_kind") -> list[str]:
-    return [f"np.copyto({d}, {expression}, casting={casting!r}, where={q})"]
+    def into(register: str, as_kind: str, expression: str, casting: str = "same_kind") -> list[str]:
+        return [f"np.copyto({t.row(register, as_kind)}, {expression}, casting={casting!r}, where={q})"]
 
+    def put(as_kind: str, expression: str, casting: str = "same_kind") -> list[str]:
+        return into(args[0], as_kind, expression, casting)
 
-# arithmetic
+    def ufunc(name: str, as_kind: str) -> list[str]:
+        values = ", ".join(value(i, as_kind) for i in range(1, len(args)))
+        return [f"np.{name}({values}, out={t.row(args[0], as_kind)}, where={q})"]
 
+    def floating(function: str) -> list[str]:
+        if "ftz" not in flags or kind == "f64":
+            if function.startswith("np."):
+                return ufunc(function[3:], kind)
+            return put(kind, f"{function}({', '.join(value(i) for i in range(1, len(args)))})")
+        values = ", ".join(f"arithmetic.flush({value(i)})" for i in range(1, len(args)))
+        return put(kind, f"arithmetic.flush({function}({values}))")
 
-@handles("add", "sub", "and", "or", "xor", "not", "min", "max", "neg", "abs")
-def _elementwise(t: Translator, ins: Instruction, q: str) -> list[str]:
-    root, kind = ins.parts[0], ins.parts[-1]
-    known(not {"cc", "sat", "rz", "rm", "rp"}.intersection(ins.parts), ins)
-    if kind in ("f32", "f64"):
-        name = f"f{root}" if root in ("min", "max") and "NaN" not in ins.parts else UFUNC[root]
-        return _float(t, ins, f"np.{name}", q)
-    known(kind[0] != "f" or root == "abs", ins)
-    if root == "abs" and kind[0] in "fb":  # f16, bf16 and pairs of them
-        kind = unsigned(kind) if not kind.endswith("x2") else "u32"
-        mask = t.constant(0x7FFF7FFF if kind == "u32" else 0x7FFF, kind)
-        return [f"np.bitwise_and({t.value(ins.args[1], kind)}, {mask}, out={t.row(ins.args[0], kind)}, where={q})"]
-    name = LOGICAL[root] if kind == "pred" else UFUNC[root]
-    kind = kind if kind == "pred" or root in ("min", "max", "neg", "abs") else unsigned(kind)
-    values = ", ".join(t.value(x, kind) for x in ins.args[1:])
-    return [f"np.{name}({values}, out={t.row(ins.args[0], kind)}, where={q})"]
+    def call(function: str, *arguments: object) -> list[str]:
+        return [f"{function}({', '.join(map(str, ('B', *arguments, q, ins.index)))})"]
 
+    def rows(operand: str, as_kind: str) -> str:
+        return f"[{', '.join(t.row(x, as_kind) for x in names_in(operand))}]"
 
-def _float(t: Translator, ins: Instruction, function: str, q: str) -> list[str]:
-    known(not {"rz", "rm", "rp", "sat"}.intersection(ins.parts), ins)
-    kind = ins.parts[-1]
-    values = [t.value(x, kind) for x in ins.args[1:]]
-    if "ftz" not in ins.parts or kind == "f64":
-        if function.startswith("np."):
-            return [f"{function}({', '.join(values)}, out={t.row(ins.args[0], kind)}, where={q})"]
-        return into(t.row(ins.args[0], kind), f"{function}({', '.join(values)})", q)
-    flushed = ", ".join(f"arithmetic.flush({v})" for v in values)
-    return into(t.row(ins.args[0], kind), f"arithmetic.flush({function}({flushed}))", q)
-
-
-@handles("fma", "ex2", "lg2", "rcp", "rsqrt", "sqrt")
-def _function(t: Translator, ins: Instruction, q: str) -> list[str]:
-    root, kind = ins.parts[0], ins.parts[-1]
-    known(kind in ("f32", "f64"), ins)
-    if root == "fma":
-        return _float(t, ins, f"arithmetic.fma{kind[1:]}", q)
-    if "approx" in ins.parts and root != "sqrt":
-        return _float(t, ins, f"arithmetic.{root}_{kind}", q)
-    known(root in ("rcp", "sqrt") and "approx" not in ins.parts, ins)
-    return _float(t, ins, "np.sqrt" if root == "sqrt" else "np.reciprocal", q)
-
-
-@handles("mul", "mad")
-def _multiply(t: Translator, ins: Instruction, q: str) -> list[str]:
-    kind = ins.parts[-1]
-    if kind in ("f32", "f64"):
-        return _float(t, ins, "np.multiply", q)
-    how = ins.parts[1]
-    if how == "wide":
-        result = kind[0] + str(2 * int(kind[1:]))
-    elif how == "hi":
-        known(kind[1:] == "32" and ins.parts[0] == "mul", ins)
-        result = kind
-    else:
-        kind = result = unsigned(kind)
-    a, b = (t.value(x, kind) for x in ins.args[1:3])
-    dtype = "" if how == "lo" else f", dtype=np.{'u' if kind[0] == 'u' else ''}int{2 * int(kind[1:])}"
-    product = f"np.multiply({a}, {b}{dtype}){' >> 32' if how == 'hi' else ''}"
-    if ins.parts[0] == "mad":
-        product += f" + {t.value(ins.args[3], result)}"
-    return into(t.row(ins.args[0], result), product, q)
-
-
-@handles("div", "rem")
-def _divide(t: Translator, ins: Instruction, q: str) -> list[str]:
-    kind = ins.parts[-1]
-    if kind in ("f32", "f64"):
-        return _float(t, ins, "arithmetic.div_f32" if "full" in ins.parts else "np.divide", q)
-    a, b = (t.value(x, kind) for x in ins.args[1:])
-    return [f"arithmetic.divide(B, {t.row(ins.args[0], kind)}, {a}, {b}, {q}, {ins.parts[0] == 'rem'}, {ins.index})"]
-
-
-@handles("shl", "shr")
-def _shift(t: Translator, ins: Instruction, q: str) -> list[str]:
-    left, kind = ins.parts[0] == "shl", ins.parts[-1]
-    width = int(kind[1:])
-    kind = unsigned(kind) if left else kind
-    if ins.args[2].isdigit() and int(ins.args[2]) < width:
-        a, n, f = t.value(ins.args[1], kind), t.constant(int(ins.args[2]), kind), "left" if left else "right"
-        return [f"np.{f}_shift({a}, {n}, out={t.row(ins.args[0], kind)}, where={q})"]
-    a, n = t.value(ins.args[1], kind), t.value(ins.args[2], "u32")
-    return into(t.row(ins.args[0], kind), f"arithmetic.shifted({a}, {n}, {width}, {left})", q)
-
-
-@handles("bfe")
-def _bit_field(t: Translator, ins: Instruction, q: str) -> list[str]:
-    kind = ins.parts[-1]
-    width, position, length = int(kind[1:]), int(ins.args[2], 0), int(ins.args[3], 0)
-    length = min(length, width - position)
-    up, down = t.constant(width - position - length, kind), t.constant(width - length, kind)
-    return into(t.row(ins.args[0], kind), f"({t.value(ins.args[1], kind)} << {up}) >> {down}", q)
-
-
-@handles("prmt", "lop3")
-def _bytes(t: Translator, ins: Instruction, q: str) -> list[str]:
-    known(ins.parts == [ins.parts[0], "b32"], ins)
-    values = ", ".join(t.value(x, "u32") for x in ins.args[1:4])
-    call = f"permute_bytes({values})" if ins.parts[0] == "prmt" else f"lop3({values}, {int(ins.args[4], 0)})"
-    return into(t.row(ins.args[0], "u32"), f"arithmetic.{call}", q)
-
-
-@handles("selp")
-def _select(t: Translator, ins: Instruction, q: str) -> list[str]:
-    kind = unsigned(ins.parts[-1])
-    a, b = (t.value(x, kind) for x in ins.args[1:3])
-    return into(t.row(ins.args[0], kind), f"np.where({t.value(ins.args[3], 'pred')}, {a}, {b})", q)
-
-
-@handles("setp")
-def _compare(t: Translator, ins: Instruction, q: str) -> list[str]:
-    known("ftz" not in ins.parts, ins)
-    how, kind = ins.parts[1], ins.parts[-1]
-    kind = unsigned(kind) if kind[0] == "b" else kind
-    a, b = (t.value(x, kind) for x in ins.args[1:3])
-    if kind[0] == "f" and how in ("ne", "equ"):  # numpy's != is true of NaN
-        result = f"{'~' if how == 'equ' else ''}(({a} < {b}) | ({a} > {b}))"
-    elif how in ("num", "nan"):
-        result = f"{'~' if how == 'num' else ''}(np.isnan({a}) | np.isnan({b}))"
-    elif how == "neu":
-        result = f"({a} != {b})"
-    elif how in UNORDERED:
-        result = f"~np.{UNORDERED[how]}({a}, {b})"
-    else:
-        result = f"np.{COMPARE[how]}({a}, {b})"
-    combine = next((x for x in ins.parts[2:-1] if x in LOGICAL), None)
-    other = ""
-    if combine:
-        third = f"{'~' if ins.args[3][0] == '!' else ''}{t.value(ins.args[3].lstrip('!'), 'pred')}"
-        other = f" {dict(zip(('and', 'or', 'xor'), '&|^', strict=True))[combine]} {third}"
-    lines = [f"first, second = {result}{other}, ~({result}){other}"]
-    for register, name in zip(ins.args[0].split("|"), ("first", "second"), strict=False):
-        if register.strip() != "_":
-            lines += into(t.row(register.strip(), "pred"), name, q)
-    return lines
-
-
-@handles("mov", "cvta")
-def _move(t: Translator, ins: Instruction, q: str) -> list[str]:
-    d, s = ins.args
-    kind = ins.parts[-1]
-    if kind == "pred":
-        return into(t.row(d, kind), t.value(s, kind), q)
-    kind = unsigned(kind)
-    if d.startswith("{"):
-        names = names_in(d)
-        each = int(kind[1:]) // len(names)
-        known(s not in names, ins)
-        parts = [f"{t.value(s, kind)} >> {t.constant(each * i, kind)}" for i in range(len(names))]
-        return [
-            line for n, x in zip(names, parts, strict=True) if n != "_" for line in into(t.row(n, f"u{each}"), x, q)
-        ]
-    if s.startswith("{"):
-        names = names_in(s)
-        each = int(kind[1:]) // len(names)
-        parts = [f"({t.value(n, f'u{each}')}.astype(np.uint{kind[1:]}) << {t.constant(each * i, kind)})" for i, n in enumerate(names)]  # fmt: skip # noqa: E501
-        return into(t.row(d, kind), " | ".join(parts), q)
-    return into(t.row(d, kind), t.value(s, kind), q)
-
-
-@handles("cvt")
-def _convert(t: Translator, ins: Instruction, q: str) -> list[str]:
-    known("sat" not in ins.parts and ("ftz" not in ins.parts or ins.parts[-2:] == ["f32", "f16"]), ins)
-    to, of = ins.parts[-2:]
-    d, s = ins.args[0], ins.args[1]
-    if to in ("f16x2", "bf16x2"):
-        high, low = (f"arithmetic.to_{to[:-2]}({t.value(x, 'f32')}).astype(np.uint32)" for x in ins.args[1:3])
-        return into(t.row(d, "u32"), f"({high} << 16) | {low}", q)
-    if to[0] in "us" and of[0] in "us":
-        return into(t.whole(d, to), f"{t.value(s, of)}.astype(arithmetic.INTEGER[{to!r}])", q, "unsafe")
-    if (to, of) == ("f32", "bf16"):
-        return into(t.row(d, "u32"), f"{t.value(s, 'u16')}.astype(np.uint32) << 16", q)
-    if to == "bf16" and of == "f32" and "rn" in ins.parts:
-        return into(t.row(d, "u16"), f"arithmetic.to_bf16({t.value(s, 'f32')})", q)
-    if to == "tf32" and of == "f32" and "rna" in ins.parts:
-        return into(t.row(d, "u32"), f"arithmetic.to_tf32({t.value(s, 'u32')})", q)
-    if to[0] == "f" and of[0] in "fus":
-        known("rn" in ins.parts or (of[0] == "f" and int(to[1:]) > int(of[1:])), ins)
-        return into(t.row(d, to), t.value(s, of), q, "unsafe")
-    known(to[0] in "us" and of[0] == "f", ins)
-    f = next(f for r, f in (("rzi", "trunc"), ("rni", "rint"), ("rmi", "floor"), ("rpi", "ceil")) if r in ins.parts)
-    return into(t.row(d, to), f"arithmetic.to_integer(np.{f}({t.value(s, of)}), {to!r})", q)
-
-
-# between the lanes of a warp
-
-
-@handles("shfl")
-def _shuffle(t: Translator, ins: Instruction, q: str) -> list[str]:
-    d, _, valid = ins.args[0].partition("|")
-    a, b, c = (t.value(x, "u32") for x in ins.args[1:4])
-    if ins.parts[2] == "bfly" and ins.args[2].isdigit() and ins.args[3] == "31" and not valid:
-        return [f"arithmetic.butterfly(B, {t.row(d, 'u32')}, {a}, {ins.args[2]}, {q}, {ins.index})"]
-    p = t.row(valid, "pred") if valid and valid != "_" else None
-    return [f"arithmetic.shuffle(B, {t.row(d, 'u32')}, {p}, {ins.parts[2]!r}, {a}, {b}, {c}, {q}, {ins.index})"]
-
-
-@handles("redux")
-def _reduce(t: Translator, ins: Instruction, q: str) -> list[str]:
-    kind = ins.parts[-1] if ins.parts[-1][0] != "b" else "u32"
-    d, a = t.row(ins.args[0], kind), t.value(ins.args[1], kind)
-    return [f"arithmetic.reduce_warp(B, {d}, {a}, {ins.parts[2]!r}, {q}, {ins.index})"]
-
-
-@handles("elect")
-def _elect(t: Translator, ins: Instruction, q: str) -> list[str]:
-    leader, _, p = ins.args[0].partition("|")
-    return [f"arithmetic.elect(B, {t.row(leader, 'u32')}, {t.row(p, 'pred')}, {q}, {ins.index})"]
-
-
-@handles("mma")
-def _mma(t: Translator, ins: Instruction, q: str) -> list[str]:
-    known(re.match(r"mma\.sync\.aligned\.m16n8k\d+\.row\.col\.f32\.(\w+)\.\1\.f32$", ins.op) is not None, ins)
-    operands = ", ".join("[" + ", ".join(t.row(x, "u32") for x in names_in(v)) + "]" for v in ins.args)
-    return [f"arithmetic.mma(B, {ins.parts[3]!r}, {ins.parts[-2]!r}, {operands}, {q}, {ins.index})"]
-
-
-# memory
-
-
-@handles("ld")
-def _load(t: Translator, ins: Instruction, q: str) -> list[str]:
-    kind, space = ins.parts[-1], ins.parts[1]
-    size = int(kind[1:]) // 8
-    rows = f"[{', '.join(t.whole(x, kind) for x in names_in(ins.args[0]))}]"
-    if space == "param":
-        return into(rows[1:-1], f"B.machine.param({t.program.params[ins.args[1].strip('[] ')]}, {kind!r})", q, "unsafe")
-    if space == "global":
-        order = next((x for x in ins.parts if x in ("acquire", "relaxed", "volatile")), "")
-        known("cta" not in ins.parts, ins)
-        return [f"memory.load_global(B, {rows}, {t.address(ins.args[1], 64)}, {size}, {kind[0] == 's'}, {q}, {ins.index}, {order!r})"]  # fmt: skip # noqa: E501
-    known(space.startswith("shared"), ins)
-    remote = space == "shared::cluster"
-    return [f"memory.load_shared(B, {rows}, {t.address(ins.args[1], 32)}, {size}, {kind[0] == 's'}, {q}, {ins.index}, {remote})"]  # fmt: skip # noqa: E501
-
-
-@handles("st")
-def _store(t: Translator, ins: Instruction, q: str) -> list[str]:
-    kind, space = unsigned(ins.parts[-1]), ins.parts[1]
-    names = names_in(ins.args[1])
-    rows = ", ".join(t.whole(x, kind) if x in t.program.registers else t.value(x, kind) for x in names)
-    known(space in ("global", "shared", "shared::cta") and not {"release", "relaxed"}.intersection(ins.parts), ins)
-    call, bits = ("store_global", 64) if space == "global" else ("store_shared", 32)
-    return [f"memory.{call}(B, [{rows}], {t.address(ins.args[0], bits)}, {int(kind[1:]) // 8}, {q}, {ins.index})"]
-
-
-@handles("atom", "red")
-def _atomic(t: Translator, ins: Instruction, q: str) -> list[str]:
-    kind = ins.parts[-1] if ins.parts[-1][0] != "b" else unsigned(ins.parts[-1])
-    known(ins.parts[1] == "global" and not {"cta", "cas", "v2"}.intersection(ins.parts), ins)
-    order = next((x for x in ins.parts if x in ("acq_rel", "acquire", "release")), "relaxed")
-    how = next(x for x in ins.parts if x in ("add", "min", "max", "exch", "and", "or", "xor"))
-    result = t.row(ins.args[0], kind) if ins.parts[0] == "atom" else None
-    at, value = ins.args[-2:]
-    return [f"memory.atomic(B, {result}, {t.address(at, 64)}, {t.value(value, kind)}, {how!r}, {order!r}, {q}, {ins.index})"]  # fmt: skip # noqa: E501
-
-
-@handles("ldmatrix", "stmatrix")
-def _matrix(t: Translator, ins: Instruction, q: str) -> list[str]:
-    known("m8n8" in ins.parts and ins.parts[-1] == "b16", ins)
-    registers, at = ins.args if ins.parts[0] == "ldmatrix" else reversed(ins.args)
-    rows = ", ".join(t.row(x, "u32") for x in names_in(registers))
-    return [f"memory.{ins.parts[0]}(B, [{rows}], {t.address(at, 32)}, {'trans' in ins.parts}, {q}, {ins.index})"]
-
-
-@handles("mapa")
-def _map_address(t: Translator, ins: Instruction, q: str) -> list[str]:
-    known(ins.op == "mapa.shared::cluster.u32", ins)
-    a, rank = (t.value(x, "u32") for x in ins.args[1:3])
-    return into(t.row(ins.args[0], "u32"), f"memory.map_address({a}, {rank})", q)
-
-
-# asynchronous
-
-
-@handles("cp")
-def _copy(t: Translator, ins: Instruction, q: str) -> list[str]:
-    if ins.op == "cp.async.commit_group":
-        return [f"asynchronous.commit_copies(B, {q})"]
-    if ins.op == "cp.async.wait_group":
-        return [f"asynchronous.wait_copies(B, {int(ins.args[0])}, {q})"]
-    if ins.op == "cp.async.wait_all":
-        return [f"asynchronous.commit_copies(B, {q})", f"asynchronous.wait_copies(B, 0, {q})"]
-    if ins.op.startswith(("cp.async.ca.shared", "cp.async.cg.shared")):
-        size = int(ins.args[2], 0)
-        count = t.value(ins.args[3], "u32") if len(ins.args) > 3 else t.constant(size, "u32")
-        return [f"asynchronous.copy(B, {t.address(ins.args[0], 32)}, {t.address(ins.args[1], 64)}, {size}, {count}, {q}, {ins.index})"]  # fmt: skip # noqa: E501
-    known(ins.op.startswith("cp.async.bulk.tensor.2d.shared::c") and ".global." in ins.op, ins)
-    known("multicast" not in ins.op, ins)
-    tensor, place = ins.args[1].strip("[] ").split(",", 1)
-    x, y = (t.value(v, "s32") for v in names_in(place))
-    return [f"asynchronous.transfer(B, {t.address(ins.args[0], 32)}, {t.value(tensor.strip(), 'u64')}, {x}, {y}, {t.address(ins.args[2], 32)}, {q}, {ins.index})"]  # fmt: skip # noqa: E501
-
-
-@handles("fence")
-def _fence(t: Translator, ins: Instruction, q: str) -> list[str]:
-    known(ins.op.startswith("fence.proxy.async"), ins)
-    return [f"asynchronous.fence_proxy(B, {q})"]
-
-
-@handles("mbarrier")
-def _mbarrier(t: Translator, ins: Instruction, q: str) -> list[str]:
-    what = ins.op.split(".shared")[0].removesuffix(".b64")
-    if what in ("mbarrier.init", "mbarrier.inval"):
-        count = t.value(ins.args[1], "u32") if what.endswith("init") else None
-        return [f"asynchronous.set_mbarrier(B, {t.address(ins.args[0], 32)}, {count}, {q}, {ins.index})"]
-    at = t.address(ins.args[1], 32)
-    if what.startswith("mbarrier.arrive"):
-        expected = t.value(ins.args[2], "u32") if "expect_tx" in what else t.constant(0, "u32")
-        return [f"asynchronous.arrive(B, {at}, {expected}, {q}, {ins.index})"]
-    known(what in ("mbarrier.try_wait.parity", "mbarrier.test_wait.parity"), ins)
-    d, parity = t.row(ins.args[0], "pred"), t.value(ins.args[2], "u32")
-    return [f"asynchronous.test_mbarrier(B, {d}, {at}, {parity}, {q}, {ins.index})"]
-
-
-@handles("wgmma")
-def _wgmma(t: Translator, ins: Instruction, q: str) -> list[str]:
-    if ins.parts[1] == "commit_group":
-        return [f"asynchronous.commit_products(B, {q})"]
-    if ins.parts[1] == "wait_group":
-        return [f"asynchronous.wait_products(B, {int(ins.args[0])}, {q})"]
-    match = re.fullmatch(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(\w+)\.\2", ins.op)
-    known(match is not None and ins.args[4:6] == ["1", "1"], ins)  # of halves, no operand negated
-    assert match
-    d = "[" + ", ".join(t.row(x, "f32") for x in names_in(ins.args[0])) + "]"
-    registers = ins.args[1].startswith("{")
-    a = (
-        "[" + ", ".join(t.row(x, "u32") for x in names_in(ins.args[1])) + "]"
-        if registers
-        else t.row(ins.args[1], "u64")
-    )
-    scale = t.value(ins.args[3], "pred")
-    transposed = [0] * registers + [int(x) for x in ins.args[6:]]
-    return [f"asynchronous.multiply(B, {match.group(1)}, {match.group(2)!r}, {d}, {a}, {t.row(ins.args[2], 'u64')}, {scale}, {transposed}, {q}, {ins.index})"]  # fmt: skip # noqa: E501
-
-
-@handles("barrier")
-def _cluster_barrier(t: Translator, ins: Instruction, q: str) -> list[str]:
-    known(ins.op.startswith("barrier.cluster.arrive"), ins)
-    return [f"asynchronous.arrive_at_cluster(B, {'relaxed' in ins.op}, {q})"]
+    match parts:
+        # floating point
+        case ["add" | "sub" | "mul" | "div" | "neg" | "abs" | "sqrt" as root, *_, "f32" | "f64"] if (
+            "approx" not in flags
+        ):
+            return floating("arithmetic.div_f32" if "full" in flags else f"np.{UFUNC[root]}")
+        case ["min" | "max" as root, *_, "f32" | "f64"]:
+            return floating(f"np.{root}imum" if "NaN" in flags else f"np.f{root}")
+        case ["fma", *_, "f32" | "f64"]:
+            return floating(f"arithmetic.fma{kind[1:]}")
+        case ["ex2" | "lg2" | "rcp" | "rsqrt" as root, *_, "f32" | "f64"] if "approx" in flags:
+            return floating(f"arithmetic.{root}_{kind}")
+        case ["rcp", *_, "f32" | "f64"]:
+            return floating("np.reciprocal")
+        case ["abs", "f16" | "bf16" | "f16x2" | "bf16x2"]:
+            mask = t.constant(0x7FFF7FFF if kind.endswith("x2") else 0x7FFF, unsigned(kind))
+            return put(unsigned(kind), f"{value(1, unsigned(kind))} & {mask}")
+        # integers and bits
+        case ["add" | "sub" as root, _]:
+            return ufunc(UFUNC[root], unsigned(kind))
+        case ["min" | "max" | "neg" | "abs" as root, _] if kind[0] in "us":
+            return ufunc(UFUNC[root], kind)
+        case ["and" | "or" | "xor" as root, _]:
+            return put(unsigned(kind), f"{value(1)} {LOGICAL[root]} {value(2)}")
+        case ["not", _]:
+            return put(unsigned(kind), f"~{value(1)}")
+        case ["mul" | "mad" as root, "lo" | "wide" as how, _]:
+            result = unsigned(kind) if how == "lo" else kind[0] + str(2 * int(kind[1:]))
+            a, b = value(1, unsigned(kind) if how == "lo" else kind), value(2, unsigned(kind) if how == "lo" else kind)
+            add = f" + {value(3, result)}" if root == "mad" else ""
+            return put(result, f"np.multiply({a}, {b}, dtype=np.dtype('{DTYPE[result].str}')){add}")
+        case ["div" | "rem" as root, _]:
+            return call("arithmetic.divide", t.row(args[0], kind), value(1), value(2), root == "rem")
+        case ["shl" | "shr" as root, _]:
+            as_kind, width = unsigned(kind) if root == "shl" else kind, int(kind[1:])
+            if args[2].isdigit() and int(args[2]) < width:
+                return put(as_kind, f"{value(1, as_kind)} {'<<' if root == 'shl' else '>>'} {value(2, as_kind)}")
+            return put(as_kind, f"arithmetic.shifted({value(1, as_kind)}, {value(2, 'u32')}, {width}, {root == 'shl'})")
+        case ["bfe", _]:
+            width, position, length = int(kind[1:]), int(args[2], 0), int(args[3], 0)
+            up = t.constant(width - position - length, kind)
+            return put(kind, f"({value(1)} << {up}) >> {t.constant(width - length, kind)}")
+        case ["prmt", "b32"]:
+            return put("u32", f"arithmetic.permute_bytes({value(1)}, {value(2)}, {value(3)})")
+        case ["lop3", "b32"]:
+            return put("u32", f"arithmetic.lop3({value(1)}, {value(2)}, {value(3)}, {int(args[4], 0)})")
+        case ["selp", _]:
+            a, b = value(1, unsigned(kind)), value(2, unsigned(kind))
+            return put(unsigned(kind), f"np.where({value(3, 'pred')}, {a}, {b})")
+        case ["setp", how, *more, _]:
+            a, b = value(1), value(2)
+            ordered = (how, kind[0]) == ("ne", "f")  # where numpy's != is true of NaN
+            compared = ("({0} < {1}) | ({0} > {1})" if ordered else COMPARE[how]).format(a, b)
+            other = (
+                f" {LOGICAL[more[0]]} {'~' * (args[3][0] == '!')}{t.value(args[3].lstrip('!'), 'pred')}" if more else ""
+            )
+            first, _, second = args[0].partition("|")
+            lines = [f"first = {compared}", f"first, second = first{other}, ~first{other}"]
+            lines += into(first, "pred", "first") if first != "_" else []
+            return lines + (into(second, "pred", "second") if second not in ("", "_") else [])
+        # moves and conversions
+        case ["mov", _] if args[0].startswith("{"):
+            names, as_kind = names_in(args[0]), unsigned(kind)
+            each = int(kind[1:]) // len(names)
+            pieces = [(name, f"{value(1, as_kind)} >> {t.constant(each * i, as_kind)}") for i, name in enumerate(names)]
+            return [line for n, piece in pieces if n != "_" for line in into(n, f"u{each}", piece)]
+        case ["mov", _] if args[1].startswith("{"):
+            names, as_kind = names_in(args[1]), unsigned(kind)
+            each = int(kind[1:]) // len(names)
+            pieces = [
+                (f"{t.value(n, f'u{each}')}.astype('{as_kind[0]}{int(kind[1:]) // 8}')", each * i)
+                for i, n in enumerate(names)
+            ]
+            return put(as_kind, " | ".join(f"({piece} << {t.constant(shift, as_kind)})" for piece, shift in pieces))
+        case ["mov", _] | ["cvta", *_]:
+            return put(unsigned(kind), value(1, unsigned(kind)))
+        case ["cvt", *_, "f16x2" | "bf16x2" as to, "f32"]:
+            high, low = (f"arithmetic.to_{to[:-2]}({value(i)}).astype(np.uint32)" for i in (1, 2))
+            return put("u32", f"{high} << 16 | {low}")
+        case ["cvt", *_, "f32", "bf16"]:
+            return put("u32", f"{value(1, 'u16')}.astype(np.uint32) << 16")
+        case ["cvt", "rn", "bf16", "f32"]:
+            return put("u16", f"arithmetic.to_bf16({value(1)})")
+        case ["cvt", "rna", "tf32", "f32"]:
+            return put("u32", f"arithmetic.to_tf32({value(1, 'u32')})")
+        case ["cvt", *_, to, of] if to[0] in "us" and of[0] in "us":
+            narrow = f"{value(1)}.astype('{DTYPE[to].str}')"
+            return [f"np.copyto({t.whole(args[0], to)}, {narrow}, casting='unsafe', where={q})"]
+        case ["cvt", *how, to, of] if to[0] == "f" and ("rn" in how or of in ("f16", "f32")):
+            return put(to, value(1), "unsafe")
+        case ["cvt", how, to, _]:
+            return put(to, f"arithmetic.to_integer(np.{ROUND[how]}({value(1)}), np.dtype('{DTYPE[to].str}'))")
+        # between the lanes of a warp
+        case ["shfl", "sync", how, "b32"]:
+            if how == "bfly" and args[2].isdigit() and args[3] == "31" and "|" not in args[0]:
+                return call("arithmetic.butterfly", t.row(args[0], "u32"), value(1), args[2])
+            d, _, valid = args[0].partition("|")
+            p = t.row(valid, "pred") if valid not in ("", "_") else None
+            return call("arithmetic.shuffle", t.row(d, "u32"), p, repr(how), value(1), value(2), value(3))
+        case ["redux", "sync", "min" | "max" as how, "s32" | "u32"]:
+            return call("arithmetic.reduce_warp", t.row(args[0], kind), value(1), repr(how))
+        case ["elect", "sync"]:
+            leader, _, p = args[0].partition("|")
+            return call("arithmetic.elect", t.row(leader, "u32"), t.row(p, "pred"))
+        case ["mma", "sync", "aligned", shape, "row", "col", "f32", of, _, "f32"] if shape.startswith("m16n8k"):
+            return call("arithmetic.mma", int(shape[6:]), repr(of), *(rows(x, "u32") for x in args))
+        # memory
+        case ["ld", "param", _]:
+            loaded = f"B.machine.param({t.program.params[args[1].strip('[] ')]}, '{DTYPE[unsigned(kind)].str}')"
+            return [f"np.copyto({t.whole(args[0], kind)}, {loaded}, casting='unsafe', where={q})"]
+        case ["ld", "global" | "shared" | "shared::cta" | "shared::cluster" as space, *how, _]:
+            registers = f"[{', '.join(t.whole(x, kind) for x in names_in(args[0]))}]"
+            shared, size = space != "global", int(kind[1:]) // 8
+            order = next((x for x in how if x in ("acquire", "relaxed", "volatile")), "")
+            where = space == "shared::cluster" if shared else repr(order)
+            function = "memory.load_shared" if shared else "memory.load_global"
+            return call(function, registers, t.address(args[1], 32 if shared else 64), size, kind[0] == "s", where)
+        case ["st", "global" | "shared" | "shared::cta" as space, *how, _] if not {"release", "relaxed"} & set(how):
+            registers = [t.whole(x, "u") if x in t.program.registers else t.value(x, kind) for x in names_in(args[1])]
+            function, bits = ("memory.store_global", 64) if space == "global" else ("memory.store_shared", 32)
+            return call(function, f"[{', '.join(registers)}]", t.address(args[0], bits), int(kind[1:]) // 8)
+        case ["atom", "global", *how, "add", "u32"]:
+            order = next((x for x in how if x in ("acq_rel", "acquire", "release")), "relaxed")
+            return call("memory.atomic_add", t.row(args[0], kind), t.address(args[1], 64), value(2), repr(order))
+        case ["ldmatrix" | "stmatrix" as root, "sync", "aligned", "m8n8", *_, "b16"]:
+            registers, at = args if root == "ldmatrix" else args[::-1]
+            return call(f"memory.{root}", rows(registers, "u32"), t.address(at, 32), "trans" in flags)
+        case ["mapa", "shared::cluster", "u32"]:
+            return put("u32", f"memory.map_address({value(1)}, {value(2)})")
+        # asynchronous
+        case ["cp", "async", "ca" | "cg", "shared", "global", *_]:
+            size = int(args[2], 0)
+            count = value(3, "u32") if len(args) > 3 else t.constant(size, "u32")
+            return call("asynchronous.copy", t.address(args[0], 32), t.address(args[1], 64), size, count)
+        case ["cp", "async", "commit_group"] | ["wgmma", "commit_group", *_]:
+            return call("asynchronous.commit", "B.copies" if parts[0] == "cp" else "B.products")
+        case ["cp", "async", "wait_group"] | ["wgmma", "wait_group", *_]:
+            return call("asynchronous.wait", "B.copies" if parts[0] == "cp" else "B.products", int(args[0]))
+        case ["cp", "async", "bulk", "tensor", "2d", *_] if "global" in flags:
+            tensor, place = args[1].strip("[] ").split(",", 1)
+            to, bar, x_y = t.address(args[0], 32), t.address(args[2], 32), (t.value(v, "s32") for v in names_in(place))
+            return call("asynchronous.transfer", to, t.value(tensor.strip(), "u64"), *x_y, bar)
+        case ["fence", "proxy", *_] if parts[2].startswith("async"):
+            return call("asynchronous.fence_proxy")
+        case ["mbarrier", "init" | "inval" as what, *_]:
+            return call(
+                "asynchronous.set_mbarrier", t.address(args[0], 32), value(1, "u32") if what == "init" else None
+            )
+        case ["mbarrier", "arrive", "expect_tx", *_]:
+            return call("asynchronous.arrive", t.address(args[1], 32), value(2, "u32"))
+        case ["mbarrier", "try_wait", "parity", *_]:
+            return call("asynchronous.test_mbarrier", t.row(args[0], "pred"), t.address(args[1], 32), value(2, "u32"))
+        case ["wgmma", "mma_async", "sync", "aligned", shape, "f32", of, _] if args[4:6] == ["1", "1"]:
+            n = int(shape.removeprefix("m64n").removesuffix("k16"))
+            in_registers = args[1].startswith("{")
+            a = rows(args[1], "u32") if in_registers else t.row(args[1], "u64")
+            transposed = [0] * in_registers + [int(x) for x in args[6:]]
+            d, b, scale = rows(args[0], "f32"), t.row(args[2], "u64"), value(3, "pred")
+            return call("asynchronous.multiply", n, repr(of), d, a, b, scale, transposed)
+        case ["barrier", "cluster", "arrive", *how]:
+            return call("asynchronous.arrive_at_cluster", "relaxed" in how)
+    return []
