@@ -47,10 +47,10 @@ class Control(NamedTuple):
 
 ONE = Case("one_tile", "float16", 18, 160, 130, temperature=2.0)
 BULK = Case("one_tile", "float16", 18, 64, 16, rows="bulk", above=0.4)
-TILED = Case("tiled", "float16", 65, 160, 257, as_if=900)
+TILED = Case("tiled", "float16", 65, 160, 300, as_if=50000)
 GRID = Case("logsumexp", "float16", 230, 192, 130, processors=2)
-WGMMA = Case("tiled", "float16", 65, 320, 257, as_if=50000)
-TMA = Case("tiled", "float16", 65, 320, 300, tma="128x256")
+WGMMA = Case("tiled", "float16", 65, 320, 300, as_if=50000)
+TMA = Case("tiled", "float16", 65, 320, 300, tma="128x128")
 GRID_TMA = Case("logsumexp", "float16", 230, 192, 130, processors=2, tma="64x64")
 CLUSTER = Case("cluster", "float16", 66, 320, 300)
 

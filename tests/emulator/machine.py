@@ -22,7 +22,7 @@ Moment = Literal["late", "early", "random"]
 GARBAGE = {16: 0xFFFF, 32: 0x7FC0DEAD, 64: 0x7FF8DEADDEADBEEF}  # registers at first: NaN in every type
 DESCRIPTORS = 0xDE5C0000  # the "addresses" of tensor maps
 BLOCKS = 16  # that run at a time, where a launch leaves the choice
-LANES = np.arange(32)
+PATIENCE = 100  # turns round a loop without any change anywhere, after which a batch is taken to wait in vain
 
 
 class Deadlock(EmulatorError):
@@ -76,9 +76,7 @@ class Batch:
         self.copies: Queue[Copy] = Queue()
         self.products: Queue[Product] = Queue()
         self.cluster_phase = -1  # in which it arrived at the cluster's barrier
-        # to find loops that wait for others: turns round a loop since anything changed, registers at the last of them
-        self.turns, self.seen, self.signature, self.asleep = 0, -1, 0, False
-        self.nap = self.patience = 0
+        self.turns, self.seen = 0, -1  # turns round a loop since anything changed, which was event `seen`
 
     def fail(self, message: str, index: int, lanes: Array | None = None, kind: type = EmulatorError) -> NoReturn:
         ins = self.machine.program.instructions[index]
@@ -144,26 +142,13 @@ class Batch:
                 self.parted.append((block.join, np.broadcast_to(m, self.size).copy()))
             self.go_to(np.where(taken, target, block.index + 1), m)
         if target <= block.index:
-            self._watch()
+            self.turns = self.turns + 1 if self.seen == self.machine.events else 1
+            self.seen = self.machine.events
 
-    def _watch(self) -> None:
-        """Fall asleep in a loop that goes round without anything changing anywhere."""
-        if self.seen != self.machine.events:
-            self.seen, self.turns, self.signature = self.machine.events, 0, 0
-        self.turns += 1
-        if self.turns >= 6:
-            places = np.array(self.pc) if self.pcs is None else self.pcs
-            signature = hash(tuple(x.tobytes() for x in (*self.files, np.array(self.P), places)))
-            if signature == self.signature:
-                self.asleep, self.turns = True, 0
-            else:
-                self.signature, self.turns = signature, 3
+    def idle_turns(self) -> int:
+        return self.turns if self.seen == self.machine.events else 0
 
     def blocked(self) -> bool:
-        if self.asleep:
-            if self.seen == self.machine.events:
-                return True
-            self.asleep = False
         if self.waiting is not None:
             return bool((self.waiting | ~self.active()).all())
         if self.pcs is None and self.machine.program.blocks[self.pc].kind == "cluster_wait":
@@ -253,45 +238,27 @@ class Machine:
         random = self.options.schedule == "random"
         each = [range(w, w + 1) for w in range(self.warps)] if random else [range(self.warps)]
         self.batches = live = [Batch(self, cta, warps) for cta in range(first, stop) for warps in each]
-        turn, tried = 0, (-1, 0)
+        turn = 0
         while live:
             ready = [b for b in live if not b.blocked()]
-            if not ready:
-                if self.transfers:
-                    self.transfers[0].complete()
-                    continue
-                if tried == (self.events, 3):
+            if all(b.idle_turns() > PATIENCE for b in ready):
+                if not self.transfers:
                     self._deadlock(live)
-                tried = (self.events, tried[1] + 1 if tried[0] == self.events else 1)
-                for b in live:  # once more round every loop that waits
-                    b.asleep, b.signature = False, 0
-                if all(b.blocked() for b in live):
-                    self._deadlock(live)
+                self.transfers[0].complete()
                 continue
-            rested = [b for b in ready if b.nap == 0]
-            for b in ready:
-                b.nap = max(0, b.nap - 1)
-            ready, turn = rested or ready, turn + 1
+            turn += 1
             batch = ready[self.rng.integers(len(ready)) if random else turn % len(ready)]
             if "random" in (self.options.copies, self.options.products):
                 self._complete_at_random()
-            self._let_run(batch, int(self.rng.integers(1, 12)) if random else 2000)
+            for _ in range(int(self.rng.integers(1, 12)) if random else 2000):
+                self._step(batch)
+                if batch.done or batch.blocked() or batch.idle_turns() >= 2:  # it may be waiting for another
+                    break
             if batch.done:
                 live = [b for b in live if b is not batch]
                 self.events += 1
         if self.transfers:
             self.note("TMA still under way at the end of the kernel")
-
-    def _let_run(self, batch: Batch, blocks: int) -> None:
-        for _ in range(blocks):
-            self._step(batch)
-            if batch.done or batch.blocked():
-                return
-            if batch.turns >= 2 and batch.seen == self.events:  # it may be waiting for another
-                batch.patience = min(64, 2 * batch.patience + 1)
-                batch.nap = batch.patience
-                return
-        batch.patience = 0
 
     def _complete_at_random(self) -> None:
         if self.transfers and self.options.copies == "random" and self.rng.random() < 0.3:

@@ -18,7 +18,6 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
-os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the project
 sys.path.insert(0, str(Path(__file__).parents[1]))
