@@ -46,6 +46,13 @@ class Options:
         return f"{self.schedule}{seed}, copies {self.copies}, products {self.products}"
 
 
+SCHEDULES = (
+    Options(),
+    Options(copies="early"),  # the adversary of a buffer that is filled again too soon
+    Options("random", 1, "random", "random"),
+)
+
+
 class Batch:
     """Warps of one block that execute together."""
 

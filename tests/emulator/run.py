@@ -4,6 +4,8 @@
     python tests/emulator/run.py --arch 90 --only "one_tile float16" --schedule random:3 --copies early
     python tests/emulator/run.py --only bulk --ulp 2 --truncate --lg2 2.4e-7     less exact hardware
 
+    python tests/emulator/run.py --controls                              spoiled kernels: each must be reported
+
 A line for each case, and last "N passed, N failed"; exit code 1 if one failed.
 """
 
@@ -17,19 +19,15 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the project
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from emulator.cases import Case, cases, execute
-from emulator.machine import Options
-
-SCHEDULES = (
-    Options(),
-    Options(copies="early"),  # the adversary of a buffer that is filled again too soon
-    Options("random", 1, "random", "random"),
-)
+from emulator.controls import CONTROLS, reported
+from emulator.machine import SCHEDULES, Options
 
 
 def run(job: tuple[Case, int, Sequence[Options]]) -> tuple[str, bool]:
@@ -51,6 +49,7 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=(80, 90))
     parser.add_argument("--only", default="", help="cases whose line contains this")
     parser.add_argument("--quick", action="store_true", help="the cases of `make test`")
+    parser.add_argument("--controls", action="store_true", help="spoiled kernels instead")
     parser.add_argument("--schedule", help="lockstep or random:SEED, in place of the three")
     parser.add_argument(
         "--copies", choices=("late", "early", "random"), default="late", help="when cp.async and TMA land"
@@ -66,15 +65,13 @@ def main() -> int:
         name, _, seed = args.schedule.partition(":")
         schedules = (Options(name, int(seed or 0), args.copies, args.products),)
     schedules = tuple(replace(o, ulp=args.ulp, lg2=args.lg2, truncate=args.truncate) for o in schedules)
-    jobs = [
-        (case, arch, schedules)
-        for arch in args.arch
-        for case in cases(arch)
-        if args.only in str(case) and (case.quick or not args.quick)
-    ]
+    chosen = [(case, arch, schedules) for arch in args.arch for case in cases(arch) if case.quick or not args.quick]
+    jobs: list[Any] = [job for job in chosen if args.only in str(job[0])]
+    if args.controls:
+        jobs = [control for control in CONTROLS if args.only in control.name and control.arch in args.arch]
     failed = 0
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        for text, good in pool.map(run, jobs):
+        for text, good in pool.map(reported if args.controls else run, jobs):
             print(text, flush=True)
             failed += not good
     print(f"{len(jobs) - failed} passed, {failed} failed")
@@ -82,4 +79,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
     sys.exit(main())
