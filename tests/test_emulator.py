@@ -5,9 +5,7 @@ from multiprocessing import get_context
 
 import pytest
 
-triton = pytest.importorskip("triton")
-if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
-    pytest.skip("the emulator's driver needs Triton 3.6", allow_module_level=True)
+pytest.importorskip("triton", minversion="3.6", reason="the emulator's stand-in for the driver needs Triton 3.6")
 
 from emulator.cases import cases, execute
 from emulator.controls import CONTROLS, reported

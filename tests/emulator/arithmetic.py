@@ -145,33 +145,31 @@ def lop3(a: Array, b: Array, c: Array, table: int) -> Array:
     return out
 
 
-def divide(batch: Batch, d: Array, a: Array, b: Array, remainder: bool, q: Mask, index: int) -> None:
+def divide(batch: Batch, q: Mask, d: Array, a: Array, b: Array, remainder: bool) -> None:
     a, b = np.broadcast_arrays(a, b)
     if ((b == 0) & q).any():
-        batch.fail("integer division by zero", index)
+        batch.fail("integer division by zero")
     b = np.where(b == 0, b.dtype.type(1), b)
     quotient = np.floor_divide(np.abs(a), np.abs(b)) * (np.sign(a) * np.sign(b)) if a.dtype.kind == "i" else a // b
     np.copyto(d, a - quotient * b if remainder else quotient, where=q)
 
 
-def whole_warps(batch: Batch, q: Mask, index: int) -> None:
+def whole_warps(batch: Batch, q: Mask) -> None:
     """Fails for a mask that parts the lanes of a warp, which a .sync instruction for all lanes must not see."""
     if q is not True:
         by_warp = q.reshape(-1, 32)
         if (by_warp.all(1) != by_warp.any(1)).any():
-            batch.fail("a warp-wide instruction reached by part of a warp", index)
+            batch.fail("a warp-wide instruction reached by part of a warp")
 
 
-def butterfly(batch: Batch, d: Array, a: Array, mask: int, q: Mask, index: int) -> None:
+def butterfly(batch: Batch, q: Mask, d: Array, a: Array, mask: int) -> None:
     """shfl.bfly across whole warps, which most shuffles are."""
-    whole_warps(batch, q, index)
+    whole_warps(batch, q)
     np.copyto(d, a.take(batch.butterflies[mask]), where=q)
 
 
-def shuffle(
-    batch: Batch, d: Array, valid: Array | None, how: str, a: Array, b: Array, c: Array, q: Mask, index: int
-) -> None:
-    whole_warps(batch, q, index)
+def shuffle(batch: Batch, q: Mask, d: Array, valid: Array | None, how: str, a: Array, b: Array, c: Array) -> None:
+    whole_warps(batch, q)
     lane = batch.lane
     b = np.broadcast_to(b, lane.shape).astype(np.int64) & 31
     c = np.broadcast_to(c, lane.shape).astype(np.int64)
@@ -186,14 +184,14 @@ def shuffle(
         np.copyto(valid, good, where=q)
 
 
-def reduce_warp(batch: Batch, d: Array, a: Array, how: str, q: Mask, index: int) -> None:
-    whole_warps(batch, q, index)
+def reduce_warp(batch: Batch, q: Mask, d: Array, a: Array, how: str) -> None:
+    whole_warps(batch, q)
     by_warp = np.broadcast_to(a, d.shape).reshape(-1, 32)
     np.copyto(d, np.repeat(by_warp.min(1) if how == "min" else by_warp.max(1), 32), where=q)
 
 
-def elect(batch: Batch, leader: Array, predicate: Array, q: Mask, index: int) -> None:
-    whole_warps(batch, q, index)
+def elect(batch: Batch, q: Mask, leader: Array, predicate: Array) -> None:
+    whole_warps(batch, q)
     np.copyto(leader, 0, where=q)
     np.copyto(predicate, batch.lane == 0, where=q)
 
@@ -211,10 +209,10 @@ G, T = LANE // 4, LANE % 4  # the rows and columns of a fragment that a lane hol
 
 
 def mma(
-    batch: Batch, k: int, kind: str, d: list[Array], a: list[Array], b: list[Array], c: list[Array], q: Mask, index: int
+    batch: Batch, q: Mask, k: int, kind: str, d: list[Array], a: list[Array], b: list[Array], c: list[Array]
 ) -> None:
     """d = a·b + c by one warp, 16 x 8: registers (uint32) to matrices and back."""
-    whole_warps(batch, q, index)
+    whole_warps(batch, q)
     warps = batch.size // 32
     left, right = np.empty((warps, 16, k)), np.empty((warps, k, 8))
     va, vb, vc = (np.stack(x, -1).reshape(warps, 32, len(x)) for x in (a, b, c))

@@ -77,9 +77,9 @@ def cases(arch: int) -> list[Case]:
     def add(kernel: str, dtype: str, b: int, d: int, c: int, quick: bool = False, **more: Any) -> None:
         found.append(Case(kernel, dtype, b, d, c, quick=quick, **more))
 
-    def add_rows(*shape: Any, quick: str = "", **more: Any) -> None:
+    def add_rows(kernel: str, dtype: str, b: int, d: int, c: int, quick: str = "", **more: Any) -> None:
         for name, kind in ROWS.items():
-            add(*shape, quick=name == quick, **kind, **more)
+            add(kernel, dtype, b, d, c, quick=name == quick, **kind, **more)
 
     for dtype in ("float16", "bfloat16", "float32"):
         half, f16 = dtype != "float32", dtype == "float16"

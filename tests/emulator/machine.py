@@ -12,7 +12,7 @@ from typing import Literal, NoReturn
 import numpy as np
 
 from . import arithmetic
-from .asynchronous import ClusterBarrier, Copy, Mbarrier, Product, Queue, Transfer
+from .asynchronous import Barrier, Copy, Product, Queue, Transfer
 from .driver import Launch, TensorMap
 from .memory import EmulatorError, Region
 from .ptx import END, Array, Block, Mask, Program
@@ -35,7 +35,6 @@ class Options:
     seed: int = 0
     copies: Moment = "late"  # when cp.async and TMA take effect
     products: Moment = "late"  # and wgmma
-    races: bool = True
     copies_unfenced: bool = False  # no fence.proxy.async between cp.async and wgmma: a note, not a race
     ulp: int = 0  # the errors of `arithmetic.Errors`
     lg2: float = 0.0
@@ -85,8 +84,8 @@ class Batch:
         self.cluster_phase = -1  # in which it arrived at the cluster's barrier
         self.turns, self.seen = 0, -1  # turns round a loop since anything changed, which was event `seen`
 
-    def fail(self, message: str, index: int, lanes: Array | None = None, kind: type = EmulatorError) -> NoReturn:
-        ins = self.machine.program.instructions[index]
+    def fail(self, message: str, lanes: Array | None = None, kind: type = EmulatorError) -> NoReturn:
+        ins = self.machine.program.instructions[self.machine.index]
         who = "" if lanes is None else f", thread {self.tid[lanes[0]]} (and {len(lanes) - 1} more)"
         raise kind(f"{message}: block {self.cta}{who}: `{ins.text[:110]}` from {ins.source}")
 
@@ -182,6 +181,7 @@ class Machine:
         self.shared_stride = -(-launch.shared // 128) * 128 + 128
         self.regions = sorted(regions, key=lambda r: r.start)
         self.rng = np.random.default_rng(options.seed)
+        self.index = 0  # of the instruction that runs
         self.events = 0  # changes of memory and barriers so far
         self.findings: dict[str, int] = dict.fromkeys(program.warnings, 1)
         self._params = [self._parameter(kind, value) for kind, value in launch.params]
@@ -238,10 +238,11 @@ class Machine:
         memory = np.full((stop - first) * self.shared_stride, 0xFF, np.uint8)  # NaN
         self.shared = {n: memory.view(f"u{n}") for n in (1, 2, 4, 8)}
         self.arrived = dict.fromkeys(range(first, stop), 0)  # at bar.sync
-        self.mbarriers: dict[tuple[int, int], Mbarrier] = {}
+        self.mbarriers: dict[tuple[int, int], Barrier] = {}
         self.transfers: list[Transfer] = []
-        self.clusters = {c: ClusterBarrier() for c in range(first // self.cluster, -(-stop // self.cluster))}
-        self.races = Races(self, first, stop) if self.options.races else None
+        warps = 32 * self.warps * self.cluster
+        self.clusters = {c: Barrier(warps) for c in range(first // self.cluster, -(-stop // self.cluster))}
+        self.races = Races(self, first, stop)
         random = self.options.schedule == "random"
         each = [range(w, w + 1) for w in range(self.warps)] if random else [range(self.warps)]
         self.batches = live = [Batch(self, cta, warps) for cta in range(first, stop) for warps in each]
@@ -306,8 +307,7 @@ class Machine:
         if block.end.predicate or block.end.args != ["0"] or block.end.op not in ("bar.sync", "barrier.sync"):
             raise EmulatorError(f"not emulated: {block.end.text}")
         if m is True and len(b.warps) == self.warps:
-            if self.races:
-                self.races.barrier(b.cta)
+            self.races.barrier(b.cta)
             b.pc += 1
             return
         if b.pcs is None:
@@ -326,8 +326,7 @@ class Machine:
                     other.rejoin()
             if len(places) > 1:
                 self.note("bar.sync 0: warps met at different barriers of the program")
-            if self.races:
-                self.races.barrier(b.cta)
+            self.races.barrier(b.cta)
 
     def _cluster_wait(self, b: Batch, pc: int, m: Mask) -> None:
         if m is not True:
@@ -336,8 +335,7 @@ class Machine:
         if b.cluster_phase < 0:
             raise EmulatorError("barrier.cluster.wait without arrive")
         if state.phase > b.cluster_phase:
-            if self.races:
-                self.races.acquire(b, slice(None), state.done)
+            self.races.acquire(b, slice(None), state.done)
             b.cluster_phase = -1
             b.pc = pc + 1
             self.events += 1

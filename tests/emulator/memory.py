@@ -14,7 +14,7 @@ from .ptx import SHARED_BASE, Array, Mask
 if TYPE_CHECKING:
     from .machine import Batch
 
-Lanes = slice | Array  # the active lanes of a batch, as an index
+Lanes = slice | Array  # lanes of a batch, as an index
 WINDOW = np.uint32(0xFFFFFF)  # an address in the shared memory of block r of the cluster has r + 1 above these bits
 
 
@@ -50,10 +50,15 @@ def close(a: Array, b: Array) -> Array:
     return np.abs(x - y) <= (4 + 8 * ERRORS.ulp) * np.spacing(np.maximum(np.abs(x), np.abs(y)))
 
 
+def elements(batch: Batch, values: list[Array], lanes: Lanes, dtype: np.dtype) -> Array:
+    """What lanes store: a row for each, of one or more elements."""
+    return np.stack([np.broadcast_to(v, batch.size)[lanes].astype(dtype) for v in values], 1)
+
+
 # shared memory
 
 
-def locate(batch: Batch, address: Array, total: int, q: Mask, index: int, remote: bool = False) -> tuple[Lanes, Array]:
+def locate(batch: Batch, q: Mask, address: Array, total: int, remote: bool = False) -> tuple[Lanes, Array]:
     """The active lanes, and where in the machine's shared memory each one's access of `total` bytes begins."""
     machine, lanes = batch.machine, active(q)
     a = address[lanes]
@@ -64,82 +69,71 @@ def locate(batch: Batch, address: Array, total: int, q: Mask, index: int, remote
         own = batch.cta % machine.cluster
         rank = (a >> np.uint32(24)).astype(np.int64)
         if rank.max() > machine.cluster:
-            batch.fail("no such block in the cluster", index, kind=OutOfBounds)
+            batch.fail("no such block in the cluster", kind=OutOfBounds)
         base = batch.base + (np.where(rank > 0, rank - 1, own) - own) * machine.shared_stride
         a = a & WINDOW
     offset = (a - np.uint32(SHARED_BASE)).astype(np.int64)
     if offset.max() > machine.shared_size - total:
         bad = np.flatnonzero(offset > machine.shared_size - total)
         what = f"shared memory: {offset[bad[0]]} + {total} of {machine.shared_size} bytes"
-        batch.fail(what, index, np.arange(batch.size)[lanes][bad], OutOfBounds)
+        batch.fail(what, np.arange(batch.size)[lanes][bad], OutOfBounds)
     if total > 1 and int(np.bitwise_or.reduce(a)) & (total - 1):
-        batch.fail(f"shared memory: not aligned to {total}", index, kind=Misaligned)
+        batch.fail(f"shared memory: not aligned to {total}", kind=Misaligned)
     return lanes, offset + base
 
 
 def load_shared(
-    batch: Batch, rows: list[Array], address: Array, size: int, signed: bool, remote: bool, q: Mask, index: int
+    batch: Batch, q: Mask, rows: list[Array], address: Array, size: int, signed: bool, remote: bool
 ) -> None:
-    machine = batch.machine
-    lanes, at = locate(batch, address, size * len(rows), q, index, remote)
-    if not at.size:
-        return
-    if machine.races:
-        machine.races.access_shared(batch, lanes, at, size * len(rows), index, "read")
-    view = machine.shared[size].view(f"{'i' if signed else 'u'}{size}")
-    for j, row in enumerate(rows):
-        row[lanes] = view[at // size + j]
+    machine, total = batch.machine, size * len(rows)
+    lanes, at = locate(batch, q, address, total, remote)
+    if at.size:
+        machine.races.access_shared(batch, lanes, at, total, "read")
+        view = machine.shared[size].view(f"{'i' if signed else 'u'}{size}")
+        for j, row in enumerate(rows):
+            row[lanes] = view[at // size + j]
 
 
-def store_shared(batch: Batch, values: list[Array], address: Array, size: int, q: Mask, index: int) -> None:
-    machine = batch.machine
-    lanes, at = locate(batch, address, size * len(values), q, index)
-    if not at.size:
-        return
-    view, where = machine.shared[size], (at // size)[:, None] + np.arange(len(values))
-    new = np.stack([np.broadcast_to(v, batch.size)[lanes].astype(view.dtype) for v in values], 1)
-    _write_shared(batch, lanes, at, view, where, new, index, floats=size == 4 and len(values) == 1)
+def store_shared(batch: Batch, q: Mask, values: list[Array], address: Array, size: int) -> None:
+    lanes, at = locate(batch, q, address, size * len(values))
+    if at.size:
+        view, where = batch.machine.shared[size], (at // size)[:, None] + np.arange(len(values))
+        floats = size == 4 and len(values) == 1
+        _write_shared(batch, lanes, at, view, where, elements(batch, values, lanes, view.dtype), floats)
 
 
-def _write_shared(
-    batch: Batch, lanes: Lanes, at: Array, view: Array, where: Array, new: Array, index: int, floats: bool
-) -> None:
+def _write_shared(batch: Batch, lanes: Lanes, at: Array, view: Array, where: Array, new: Array, floats: bool) -> None:
     """view[where] = new, a row of elements for each lane; floats: they may be float32 numbers, or halves of those."""
     machine, old = batch.machine, view[where]
     same = (old == new).all(1)
-    if machine.races:
-        near = same | close(old, new).all(1) if floats else same
-        machine.races.access_shared(batch, lanes, at, new.itemsize * new.shape[1], index, "write", same, near)
-    if not same.all():  # what changes nothing wakes nobody up
+    near = same | close(old, new).all(1) if floats else same
+    machine.races.access_shared(batch, lanes, at, new.itemsize * new.shape[1], "write", same, near)
+    if not same.all():
         machine.events += 1
         view[where] = new
-        if machine.races:
-            machine.races.check_equal(view[where], new, index, floats)
+        machine.races.check_equal(view[where], new, floats)
 
 
-def ldmatrix(batch: Batch, rows: list[Array], address: Array, trans: bool, q: Mask, index: int) -> None:
-    machine = batch.machine
-    used: Mask = (batch.lane < 8 * len(rows)) & q
-    lanes, at = locate(batch, address, 16, used, index)
+def ldmatrix(batch: Batch, q: Mask, rows: list[Array], address: Array, trans: bool) -> None:
+    shared = batch.machine.shared
+    lanes, at = locate(batch, (batch.lane < 8 * len(rows)) & q, address, 16)
     if not at.size:
         return
-    if machine.races:
-        machine.races.access_shared(batch, lanes, at, 16, index, "read")
+    batch.machine.races.access_shared(batch, lanes, at, 16, "read")
     start = np.zeros(batch.size, np.int64)
     start[lanes] = at
     g, t = batch.lane // 4, batch.lane % 4
     for i, row in enumerate(rows):
         first = batch.first_lane + 8 * i
         if trans:
-            low, high = (machine.shared[2][start[first + 2 * t + h] // 2 + g].astype(np.uint32) for h in (0, 1))
-            value = low | high << np.uint32(16)
+            low, high = (shared[2][start[first + 2 * t + h] // 2 + g].astype(np.uint32) for h in (0, 1))
+            np.copyto(row, low | high << np.uint32(16), where=q)
         else:
-            value = machine.shared[4][start[first + g] // 4 + t]
-        np.copyto(row, value, where=q)
+            np.copyto(row, shared[4][start[first + g] // 4 + t], where=q)
 
 
-def stmatrix(batch: Batch, rows: list[Array], address: Array, trans: bool, q: Mask, index: int) -> None:
-    lanes, at = locate(batch, address, 16, (batch.lane < 8 * len(rows)) & q, index)
+def stmatrix(batch: Batch, q: Mask, rows: list[Array], address: Array, trans: bool) -> None:
+    lanes, at = locate(batch, (batch.lane < 8 * len(rows)) & q, address, 16)
     if not at.size:
         return
     matrix, row, c = batch.lane[lanes] // 8, batch.lane[lanes] % 8, np.arange(8)[None, :]
@@ -149,7 +143,7 @@ def stmatrix(batch: Batch, rows: list[Array], address: Array, trans: bool, q: Ma
     else:
         source, half = first + 4 * row[:, None] + c // 2, c % 2
     new = (np.stack(rows)[matrix[:, None], source] >> (16 * half).astype(np.uint32)).astype(np.uint16)
-    _write_shared(batch, lanes, at, batch.machine.shared[2], at[:, None] // 2 + c, new, index, floats=True)
+    _write_shared(batch, lanes, at, batch.machine.shared[2], at[:, None] // 2 + c, new, floats=True)
 
 
 def map_address(address: Array, rank: Array) -> Array:
@@ -159,70 +153,63 @@ def map_address(address: Array, rank: Array) -> Array:
 # global memory
 
 
-def pieces(batch: Batch, address: Array, total: int, q: Mask, index: int, what: str) -> Iterator[tuple[Region, Array, Array]]:  # fmt: skip # noqa: E501
+def pieces(batch: Batch, q: Mask, address: Array, total: int, what: str) -> Iterator[tuple[Region, Array, Array]]:
     """For each region that is touched: it, the lanes that do, and their byte offsets in it."""
     lanes = np.arange(batch.size)[active(q)]
     a = np.broadcast_to(address, batch.size)[lanes]
     if total > 1 and int(np.bitwise_or.reduce(a, initial=0)) & (total - 1):
-        batch.fail(f"global memory: not aligned to {total}", index, kind=Misaligned)
+        batch.fail(f"global memory: not aligned to {total}", kind=Misaligned)
     while a.size:
         region = batch.machine.region_of(int(a[0]))
         if region is None:
             near = batch.machine.describe(int(a[0]))
-            batch.fail(f"global memory {what}: {int(a[0]):#x} is in no tensor ({near})", index, lanes, OutOfBounds)
+            batch.fail(f"global memory {what}: {int(a[0]):#x} is in no tensor ({near})", lanes, OutOfBounds)
         offset = (a - np.uint64(region.start)).astype(np.int64)
         here = (offset >= 0) & (offset < region.size)
         over = np.flatnonzero(here & (offset > region.size - total))
         if over.size:
             text = f"global memory {what}: {offset[over[0]]} + {total} of {region.size} bytes of {region.name}"
-            batch.fail(text, index, lanes[over], OutOfBounds)
+            batch.fail(text, lanes[over], OutOfBounds)
         if region.readonly and what in ("store", "atomic"):
-            batch.fail(f"{what} to the input {region.name}", index, kind=OutOfBounds)
+            batch.fail(f"{what} to the input {region.name}", kind=OutOfBounds)
         at = offset[here]
         if region.elements is not None:
             gaps = np.flatnonzero(~(region.elements[at] & region.elements[at + total - 1]))
             if gaps.size:
                 text = f"global memory {what}: between the elements of {region.name}, byte {at[gaps[0]]}"
-                batch.fail(text, index, lanes[here][gaps], OutOfBounds)
+                batch.fail(text, lanes[here][gaps], OutOfBounds)
         yield region, lanes[here], at
         lanes, a = lanes[~here], a[~here]
 
 
-def load_global(
-    batch: Batch, rows: list[Array], address: Array, size: int, signed: bool, order: str, q: Mask, index: int
-) -> None:
+def load_global(batch: Batch, q: Mask, rows: list[Array], address: Array, size: int, signed: bool, order: str) -> None:
     races, total = batch.machine.races, size * len(rows)
-    for region, lanes, at in pieces(batch, address, total, q, index, "load"):
-        if races and not region.readonly:
-            if order:
-                races.synchronize(batch, lanes, region.start + at, order)
-            else:
-                races.access_global(batch, region, lanes, at, total, index, "read")
+    for region, lanes, at in pieces(batch, q, address, total, "load"):
+        if order:
+            races.synchronize(batch, lanes, region.start + at, order)
+        elif not region.readonly:
+            races.access_global(batch, region, lanes, at, total, "read")
         view = region.views[size].view(f"{'i' if signed else 'u'}{size}")
         for j, row in enumerate(rows):
             row[lanes] = view[at // size + j]
 
 
-def store_global(batch: Batch, values: list[Array], address: Array, size: int, q: Mask, index: int) -> None:
+def store_global(batch: Batch, q: Mask, values: list[Array], address: Array, size: int) -> None:
     machine, total = batch.machine, size * len(values)
-    for region, lanes, at in pieces(batch, address, total, q, index, "store"):
+    for region, lanes, at in pieces(batch, q, address, total, "store"):
         view, where = region.views[size], (at // size)[:, None] + np.arange(len(values))
-        new = np.stack([np.broadcast_to(v, batch.size)[lanes].astype(view.dtype) for v in values], 1)
-        if machine.races:
-            same = (view[where] == new).all(1)
-            machine.races.access_global(batch, region, lanes, at, total, index, "write", same)
+        new = elements(batch, values, lanes, view.dtype)
+        machine.races.access_global(batch, region, lanes, at, total, "write", (view[where] == new).all(1))
         view[where] = new
-        if machine.races:
-            machine.races.check_equal(view[where], new, index, size == 4)
+        machine.races.check_equal(view[where], new, size == 4)
         machine.events += 1
 
 
-def atomic_add(batch: Batch, d: Array, address: Array, value: Array, order: str, q: Mask, index: int) -> None:
-    machine, value = batch.machine, np.broadcast_to(value, batch.size)
-    for region, lanes, at in pieces(batch, address, 4, q, index, "atomic"):
-        if machine.races:
-            machine.races.synchronize(batch, lanes, region.start + at, order)
+def atomic_add(batch: Batch, q: Mask, d: Array, address: Array, value: Array, order: str) -> None:
+    value = np.broadcast_to(value, batch.size)
+    for region, lanes, at in pieces(batch, q, address, 4, "atomic"):
+        batch.machine.races.synchronize(batch, lanes, region.start + at, order)
         for lane, i in zip(lanes.tolist(), (at // 4).tolist(), strict=True):
             d[lane] = region.views[4][i]
             region.views[4][i] += value[lane]
-            machine.events += int(value[lane] != 0)
+            batch.machine.events += int(value[lane] != 0)

@@ -57,22 +57,22 @@ class Races:
 
     # reports
 
-    def report(self, what: str, index: int) -> None:
-        ins = self.machine.program.instructions[index]
+    def report(self, what: str) -> None:
+        ins = self.machine.program.instructions[self.machine.index]
         self.machine.note(f"{what}: `{ins.text[:90]}` from {ins.source}")
 
-    def last_digits(self, index: int) -> None:
-        self.report("note: threads store to one place what differs in the last digits", index)
+    def last_digits(self) -> None:
+        self.report("note: threads store to one place what differs in the last digits")
 
-    def check_equal(self, stayed: Array, stored: Array, index: int, floats: bool) -> None:
+    def check_equal(self, stayed: Array, stored: Array, floats: bool) -> None:
         """Threads that store different values to one place in one instruction: a race, unless only the last digits
         differ. Replicated sums may: the compiler fuses a product into one side of a butterfly, fma(a, b, shfl(a·b))."""
         bad = (stayed != stored).any(1)
         if bad.any():
             if floats and close(stayed, stored)[bad].all():
-                self.last_digits(index)
+                self.last_digits()
             else:
-                self.report("race: two threads store different values to one place in one instruction", index)
+                self.report("race: two threads store different values to one place in one instruction")
 
     # conflicts
 
@@ -93,48 +93,46 @@ class Races:
         readers = (w - w % h.readers)[None, :] + np.arange(h.readers)[:, None]
         return (h.read[:, place] > self.clock[w[None, :], readers]).any(0)
 
-    def _access(
-        self, h: History, place: Array, w: Array, index: int, what: str, same: Array | None, near: Array | None
-    ) -> None:
+    def _access(self, h: History, place: Array, w: Array, what: str, same: Array | None, near: Array | None) -> None:
         bad = self._after_write(h, place, w)
         if same is not None and near is not None:
             if (bad & near & ~same).any():
-                self.last_digits(index)
+                self.last_digits()
             bad &= ~near
         if bad.any():
-            self.report(f"race: {what} of what another warp has written, no barrier between", index)
+            self.report(f"race: {what} of what another warp has written, no barrier between")
         if what == "read":
             h.read[w % h.readers, place] = self.clock[w, w]
             return
         bad = self._after_read(h, place, w)
         if (bad if same is None else bad & ~same).any():
-            self.report("race: write of what another warp has read, no barrier between", index)
+            self.report("race: write of what another warp has read, no barrier between")
 
     def _wrote(self, h: History, place: Array, w: Array) -> None:
         h.writer[place], h.written[place] = w, self.clock[w, w]
 
     def access_shared(
-        self, batch: Batch, lanes: Lanes, at: Array, total: int, index: int, what: str,
+        self, batch: Batch, lanes: Lanes, at: Array, total: int, what: str,
         same: Array | None = None, near: Array | None = None,
     ) -> None:  # fmt: skip
         """A load or store of `total` bytes by each lane; `same` and `near`: which stores leave what is there already,
         or what differs from it in the last digits."""
         place, w = self._places(at, total, self._of(batch, lanes), self.grain)
         if self.writing.any() and (self.writing[place] > 0).any():
-            self.report(f"race: {what} of shared memory that an asynchronous copy is writing", index)
+            self.report(f"race: {what} of shared memory that an asynchronous copy is writing")
         if what == "write" and (self.reading[place] > 0).any():
-            self.report("race: write of shared memory that a wgmma is reading", index)
+            self.report("race: write of shared memory that a wgmma is reading")
         n = len(place) // len(at)
         same, near = (None if x is None else np.repeat(x, n) for x in (same, near))
-        self._access(self.shared, place, w, index, what, same, near)
+        self._access(self.shared, place, w, what, same, near)
         if what == "write":
             self._wrote(self.shared, place, w)
             self.copied[place] = False
-        elif self.loaded is not None and self.machine.program.instructions[index].op.startswith("ld"):
+        elif self.loaded is not None and self.machine.program.instructions[self.machine.index].op.startswith("ld"):
             self.loaded[w % self.shared.readers, place] = self.clock[w, w]
 
     def access_global(
-        self, batch: Batch, region: Region, lanes: Lanes, at: Array, total: int, index: int, what: str,
+        self, batch: Batch, region: Region, lanes: Lanes, at: Array, total: int, what: str,
         same: Array | None = None,
     ) -> None:  # fmt: skip
         words = -(-region.size // 4)
@@ -147,22 +145,22 @@ class Races:
         if history is not None:
             place, w = self._places(at, total, self._of(batch, lanes), 4)
             same = None if same is None else np.repeat(same, len(place) // len(at))
-            self._access(history, place, w, index, what, same, same)
+            self._access(history, place, w, what, same, same)
             if what == "write":
                 self._wrote(history, place, w)
 
     # asynchronous work in shared memory, from issue to completion
 
-    def _issue_write(self, place: Array, w: Array, index: int) -> None:
+    def _issue_write(self, place: Array, w: Array) -> None:
         if (self.writing[place] > 0).any():
-            self.report("race: two asynchronous copies write the same place", index)
+            self.report("race: two asynchronous copies write the same place")
         if (self.reading[place] > 0).any():
-            self.report("race: copy to shared memory that a wgmma is reading", index)
-        self._access(self.shared, place, w, index, "write", None, None)
+            self.report("race: copy to shared memory that a wgmma is reading")
+        self._access(self.shared, place, w, "write", None, None)
         np.add.at(self.writing, place, 1)
 
-    def issue_copy(self, batch: Batch, lanes: Lanes, at: Array, size: int, index: int) -> None:
-        self._issue_write(*self._places(at, size, self._of(batch, lanes), self.grain), index)
+    def issue_copy(self, batch: Batch, lanes: Lanes, at: Array, size: int) -> None:
+        self._issue_write(*self._places(at, size, self._of(batch, lanes), self.grain))
 
     def complete_copy(self, batch: Batch, lanes: Lanes, at: Array, size: int) -> None:
         place, w = self._places(at, size, self._of(batch, lanes), self.grain)
@@ -176,17 +174,17 @@ class Races:
         generic = (by >= 0) & (by < self.warps)
         return generic & (self.fenced[w, np.maximum(by, 0)] < self.shared.written[place])
 
-    def issue_transfer(self, batch: Batch, lane: int, at: Array, index: int) -> Array:
+    def issue_transfer(self, batch: Batch, lane: int, at: Array) -> Array:
         """The clock that the transfer carries to its mbarrier."""
         w = int(batch.warp[lane]) - self.offset
         place = np.unique(at // self.grain)
-        self._issue_write(place, np.full(len(place), w), index)
+        self._issue_write(place, np.full(len(place), w))
         if self._unfenced(place, w).any():
-            self.report("race: TMA writes what generic instructions wrote, no fence.proxy.async between", index)
+            self.report("race: TMA writes what generic instructions wrote, no fence.proxy.async between")
         assert self.loaded is not None
         first = w - w % self.shared.readers
         if (self.loaded[:, place] > self.fenced[w, first : first + self.shared.readers][:, None]).any():
-            self.report("race: TMA writes what generic instructions read, no fence.proxy.async between", index)
+            self.report("race: TMA writes what generic instructions read, no fence.proxy.async between")
         clock = self.clock[w].copy()
         self.clock[w, w] += 1
         return clock
@@ -202,19 +200,19 @@ class Races:
         self.copied[place] = False
         return self.clock[engine].copy() if at_mbarrier is None else np.maximum(at_mbarrier, self.clock[engine])
 
-    def issue_product(self, warp: int, at: Array, index: int) -> None:
+    def issue_product(self, warp: int, at: Array) -> None:
         """wgmma by a warp of the launch reads an operand at these bytes."""
         w = warp - self.offset
         place = np.unique(at // self.grain)
         if (self.writing[place] > 0).any():
-            self.report("race: wgmma on shared memory that an asynchronous copy is writing", index)
+            self.report("race: wgmma on shared memory that an asynchronous copy is writing")
         if self._after_write(self.shared, place, np.full(len(place), w)).any():
-            self.report("race: read of what another warp has written, no barrier between", index)
+            self.report("race: read of what another warp has written, no barrier between")
         unfenced = self._unfenced(place, w)
         if unfenced.any():
             note = self.machine.options.copies_unfenced and self.copied[place][unfenced].all()
             what = "note: wgmma on what cp.async" if note else "race: wgmma on what generic instructions"
-            self.report(f"{what} wrote, no fence.proxy.async between", index)
+            self.report(f"{what} wrote, no fence.proxy.async between")
         self.reading[place] += 1
 
     def complete_product(self, warp: int, at: Array) -> None:

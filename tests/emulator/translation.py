@@ -2,7 +2,7 @@
 
 In the source `B` is the batch, `m` and `q` masks (`ptx` has the convention), U, I, F the 32-bit registers as unsigned,
 signed and floating-point rows, UH ... those of 16 bits, UD ... of 64, P the predicates, and k0, k1, ... constants. What
-is more than an expression calls a function of the engine, whose last arguments are the mask and the instruction's index.
+is more than an expression calls a function of the engine with the batch and the mask.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ UFUNC = {
 }  # fmt: skip
 LOGICAL = {"and": "&", "or": "|", "xor": "^"}
 COMPARE = {
-    "eq": "{} == {}", "ne": "{} != {}", "neu": "{} != {}", "lt": "{} < {}", "le": "{} <= {}", "gt": "{} > {}", "ge": "{} >= {}",
+    "eq": "{} == {}", "ne": "{} != {}", "neu": "{} != {}",
+    "lt": "{} < {}", "le": "{} <= {}", "gt": "{} > {}", "ge": "{} >= {}",
     "lo": "{} < {}", "ls": "{} <= {}", "hi": "{} > {}", "hs": "{} >= {}",
     "equ": "~(({0} < {1}) | ({0} > {1}))", "ltu": "~({} >= {})", "leu": "~({} > {})", "gtu": "~({} <= {})",
     "geu": "~({} < {})", "num": "~np.isnan({} + {})", "nan": "np.isnan({} + {})",
@@ -82,7 +83,7 @@ class Translator:
         if operand.startswith("%"):
             return f"B.special({operand!r})"
         if operand in self.program.params:
-            return f"B.machine.param_address({self.program.params[operand]})"
+            return f"M.param_address({self.program.params[operand]})"
         if kind == "pred":
             return "ktrue" if int(operand, 0) else "kfalse"
         if operand == "global_smem":
@@ -107,7 +108,7 @@ def translate(program: Program) -> Program:
     source = []
     for block in program.blocks:
         source += [f"def block{block.index}(B, m):"]
-        source += ["    P=B.P; UH=B.UH; IH=B.IH; FH=B.FH; U=B.U; I=B.I; F=B.F; UD=B.UD; ID=B.ID; FD=B.FD"]
+        source += ["    M=B.machine; P=B.P; UH=B.UH; IH=B.IH; FH=B.FH; U=B.U; I=B.I; F=B.F; UD=B.UD; ID=B.ID; FD=B.FD"]
         for ins in block.body:
             if ins.op.startswith(IGNORED):
                 continue
@@ -156,7 +157,7 @@ def translated(t: Translator, ins: Instruction, q: str) -> list[str]:
         return put(kind, f"arithmetic.flush({function}({values}))")
 
     def call(function: str, *arguments: object) -> list[str]:
-        return [f"{function}({', '.join(map(str, ('B', *arguments, q, ins.index)))})"]
+        return [f"M.index = {ins.index}; {function}({', '.join(map(str, ('B', q, *arguments)))})"]
 
     def rows(operand: str, as_kind: str) -> str:
         return f"[{', '.join(t.row(x, as_kind) for x in names_in(operand))}]"
@@ -229,12 +230,9 @@ def translated(t: Translator, ins: Instruction, q: str) -> list[str]:
             return [line for n, piece in pieces if n != "_" for line in into(n, f"u{each}", piece)]
         case ["mov", _] if args[1].startswith("{"):
             names, as_kind = names_in(args[1]), unsigned(kind)
-            each = int(kind[1:]) // len(names)
-            pieces = [
-                (f"{t.value(n, f'u{each}')}.astype('{as_kind[0]}{int(kind[1:]) // 8}')", each * i)
-                for i, n in enumerate(names)
-            ]
-            return put(as_kind, " | ".join(f"({piece} << {t.constant(shift, as_kind)})" for piece, shift in pieces))
+            each, dtype = int(kind[1:]) // len(names), DTYPE[as_kind].str
+            wide = [f"{t.value(name, f'u{each}')}.astype('{dtype}')" for name in names]
+            return put(as_kind, " | ".join(f"({x} << {t.constant(each * i, as_kind)})" for i, x in enumerate(wide)))
         case ["mov", _] | ["cvta", *_]:
             return put(unsigned(kind), value(1, unsigned(kind)))
         case ["cvt", *_, "f16x2" | "bf16x2" as to, "f32"]:
@@ -269,7 +267,7 @@ def translated(t: Translator, ins: Instruction, q: str) -> list[str]:
             return call("arithmetic.mma", int(shape[6:]), repr(of), *(rows(x, "u32") for x in args))
         # memory
         case ["ld", "param", _]:
-            loaded = f"B.machine.param({t.program.params[args[1].strip('[] ')]}, '{DTYPE[unsigned(kind)].str}')"
+            loaded = f"M.param({t.program.params[args[1].strip('[] ')]}, '{DTYPE[unsigned(kind)].str}')"
             return [f"np.copyto({t.whole(args[0], kind)}, {loaded}, casting='unsafe', where={q})"]
         case ["ld", "global" | "shared" | "shared::cta" | "shared::cluster" as space, *how, _]:
             registers = f"[{', '.join(t.whole(x, kind) for x in names_in(args[0]))}]"
@@ -279,9 +277,9 @@ def translated(t: Translator, ins: Instruction, q: str) -> list[str]:
             function = "memory.load_shared" if shared else "memory.load_global"
             return call(function, registers, t.address(args[1], 32 if shared else 64), size, kind[0] == "s", where)
         case ["st", "global" | "shared" | "shared::cta" as space, *how, _] if not {"release", "relaxed"} & set(how):
-            registers = [t.whole(x, "u") if x in t.program.registers else t.value(x, kind) for x in names_in(args[1])]
+            stored = [t.whole(x, "u") if x in t.program.registers else t.value(x, kind) for x in names_in(args[1])]
             function, bits = ("memory.store_global", 64) if space == "global" else ("memory.store_shared", 32)
-            return call(function, f"[{', '.join(registers)}]", t.address(args[0], bits), int(kind[1:]) // 8)
+            return call(function, f"[{', '.join(stored)}]", t.address(args[0], bits), int(kind[1:]) // 8)
         case ["atom", "global", *how, "add", "u32"]:
             order = next((x for x in how if x in ("acq_rel", "acquire", "release")), "relaxed")
             return call("memory.atomic_add", t.row(args[0], kind), t.address(args[1], 64), value(2), repr(order))
@@ -320,6 +318,6 @@ def translated(t: Translator, ins: Instruction, q: str) -> list[str]:
             transposed = [0] * in_registers + [int(x) for x in args[6:]]
             d, b, scale = rows(args[0], "f32"), t.row(args[2], "u64"), value(3, "pred")
             return call("asynchronous.multiply", n, repr(of), d, a, b, scale, transposed)
-        case ["barrier", "cluster", "arrive", *how]:
-            return call("asynchronous.arrive_at_cluster", "relaxed" in how)
+        case ["barrier", "cluster", "arrive", "aligned"]:
+            return call("asynchronous.arrive_at_cluster")
     return []
