@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 # The working loop: what a change breaks first, in under a minute.
 QUICK  := tests/test_validation.py tests/test_properties.py tests/test_real_data.py tests/test_docs.py
 
-.PHONY: demo test check lint docs kernels bench gpu clean
+.PHONY: demo test check lint docs kernels emulate bench gpu clean
 
 demo: $(STAMP)
 	$(BIN)/gradnorm-fast demo
@@ -32,6 +32,11 @@ lint: $(STAMP)
 
 kernels: $(STAMP)
 	$(BIN)/python benchmarks/compile_matrix.py
+
+# The kernels compiled for two GPUs, executed on the CPU: tests/emulator/README.md. About an hour.
+emulate: $(STAMP)
+	$(BIN)/python tests/emulator/run.py
+	$(BIN)/python tests/emulator/run.py --controls
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/compare.py
