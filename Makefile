@@ -4,8 +4,11 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
 # The working loop: what a change breaks first, in under a minute.
-QUICK  := tests/test_validation.py tests/test_gradnorm.py tests/test_properties.py tests/test_real_data.py tests/test_docs.py
+QUICK  := tests/test_validation.py tests/test_properties.py tests/test_real_data.py tests/test_docs.py
 
 .PHONY: demo test check lint docs kernels bench gpu clean
 
@@ -13,10 +16,10 @@ demo: $(STAMP)
 	$(BIN)/gradnorm-fast demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: lint
-	$(BIN)/python -m pytest -q $(QUICK)
+	$(PYTEST) -q $(QUICK)
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
@@ -25,6 +28,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy gradnorm_fast
+	$(BIN)/mypy --explicit-package-bases kernels
 
 kernels: $(STAMP)
 	$(BIN)/python benchmarks/compile_matrix.py

@@ -51,8 +51,11 @@ def choose(table: Table, b: int, c: int, dtype: torch.dtype, arch: str) -> Confi
 
 
 def for_vector(vec: int, config: Config) -> Config:
-    """The configuration for rows that are read `vec` elements at a time: shorter loads take more registers."""
-    return config if vec == 8 else config._replace(block_d=min(config.block_d, 32))
+    """The configuration for rows that are read `vec` elements at a time: shorter loads take more registers.
+
+    16 rows have registers to spare, and too few features in a step of 32 to give every thread a load of 4 bytes.
+    """
+    return config if vec == 8 or config.block_b < 32 else config._replace(block_d=min(config.block_d, 32))
 
 
 # Triton's own take 4 µs each, for they are made to be called from kernels too.

@@ -65,6 +65,7 @@ def preferred(problem: Problem, arch: str, batch_invariant: bool = False) -> str
     x, c = problem.features, problem.classes
     narrow = x.dtype.itemsize == 2 and x.shape[1] % 2 == 1  # rows that only loads of two bytes can read
     few = not batch_invariant and len(x) <= tiled.FEW_ROWS and one_tile.MAX_CLASSES < c <= tiled.FEW_ROWS_CLASSES
+    order: tuple[str, ...]
     if batch_invariant and x.dtype != torch.float64:
         order = ("one_tile", "tiled")
     elif narrow:

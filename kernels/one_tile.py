@@ -147,7 +147,7 @@ def score_one_tile(problem: Problem, scores: Scores, config: Config | None = Non
     assert w is not None
     (b, d), c = x.shape, len(w)
     vec = vector(d, x.stride(0), w.stride(0))
-    cfg = config or for_vector(vec, configuration(b, c, d, x.dtype, arch))
+    cfg = for_vector(vec, config or configuration(b, c, d, x.dtype, arch))
     launch(one_tile_kernel, cdiv(b, cfg.block_b), cfg, (
         x, w, x if bias is None else bias, scores.out, scores.out if scores.prediction is None else scores.prediction,
         b, c, d // vec,

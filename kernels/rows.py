@@ -121,7 +121,7 @@ def _merged(STATISTICS, rows, B, tiles, inv_temperature, BLOCK_B: tl.constexpr, 
     return m, s
 
 
-@triton.jit(do_not_specialize=["B", "stride_o"])
+@triton.jit(do_not_specialize=["B", "n_slices", "stride_o"])
 def rows_kernel(
     X,  # (B, D): features, or shares of ‖x‖₁
     Z,  # (B, C): logits; or (n_slices, B, width), to be summed
@@ -212,16 +212,19 @@ def rows_kernel(
 # program each.
 TABLE: Table = {
     "any": [
+        Line("float64", ANY, 16, Config(32, 16, 32, 4, 2)),
+        Line("float64", ANY, 128, Config(4, 128, 256, 4, 2)),
+        Line("float64", ANY, 1024, Config(1, 1024, 512, 4, 2)),
+        Line("float64", ANY, 2048, Config(1, 2048, 1024, 8, 2)),
+        Line("float64", ANY, ANY, Config(1, 1024, 256, 8, 2)),
         Line("any", ANY, 16, Config(64, 16, 32, 4, 2)),
         Line("any", 64, 512, Config(1, 512, 512, 4, 3)),
         Line("any", ANY, 128, Config(8, 128, 256, 4, 3)),
         Line("any", 64, 1024, Config(1, 1024, 512, 4, 3)),
         Line("any", ANY, 1024, Config(2, 1024, 1024, 4, 2)),
-        Line("float64", ANY, 2048, Config(1, 2048, 1024, 8, 2)),
-        Line("float64", ANY, ANY, Config(1, 1024, 256, 8, 2)),
         Line("any", ANY, 4096, Config(1, 4096, 2048, 8, 2)),
         Line("any", ANY, MAX_RESIDENT, Config(1, 8192, 2048, 16, 2)),
-        Line("any", ANY, ANY, Config(1, 2048, 2048, 8, 2)),
+        Line("any", ANY, ANY, Config(1, 1024, 2048, 8, 3)),
     ],
 }
 
@@ -269,7 +272,8 @@ def score_rows(
         out, out if scores.prediction is None else scores.prediction,
         b, c, d, width, len(z),
         high, 1.0 / problem.temperature - high, problem.scale, problem.bias_norm,
-        x.stride(0), x.stride(1), *z.stride(), 0 if bias is None else bias.stride(0), out.stride(0),
+        x.stride(0), x.stride(1), z.stride(0) if len(z) > 1 else 0, z.stride(1), z.stride(2),
+        0 if bias is None else bias.stride(0), out.stride(0),
     ), dict(
         HAS_BIAS=bias is not None, ALL_FIELDS=scores.prediction is not None,
         RESIDENT=c <= cfg.block_c, SLICED=len(z) > 1, TILE_C=0 if statistics is None else tile_c, TILES=TILES,

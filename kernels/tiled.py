@@ -36,7 +36,7 @@ MAX_SLICES = 16
 GROUP = 8  # row tiles that share a weight tile while it is in L2
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B", "n_class_tiles"])
 def logits_kernel(
     XT,  # features as `logits_tile` takes them: the pointer X, or a descriptor
     WT,  # weight (C, D), likewise
@@ -109,7 +109,7 @@ TABLE: Table = {
         Line("half", ANY, ANY, Config(128, 128, 64, 8, 3)),
         Line("float32", 16, ANY, Config(16, 32, 64, 4, 4)),
         Line("float32", 32, ANY, Config(32, 32, 64, 4, 4)),
-        Line("float32", 64, ANY, Config(64, 32, 32, 4, 4)),
+        Line("float32", 64, ANY, Config(64, 32, 32, 4, 3)),
         Line("float32", ANY, ANY, Config(64, 128, 32, 8, 3)),
     ],
     "sm_90": [
@@ -155,7 +155,7 @@ def score_tiled(problem: Problem, scores: Scores, config: Config | None = None) 
     assert w is not None
     (batch, d), c = features.shape, len(w)
     vec = vector(d, features.stride(0), w.stride(0))
-    cfg = config or for_vector(vec, configuration(batch, c, d, features.dtype, arch, multiprocessors(device)))
+    cfg = for_vector(vec, config or configuration(batch, c, d, features.dtype, arch, multiprocessors(device)))
     long = c > MAX_RESIDENT
     if cfg.slices > 1 and (long or cfg.tma):
         raise ValueError(f"config: expected one slice for {c} classes or TMA, got {cfg}")

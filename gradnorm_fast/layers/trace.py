@@ -90,7 +90,7 @@ class Trace(TorchFunctionMode):
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = self._run(func, args, kwargs or {})
         if func.__name__ == "batch_norm" and result.requires_grad and len(result) == 1:
-            # On a CPU torch (2.6 to 2.14) computes wrong gradients from the transposed one of a single image.
+            # On a CPU torch 2.14 computes wrong gradients from the transposed one of a single image.
             result.register_hook(lambda g: g.contiguous())
         return result
 
