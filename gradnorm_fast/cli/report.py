@@ -49,7 +49,7 @@ def write(args: argparse.Namespace, scorer: Scorer, tables: Mapping[str, Table],
 
     details = {name: getattr(args, name, None) for name in ("model", "weights", "checkpoint", "weight", "detector")}
     if scorer.detector is not None:
-        details["head"] = scorer.detector.head_name
+        details |= {"head": scorer.detector.head_name, "layers": scorer.detector.layers}
         details |= {name: getattr(scorer.detector, name) for name in ("temperature", "reduction", "preprocessing")}
     details = {name: value for name, value in details.items() if value is not None}
     if isinstance(scorer, HeadScorer):  # rows of features have no pictures

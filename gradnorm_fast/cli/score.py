@@ -51,12 +51,12 @@ def run(args: argparse.Namespace) -> int:
     if args.features is not None:
         refuse(args, "--features", "head", *options.MODEL_OPTIONS)
     if args.detector is not None:
-        refuse(args, "--detector", "threshold", "head", "score", *options.SCORE_OPTIONS)
+        refuse(args, "--detector", "threshold", "head", "layers", "score", *options.SCORE_OPTIONS)
     read = [*(args.images or ()), args.features, *options.files_read(args)]
     check_output("out", out, read)
     features = None if args.save_features is None else Path(args.save_features)
     if features is not None:
-        refuse(args, "--save-features", "features")
+        refuse(args, "--save-features", "features", "layers")
         options.check_out(features, ".npy", option="save-features")
         check_output("save-features", features, [*read, out])
     report.check(args, [*read, out, features])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -25,18 +26,21 @@ GRADIENT_BYTES = 8 * 2**20  #: of gradients at a time, at least those of one sam
 
 #: Layouts of a model's operations, by selected parameters and kind of input; they do not depend on values.
 _layouts: weakref.WeakKeyDictionary[nn.Module, dict[Any, list[Layout | None]]] = weakref.WeakKeyDictionary()
+#: Of each model: a pass runs it with stand-ins for its parameters, which another thread must not take away.
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
 
 class LayerNorms(dict[str, Tensor]):
     """The norms (B,) of each parameter, by its name.
 
     Attributes:
+        logits: (B, C), the model's output in the same pass, without gradient; (0, 0) for an empty batch.
         one_by_one: names of the parameters for which no rule was known, so that the model ran once for each sample.
     """
 
-    def __init__(self, norms: dict[str, Tensor], one_by_one: tuple[str, ...] = ()) -> None:
+    def __init__(self, norms: dict[str, Tensor], logits: Tensor, one_by_one: tuple[str, ...] = ()) -> None:
         super().__init__(norms)
-        self.one_by_one = one_by_one
+        self.logits, self.one_by_one = logits, one_by_one
 
 
 def layer_gradnorms(
@@ -55,6 +59,7 @@ def layer_gradnorms(
 
     GradNorm (Huang, Geng & Li, NeurIPS 2021) of all layers, as in the paper's ablation, is layers="all"; for the last
     layer alone `fast_gradnorm` needs no backward pass. The model is left as it was: mode, gradients, flags, hooks.
+    Threads may share it, and wait for one another.
 
         layer_gradnorms(model, images)                                    # all parameters together, (B,)
         layer_gradnorms(model, images, layers=["layer4", "fc"], p=2.0)
@@ -106,13 +111,18 @@ def layer_gradnorms(
             return target_gradient(logits, target[rows], temperature, 1.0)
         return target_gradient(logits, target, temperature, logits.shape[1] if reduction == "sum" else 1.0)
 
-    with torch.inference_mode(False), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+    with (
+        _locks.setdefault(model, threading.RLock()),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.compiler.set_stance("force_eager"),
+    ):
         if images.is_inference():
             images = images.clone()
         names = selected_parameters(model, images, layers)
         if not len(images):
             zeros = images.new_zeros(0, dtype=norm_dtype(images.dtype))
-            norms = LayerNorms(dict.fromkeys(names, zeros))
+            norms = LayerNorms(dict.fromkeys(names, zeros), images.new_zeros(0, 0))
         else:
             batch = _Pass(model, images, names, p)
             try:
@@ -137,6 +147,7 @@ class _Pass:
         self.rest = {name: t for name, t in everything.items() if name not in self.parameters}
         self.uses: dict[str, list[Use]] = {name: [] for name in names}
         self.found: dict[str, Tensor] = {}
+        self.logits: list[Tensor] = []  #: of the whole batch, or of each image
         self.one_by_one: set[str] = set()
 
     def norms(self, logit_gradient: Callable[[Tensor, slice], Tensor]) -> LayerNorms:
@@ -161,7 +172,7 @@ class _Pass:
         if self.one_by_one:
             norms |= self._each(logit_gradient)
         one_by_one = tuple(name for name in self.parameters if name in self.one_by_one)
-        return LayerNorms({name: norms[name] for name in self.parameters}, one_by_one)
+        return LayerNorms({name: norms[name] for name in self.parameters}, torch.cat(self.logits), one_by_one)
 
     def _call(self, images: Tensor) -> Tensor:
         """The logits; images are copied, for a model may normalise them in place."""
@@ -196,6 +207,7 @@ class _Pass:
             raise Stale
         self.expected = trace.expected
         gradient = logit_gradient(logits, slice(None))
+        self.logits = [logits.detach()]
         # The gradients of a confident row may be too small for squares, or for halves: all are linear in this one.
         scale = gradient.abs().amax(1)
         unit = torch.where(scale > 0, scale, 1.0)
@@ -248,10 +260,12 @@ class _Pass:
         for name in self.parameters.keys() - names:
             self.parameters[name].requires_grad_(False)
         rows: list[list[Tensor]] = []
+        each: list[Tensor] = []
         for i in range(len(self.images)):
             here = slice(i, i + 1)
             logits = self._call(self.images[here])
             gradient = logit_gradient(logits, here)
+            each.append(logits.detach())
             scale = gradient.abs().amax()
             unit = torch.where(scale > 0, scale, 1.0)
             leaves = [self.parameters[name] for name in names]
@@ -259,6 +273,7 @@ class _Pass:
                 logits, leaves, (gradient / unit).to(logits.dtype), allow_unused=True, materialize_grads=True
             )
             rows.append([p_norm(g.reshape(1, -1), self.p)[0] * unit for g in gradients])
+        self.logits = self.logits or each
         return {name: torch.stack([row[j] for row in rows]) for j, name in enumerate(names)}
 
 
