@@ -4,19 +4,22 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-# The working loop: what a change breaks first, in under a minute.
-QUICK  := tests/test_validation.py tests/test_gradnorm.py tests/test_properties.py tests/test_real_data.py tests/test_docs.py
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test check lint docs kernels bench gpu clean
+# The working loop: what a change breaks first, in under a minute.
+QUICK  := tests/test_validation.py tests/test_properties.py tests/test_real_data.py tests/test_docs.py
+
+.PHONY: demo test check lint docs kernels emulate bench gpu clean
 
 demo: $(STAMP)
 	$(BIN)/gradnorm-fast demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: lint
-	$(BIN)/python -m pytest -q $(QUICK)
+	$(PYTEST) -q $(QUICK)
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
@@ -29,6 +32,11 @@ lint: $(STAMP)
 
 kernels: $(STAMP)
 	$(BIN)/python benchmarks/compile_matrix.py
+
+# The kernels compiled for two GPUs, executed on the CPU: tests/emulator/README.md. About an hour.
+emulate: $(STAMP)
+	$(BIN)/python tests/emulator/run.py
+	$(BIN)/python tests/emulator/run.py --controls
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/compare.py

@@ -37,12 +37,13 @@ if TYPE_CHECKING:
         token_statistics,
         warmup,
     )
-    from .layers import layer_gradnorms
+    from .layers import LayerNorms, layer_gradnorms
 
 __version__ = "0.1.0"
 __all__ = [
     "GradNorm",
     "HeadScores",
+    "LayerNorms",
     "Prediction",
     "TokenStatistics",
     "__version__",
@@ -62,6 +63,7 @@ __all__ = [
 _MODULES = {
     "GradNorm": "detector",
     "HeadScores": "functional",
+    "LayerNorms": "layers",
     "Prediction": "detector",
     "TokenStatistics": "functional",
     "evaluate": "evaluation",

@@ -16,6 +16,8 @@ from . import gate, heads
 from .batches import batches
 from .capture import Inputs
 from .functional import HeadScores, _check_options, fast_gradnorm, head_scores
+from .layers.scores import layer_scores
+from .layers.selection import Layers, check_layers
 from .serving import Prediction, ServedModel
 from .verification import Verdicts, without_autocast
 
@@ -38,6 +40,10 @@ class GradNorm:
         model: a classifier; its output is logits (B, C), or an object with `.logits`.
         head: the last linear layer (or 1x1 convolution on pooled features), by name or as the module. None: found on
             the first batch, as the one whose output is the model's.
+        layers: in place of the head, the layers whose parameters' gradients GradNorm is the norm of, as in
+            `layer_gradnorms`: "all", "head", a list of module names or a predicate; biases count. It takes a backward
+            pass, and works where no linear layer makes the logits. The other scores are those of the logits, and
+            feature_norm is gradnorm/output_norm. None: the weight of the head, in closed form.
         score: which score of the pass `score`, `fit` and `predict` take: "gradnorm", "msp", "energy", "max_logit",
             "feature_norm" or "output_norm", the fields of `HeadScores`.
         temperature, reduction, include_bias: as in `fast_gradnorm`.
@@ -57,6 +63,7 @@ class GradNorm:
         model: nn.Module,
         head: str | nn.Module | None = None,
         *,
+        layers: Layers | None = None,
         score: str = "gradnorm",
         temperature: float = 1.0,
         reduction: str = "mean",
@@ -66,6 +73,11 @@ class GradNorm:
         self.model = heads.unwrap(model)
         if not isinstance(score, str) or score not in gate.SCORES:
             raise ValueError(f"score: expected one of {', '.join(gate.SCORES)}, got {score!r}")
+        if layers is not None and head is not None:
+            raise ValueError(f"head: expected None where layers are given, got {head!r}")
+        if layers is not None and include_bias:
+            raise ValueError("include_bias: expected False where layers are given: their biases count")
+        self.layers = None if layers is None else check_layers(self.model, layers)
         self.score_name = score
         self.temperature = _check_options(torch.empty(0), temperature, reduction, "auto", include_bias)
         self.reduction, self.include_bias = reduction, bool(include_bias)
@@ -81,16 +93,21 @@ class GradNorm:
         self._tpr = 0.95
 
     def __repr__(self) -> str:
-        head = "found on the first batch"
-        if self._head is not None:
+        scored = "head found on the first batch"
+        if self.layers is not None:
+            scored = f"layers {getattr(self.layers, '__name__', repr(self.layers))}"
+        elif self._head is not None:
             weight: Any = self._head.weight
-            head = f"{self.head_name!r}" + ("" if nn.parameter.is_lazy(weight) else f" {tuple(weight.shape[:2])}")
-        options = f"temperature={self.temperature:g}, reduction={self.reduction!r}, include_bias={self.include_bias}"
+            shape = "" if nn.parameter.is_lazy(weight) else f" {tuple(weight.shape[:2])}"
+            scored = f"head {self.head_name!r}{shape}"
+        options = f"temperature={self.temperature:g}, reduction={self.reduction!r}"
+        if self.layers is None:
+            options += f", include_bias={self.include_bias}"
         fitted = "not fitted"
         if self._calibration is not None:
             fitted = f"threshold {self.threshold:.6g} from {len(self._calibration)} images at tpr {self._tpr:g}"
         return (
-            f"GradNorm({type(self.model).__name__}, head {head}, score={self.score_name!r}, {options}; {fitted}; "
+            f"GradNorm({type(self.model).__name__}, {scored}, score={self.score_name!r}, {options}; {fitted}; "
             f"preprocessing {self.preprocessing or 'unknown'})"
         )
 
@@ -101,13 +118,19 @@ class GradNorm:
 
         A mapping, as a tokenizer returns, is passed to the model as keyword arguments.
         """
-        if self.score_name == "gradnorm":
+        if self.score_name == "gradnorm" and self.layers is None:
             return self._apply(fast_gradnorm, images).float()
         return self._chosen(self.head_scores(images))
 
     def head_scores(self, images: Inputs) -> HeadScores:
         """GradNorm, its factors and the usual baselines of images (B, ...), from the same pass; each (B,)."""
-        return self._apply(head_scores, images)
+        if self.layers is None:
+            return self._apply(head_scores, images)
+        inputs, first = self._placed(images)
+        if not len(first):
+            return self._apply(head_scores, images)
+        with heads.evaluating(self.model):
+            return layer_scores(self.model, inputs, self.layers, self.temperature, self.reduction)
 
     def score_loader(self, loader: Iterable[Any], progress: bool = True, numpy: bool = False) -> Any:
         """The score of all images of a loader, in its order: (N,) float32 on the CPU, a tensor or a NumPy array.
@@ -226,15 +249,20 @@ class GradNorm:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a gate as JSON: threshold, options, preprocessing, and digests of the model's parameters and buffers.
 
-        ValueError before the head is known.
+        ValueError before the head is known; and for layers given as a predicate, which a file cannot hold.
         """
-        if self._head is None or self.head_name is None:
+        if callable(self.layers):
+            raise ValueError("save: a file cannot hold the predicate that layers is; give the names of modules")
+        if self.layers is None and self.head_name is None:
             raise ValueError("save: the head is not known yet; score or fit first, or name it")
         options = {name: getattr(self, name) for name in ("temperature", "reduction", "include_bias")}
         options["score"] = self.score_name
         calibration = None if self._calibration is None else self._calibration.tolist()
         tensors = gate.describe_tensors(self.model)
-        gate.write(gate.Gate(self.head_name, options, self._tpr, calibration, self.preprocessing, tensors), path)
+        saved = gate.Gate(
+            self.head_name, options, self._tpr, calibration, self.preprocessing, tensors, layers=self.layers
+        )
+        gate.write(saved, path)
 
     @classmethod
     def load(
@@ -260,8 +288,10 @@ class GradNorm:
         saved = gate.read(path)
         given = gate.describe_preprocessing(preprocessing)
         try:
-            detector = cls(model, saved.head, preprocessing=given or saved.preprocessing, **saved.options)
-            heads.check_tied(detector.model, saved.head, detector._head, saved.options["include_bias"])  # type: ignore[arg-type]
+            described = given or saved.preprocessing
+            detector = cls(model, saved.head, layers=saved.layers, preprocessing=described, **saved.options)
+            if saved.head is not None and detector._head is not None:
+                heads.check_tied(detector.model, saved.head, detector._head, saved.options["include_bias"])
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         wrong, rounded = list[str](), list[str]()
@@ -307,9 +337,11 @@ class GradNorm:
         It shares the model's memory and has the threshold of now: a `gradnorm_fast.serving.ServedModel`.
 
         Raises:
-            ValueError: before `fit` and `load`.
+            ValueError: before `fit` and `load`; with layers, whose gradients need a backward pass.
         """
         self._fitted()
+        if self.layers is not None:
+            raise ValueError("module: gradients of layers need a backward pass; call predict of the detector instead")
         if self._head is None:
             raise ValueError("module: the head is not known yet; score or fit first, or name it")
         return ServedModel(self)

@@ -26,7 +26,7 @@ _HEX = 16  # digits of a tensor's digest
 class Gate:
     """What the file says. Format 1 knows neither preprocessing nor the model beyond its head."""
 
-    head: str
+    head: str | None  #: None: scored by layers
     options: dict[str, Any]  #: of GradNorm: score, temperature, reduction, include_bias
     tpr: float
     calibration: list[float] | None  #: None: not fitted
@@ -34,6 +34,7 @@ class Gate:
     tensors: dict[str, dict[str, Any]] | None  #: by `describe_tensors`; None: unknown, as in format 1
     head_digest: str | None = None  #: where the head is all that is known
     version: int = FORMAT  #: of the file
+    layers: str | list[str] | None = None  #: "all", "head" or names of modules; None: scored by the head
 
 
 def write(gate: Gate, path: str | os.PathLike[str]) -> None:
@@ -41,6 +42,7 @@ def write(gate: Gate, path: str | os.PathLike[str]) -> None:
     state = {
         "format": FORMAT,
         "head": gate.head,
+        "layers": gate.layers,
         **gate.options,
         "tpr": gate.tpr,
         "calibration": gate.calibration,
@@ -75,8 +77,9 @@ def read(path: str | os.PathLike[str]) -> Gate:
     if not 0 < tpr < 1:
         raise get.wrong("tpr", "a fraction between 0 and 1")
     head_alone = number == 1 or ("tensors" in state and state["tensors"] is None and "fingerprint" in state)
+    layers = get.layers() if number > 1 else None
     return Gate(
-        get.of_type("head", str),
+        get.of_type("head", str if layers is None else type(None)),
         options,
         tpr,
         get.calibration(),
@@ -84,6 +87,7 @@ def read(path: str | os.PathLike[str]) -> Gate:
         None if head_alone else get.tensors(),
         get.of_type("fingerprint", str) if head_alone else None,
         number,
+        layers,
     )
 
 
@@ -112,6 +116,13 @@ class _Keys:
         if value is None:
             raise self.wrong(key, "a finite number")
         return value
+
+    def layers(self) -> str | list[str] | None:
+        layers = self.state.get("layers")
+        named = isinstance(layers, list) and layers and all(isinstance(name, str) for name in layers)
+        if layers not in (None, "all", "head") and not named:
+            raise self.wrong("layers", 'null, "all", "head" or names of modules')
+        return layers
 
     def calibration(self) -> list[float] | None:
         scores = self.of_type("calibration", list, type(None))

@@ -41,8 +41,8 @@ def _pooled(calls: dict[str, tuple[nn.Module, Call]]) -> str:
         return ""
     return (
         f"{name!r} is a convolution whose output, shape {last.shape}, is pooled afterwards, as in SqueezeNet. Its "
-        "gradient is a sum of outer products over positions, for which the closed form does not hold; choose a model "
-        "with a linear head after pooling"
+        "gradient is a sum of outer products over positions, for which the closed form does not hold. "
+        'GradNorm(model, layers="head") scores it, by a backward pass'
     )
 
 

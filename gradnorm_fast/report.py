@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ._files import replacing
 from .evaluation import METHODS, Results, compare_methods, plot_roc, plot_scores
 from .functional import HeadScores
 
@@ -128,12 +129,8 @@ def write_report(
         ]
         sections.append(_gallery(tables, figures, fields))
     page = _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(filter(None, sections)), script=_SCRIPT)
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(out, encoding="utf-8", errors="replace") as file:
+        file.write(page)
 
 
 def _checked_path(path: str | os.PathLike[str]) -> Path:

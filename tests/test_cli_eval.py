@@ -46,6 +46,20 @@ def test_eval_by_the_convention_of_another_code(place, capsys):
     assert "convention: expected one of official, openood" in capsys.readouterr().err
 
 
+def test_report(place, capsys):
+    sets = ("eval", *MODEL_RUN, "--id", "id", "--ood", "noise=ood")
+    assert run(*sets, "--out", "r", "--report", "r/report.html") == 0  # in a folder that eval makes
+    page = Path("r/report.html").read_text()
+    auroc = json.loads(Path("r/results.json").read_text())["results"]["noise"]["GradNorm"]["auroc"]
+    assert "id (in-distribution)" in page and f"{100 * auroc:.2f}" in page
+    assert page.count("<figure ") == 32 == page.count('src="data:image/png')
+    files = ("eval", "--id", "r/scores-id.csv", "--ood", "noise=r/scores-noise.csv", "--convention", "official")
+    assert run(*files, "--out", "s", "--report", "again.html") == 0
+    assert Path("again.html").read_text().count('src="data:image/png') == 32
+    assert run(*sets, "--out", "t", "--report", "ood/r.html") == 2 and not Path("t").exists()
+    assert "report: ood/r.html lies in ood, which is read" in capsys.readouterr().err
+
+
 def test_a_terminal_without_arrows(place, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True))
     assert run("eval", *MODEL_RUN, "--id", "id", "--ood", "a=ood", "--out", "r") == 0

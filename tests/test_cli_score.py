@@ -387,3 +387,32 @@ def test_a_gate_knows_its_model_and_preprocessing(place, capsys, interrupt):
     Path("own2.py").write_text(Path("own.py").read_text().replace("torch.nn.ReLU()", "torch.nn.BatchNorm2d(8)"))
     assert run(*gate, "--model", "own2:small") == 2
     assert "tensors differ" in capsys.readouterr().err
+
+
+def test_report(place, capsys):
+    arguments = (*SCORE, "--images", "id", "ood", "--threshold", "1.0", "--out", "s.csv", "--report")
+    assert run(*arguments, "r.html") == 0
+    page, rows = Path("r.html").read_text(), table("s.csv")
+    assert page.count("<figure ") == 32 == page.count('src="data:image/png')  # 24 of each end, of 32
+    assert page.count('class="ood"') == sum(float(row["gradnorm"]) < 1.0 for row in rows)
+    assert all(row["path"].rpartition("/")[2] in page for row in rows) and "own:small" in page
+    features = ("score", "--features", "F.npy", *FEATURES_RUN, "--out", "f.npy", "--report")
+    assert run(*features, "f.html") == 0 and "<figure " not in Path("f.html").read_text()
+    Path("s.csv").unlink()
+    for path, message in (
+        ("r.txt", "report: expected a name ending in .html, got 'r.txt'"),
+        ("nowhere/r.html", "report: no folder nowhere"),
+        ("id/deep/r.html", "report: id/deep/r.html lies in id, which is read"),
+    ):
+        assert run(*arguments, path) == 2
+        assert message in capsys.readouterr().err and not Path("s.csv").exists()
+    os.link("W.npy", "W.html")
+    assert run(*features, "W.html") == 2 and "report: W.html is used by this run" in capsys.readouterr().err
+
+
+def test_report_of_images_in_a_shard(place):
+    with tarfile.open("s.tar", "w") as shard:
+        for name in ("00", "03"):
+            shard.add(f"ood/{name}.png", f"{name}.png")
+    assert run(*SCORE, "--images", "s.tar", "--out", "s.csv", "--report", "r.html") == 0
+    assert Path("r.html").read_text().count('src="data:image/png') == 2

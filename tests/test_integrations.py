@@ -28,10 +28,6 @@ from conftest import DEVICE
 CLASSES, DEPTH = 7, 11
 ROOT = str(Path(__file__).parents[1])
 
-NEEDS_LAYERS = pytest.mark.skipif(
-    importlib.util.find_spec("gradnorm_fast.layers") is None, reason="gradnorm_fast.layers is not there yet"
-)
-
 
 class Net(nn.Module):
     """A classifier with the interface of OpenOOD's networks, which counts how often its head is copied."""
@@ -603,16 +599,7 @@ def test_pytorch_ood_logits_scaled_after_the_first_batch(ours):
     detector = ours(model, weight_only)
     detector.predict(x)
     model.fc.register_forward_hook(lambda module, args, output: 3 * output)
-    assert_as_theirs_or_refused(detector, model, x, weight_only)
-
-
-def assert_as_theirs_or_refused(detector, model, x, param_filter):
-    """Other selections are scored by the layers' own gradients or refused, never by the head's closed form."""
-    if importlib.util.find_spec("gradnorm_fast.layers") is None:
-        with pytest.raises(NotImplementedError, match=r"^param_filter: expected .* it selects \d+ other parameters"):
-            detector.predict(x)
-    else:
-        torch.testing.assert_close(detector.predict(x), theirs(model, x, param_filter), rtol=1e-9, atol=0)
+    torch.testing.assert_close(detector.predict(x), theirs(model, x, weight_only), rtol=1e-9, atol=0)
 
 
 class Everywhere(Net):
@@ -643,7 +630,8 @@ def beyond_the_head():
 @pytest.mark.parametrize("case", range(6), ids=["all", "two layers", "hidden", "scaled", "called twice", "tied"])
 def test_pytorch_ood_beyond_the_head(ours, case):
     model, param_filter = beyond_the_head()[case]
-    assert_as_theirs_or_refused(ours(model, param_filter, micro_batch_size=4), model, inputs(), param_filter)
+    scores = ours(model, param_filter, micro_batch_size=4).predict(inputs())
+    torch.testing.assert_close(scores, theirs(model, inputs(), param_filter), rtol=1e-9, atol=0)
 
 
 def test_pytorch_ood_names_are_those_of_the_model_as_given(ours):
@@ -830,11 +818,7 @@ class TestTheirParamFilter:
 
     @pytest.mark.parametrize(
         "param_filter",
-        [
-            weight_only,
-            pytest.param(lambda name: name.startswith(("block1", "fc")), marks=NEEDS_LAYERS),
-            pytest.param(None, marks=NEEDS_LAYERS),
-        ],
+        [weight_only, lambda name: name.startswith(("block1", "fc")), None],
         ids=["fc.weight", "block1 and fc", "all"],
     )
     def test_paths_agree_on_conv_model(self, ours, wide_resnet, param_filter):

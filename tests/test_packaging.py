@@ -15,9 +15,9 @@ import gradnorm_fast
 ROOT = Path(__file__).parents[1]
 USE = """
 import importlib.util, os, sys, torch
-import gradnorm_fast, gradnorm_fast.kernels.split as split
+import gradnorm_fast, gradnorm_fast.kernels.tiled as tiled
 import kernels
-assert sys.modules["gradnorm_fast.kernels"] is gradnorm_fast.kernels and gradnorm_fast.kernels.split is split
+assert sys.modules["gradnorm_fast.kernels"] is gradnorm_fast.kernels and gradnorm_fast.kernels.tiled is tiled
 for sibling in ("setup", "tests", "benchmarks", "build"):
     assert importlib.util.find_spec("gradnorm_fast." + sibling) is None, sibling
 assert os.path.basename(os.path.dirname(kernels.__file__)) == "kernels" and hasattr(kernels, "get_kernel"), kernels
@@ -26,7 +26,7 @@ expected = gradnorm_fast.fast_gradnorm(x, w, backend="torch")
 os.environ["TRITON_INTERPRET"] == "1" and torch.testing.assert_close(
     gradnorm_fast.fast_gradnorm(x, w, backend="triton"), expected)
 print(gradnorm_fast.__file__)
-print(split.__file__)
+print(tiled.__file__)
 """
 
 
@@ -93,19 +93,19 @@ def test_the_version_is_the_same_everywhere(wheel):
 def test_wheel(environment, wheel, tmp_path):
     python = environment(wheel)
     package, kernel = use(python, tmp_path)
-    assert kernel == package.parent / "kernels/split.py" and tmp_path in package.parents
+    assert kernel == package.parent / "kernels/tiled.py" and tmp_path in package.parents
 
 
 @pytest.mark.parametrize("mode", ["lenient", "strict", "compat"])
 def test_editable(environment, source, mode, tmp_path):
     python = environment("--config-settings", f"editable_mode={mode}", "--editable", source)
     package, kernel = use(python, tmp_path)
-    assert package.samefile(source / "gradnorm_fast/__init__.py") and kernel.samefile(source / "kernels/split.py")
+    assert package.samefile(source / "gradnorm_fast/__init__.py") and kernel.samefile(source / "kernels/tiled.py")
 
 
 def test_repository_root():
     package, kernel = use(sys.executable, ROOT)
-    assert package == ROOT / "gradnorm_fast/__init__.py" and kernel == ROOT / "kernels/split.py"
+    assert package == ROOT / "gradnorm_fast/__init__.py" and kernel == ROOT / "kernels/tiled.py"
 
 
 def test_without_triton(tmp_path):

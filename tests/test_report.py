@@ -1,6 +1,7 @@
 """The report page: what is in it, what never is, and what a browser makes of it."""
 
 import base64
+import errno
 import html
 import io
 import json
@@ -189,7 +190,7 @@ def test_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.is_symlink() and target.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
     def full(*_):
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "no space left on device")
 
     monkeypatch.setattr(os, "replace", full)
     target.write_text("before")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from .._files import replacing
-from . import PROG, options
+from . import PROG, options, report
 from .env import version_of
 from .inputs import check_output
 from .parsing import Parser, Subparsers, count
@@ -54,6 +54,7 @@ def add_parser(subparsers: Subparsers, common: Parser) -> None:
         "--convention", metavar="CODE", help="AUPR and FPR95 as computed by official, openood or pytorch_ood"
     )
     parser.add_argument("--bootstrap", type=count, default=0, metavar="N", help="resamples for confidence intervals")
+    report.add_option(parser)
     options.add_options(parser)
     parser.set_defaults(command=run)
 
@@ -72,10 +73,10 @@ def run(args: argparse.Namespace) -> int:
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: expected a folder, {out} is a file")
     files = {name: out / f"scores-{name}.csv" for name in sets}
+    read = [*(source for sources in sets.values() for source in sources), *options.files_read(args)]
     for path in (out, *files.values()):
-        check_output(
-            "out", path, [*(source for sources in sets.values() for source in sources), *options.files_read(args)]
-        )
+        check_output("out", path, read)
+    report.check(args, read, new_folder=out)
     if find_spec("sklearn") is None or find_spec("matplotlib") is None:
         raise ImportError('eval needs scikit-learn and matplotlib: pip install "gradnorm_fast[eval]"')
     existed = out.exists()
@@ -106,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
             with run_log.resumable(out):
                 _write(out, results, args, chosen, tables)
                 _draw(out / "scores.png", id_scores, scores)
+                report.write(args, chosen, tables, results=results)
             for file in files.values():  # only now: an interrupted run goes on with the sets that are complete
                 run_log.discard_parts(file)
     finally:

@@ -226,6 +226,7 @@ def score_images(
         "temperature": detector.temperature,
         "reduction": detector.reduction,
         "include_bias": detector.include_bias,
+        "layers": detector.layers,
         "amp": amp,
         "preprocessing": re.sub(r" at 0x[0-9a-f]+", "", repr(preprocessing)),  # an address differs from run to run
         "model's weights": digest([*detector.model.parameters(), *detector.model.buffers()]),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 IMAGES = "folders, image files, lists of paths (.txt, or - for the standard input), .tar shards"
 SETS = "images as for score, features (.npy, with --weight), or a file that score wrote"
 SCORE_OPTIONS = ("temperature", "reduction", "include_bias")  #: None where not given
-MODEL_OPTIONS = ("model", "weights", "checkpoint", "classes", "resize", "mean", "std", "workers")  #: likewise
+MODEL_OPTIONS = ("model", "weights", "checkpoint", "classes", "layers", "resize", "mean", "std", "workers")  #: likewise
 
 
 def add_options(parser: argparse.ArgumentParser, gates: bool = False) -> None:
@@ -30,6 +30,12 @@ def add_options(parser: argparse.ArgumentParser, gates: bool = False) -> None:
     model.add_argument("--weight", metavar="NPY", help="of the head, (C, D): for features in place of images")
     model.add_argument("--bias", metavar="NPY", help="of the head, (C,)")
     model.add_argument("--head", metavar="MODULE", help="name of the last linear layer (default: found)")
+    model.add_argument(
+        "--layers",
+        nargs="+",
+        metavar="MODULE",
+        help="score by the gradients of these modules, or all, in place of the head; takes a backward pass",
+    )
     model.add_argument("--resize", type=count, metavar="N", help="shorter side, then the centre square; 0: as they are")
     model.add_argument("--mean", type=finite, nargs=3, metavar="X", help="of RGB in [0, 1] (default: the weights' own)")
     model.add_argument("--std", type=finite, nargs=3, metavar="X", help="likewise")
@@ -69,6 +75,12 @@ def score_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
+def layers_of(args: argparse.Namespace) -> str | list[str] | None:
+    """--layers as `GradNorm` takes it: "all" and "head" are no names of modules."""
+    layers: list[str] | None = args.layers
+    return layers[0] if layers in (["all"], ["head"]) else layers
+
+
 def files_read(args: argparse.Namespace) -> list[str]:
     """The files beside the inputs that a run reads."""
     names = ("weight", "bias", "checkpoint", "detector")
@@ -83,9 +95,12 @@ def report_nan(table: Table, strict: bool, score: str = "gradnorm") -> int:
     return 1 if message and strict else 0
 
 
-def check_out(out: Path, *suffixes: str, option: str = "out") -> None:
-    """Refuse a file that cannot be written: its folder is not there, it is a folder, or has another suffix."""
-    if not out.parent.is_dir():
+def check_out(out: Path, *suffixes: str, option: str = "out", new_folder: Path | None = None) -> None:
+    """Refuse a file that cannot be written: its folder is not there, it is a folder, or has another suffix.
+
+    The run makes `new_folder` itself.
+    """
+    if out.parent != new_folder and not out.parent.is_dir():
         raise ValueError(f"{option}: no folder {out.parent}")
     if out.is_dir():
         raise ValueError(f"{option}: expected a file, {out} is a folder")

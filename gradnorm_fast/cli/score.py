@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import PROG, options
+from . import PROG, options, report
 from .inputs import check_output
 from .parsing import Parser, Subparsers, finite, refuse
 
@@ -32,6 +32,7 @@ def add_parser(subparsers: Subparsers, common: Parser) -> None:
     parser.add_argument("--force", action="store_true", help="use it for another model or preprocessing too")
     parser.add_argument("--threshold", type=finite, metavar="S", help="adds is_ood: a score below S")
     parser.add_argument("--save-features", metavar="NPY", help="write what the head is given, (N, D), of each row")
+    report.add_option(parser)
     options.add_options(parser, gates=True)
     parser.set_defaults(command=run)
 
@@ -50,14 +51,15 @@ def run(args: argparse.Namespace) -> int:
     if args.features is not None:
         refuse(args, "--features", "head", *options.MODEL_OPTIONS)
     if args.detector is not None:
-        refuse(args, "--detector", "threshold", "head", "score", *options.SCORE_OPTIONS)
+        refuse(args, "--detector", "threshold", "head", "layers", "score", *options.SCORE_OPTIONS)
     read = [*(args.images or ()), args.features, *options.files_read(args)]
     check_output("out", out, read)
     features = None if args.save_features is None else Path(args.save_features)
     if features is not None:
-        refuse(args, "--save-features", "features")
+        refuse(args, "--save-features", "features", "layers")
         options.check_out(features, ".npy", option="save-features")
         check_output("save-features", features, [*read, out])
+    report.check(args, [*read, out, features])
     with run_log.locked(out):
         run_log.check_progress(out, args.resume, args.restart)
         sources = args.images or [args.features]
@@ -73,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
         is_ood = None if threshold is None else ~(scores >= threshold)
         with run_log.resumable(out):
             write_table(table, out, is_ood)
+            report.write(args, scorer, {"images": table}, score=score, threshold=threshold)
         run_log.discard_parts(out)
     print(f"{out}: {len(table.names)} scored" + (f", {len(table.skipped)} unreadable" if table.skipped else ""))
     if is_ood is not None:

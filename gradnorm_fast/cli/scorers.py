@@ -20,7 +20,7 @@ from ..models import default_transform, device_of, load_model
 from .features import load_array, score_features
 from .images import Preprocessing, first_readable, score_images, transformed
 from .inputs import find_inputs, with_folder_labels
-from .options import MODEL_OPTIONS, SCORE_OPTIONS, score_options
+from .options import MODEL_OPTIONS, SCORE_OPTIONS, layers_of, score_options
 from .parsing import refuse
 from .run_log import rank_and_world
 from .tables import FIELDS, Table, check_format, read_table
@@ -95,13 +95,15 @@ class ModelScorer:
             described += ", EXIF orientation ignored"
         saved = getattr(args, "detector", None)
         if saved is None:
-            self.detector = GradNorm(model, args.head, preprocessing=described, **score_options(args))
+            options = score_options(args)
+            self.detector = GradNorm(model, args.head, layers=layers_of(args), preprocessing=described, **options)
         else:
             self.detector = _load_gate(saved, model, described, args.force)
         name, image = firsts[0]
         self.detector.score(transformed(image, transform, name)[None])
         if args.compile:
-            assert self.detector._head is not None
+            if self.detector._head is None:
+                raise ValueError("compile: gradients of layers are computed without it")
             heads.compile_backbone(self.detector.model, self.detector._head, lambda module: module.compile())
 
     def table(self, name: str, sources: list[str], out: Path, features: Path | None = None) -> Table | None:
@@ -191,11 +193,11 @@ class FileScorer:
             self.fields = (args.score or "gradnorm",)
         self.detector: GradNorm | None = None
         if args.model is not None:
-            if args.head is None:
+            if args.head is None and args.layers is None:
                 raise ValueError(
                     "head: expected --head MODULE with --model and a file of scores: there is no image to find it by"
                 )
-            self.detector = GradNorm(_load_model(args)[0], args.head, **score_options(args))
+            self.detector = GradNorm(_load_model(args)[0], args.head, layers=layers_of(args), **score_options(args))
         elif args.weight is not None:
             self.detector = _detector_of(args, *_load_head(args))
 
@@ -220,10 +222,10 @@ def _load_head(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor | N
 
 
 def _detector_description(detector: GradNorm) -> dict[str, Any]:
-    return {name: getattr(detector, name) for name in SCORE_OPTIONS} | {
-        "head": detector.head_name,
-        "fingerprint": detector._fingerprint(),
-    }
+    options = {name: getattr(detector, name) for name in SCORE_OPTIONS}
+    if detector.layers is not None:
+        return options | {"layers": detector.layers}
+    return options | {"head": detector.head_name, "fingerprint": detector._fingerprint()}
 
 
 def _load_gate(path: str, model: nn.Module, preprocessing: str | None, force: bool) -> GradNorm:
@@ -248,6 +250,8 @@ def _detector_of(args: argparse.Namespace, weight: torch.Tensor, bias: torch.Ten
 def _gate_of_head(path: str, weight: torch.Tensor, bias: torch.Tensor | None) -> GradNorm:
     """A saved detector for features: of the model that it was fitted to, the head alone is compared."""
     saved = gate.read(path)
+    if saved.head is None:
+        raise ValueError(f"{path}: fitted to gradients of layers, which take images and the model; give --images")
     model = _model_of(saved.head, weight, bias)
     if saved.tensors is None:
         same = gate.head_digest(weight, bias) == saved.head_digest

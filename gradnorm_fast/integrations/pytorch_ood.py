@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import heads
 from ..functional import _check_options, gradnorm_from_logits
+from ..layers import layer_gradnorms
 
 try:
     from pytorch_ood import api  # type: ignore
@@ -143,15 +143,9 @@ class GradNorm(_Base):
         return gradnorm_from_logits(features, logits, temperature=self.temperature, include_bias=include_bias)
 
     def _layer_norms(self, model: nn.Module, selected: set[int], x: Tensor) -> Tensor:
-        try:
-            layers = import_module("gradnorm_fast.layers")
-        except ModuleNotFoundError:
-            raise NotImplementedError(
-                "param_filter: expected it to select weight, bias or both of the layer that makes the logits, as "
-                f"lambda name: name == 'fc.weight' does; it selects {len(selected)} other parameters"
-            ) from None
         with heads.evaluating(model):
-            norms: Tensor = layers.layer_gradnorms(
+            norms = layer_gradnorms(
                 model, x, layers=lambda name, parameter: id(parameter) in selected, temperature=self.temperature
             )
+        assert isinstance(norms, Tensor)
         return norms

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
+import threading
 import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from .. import heads
+from .._targets import check_classes, check_p, check_target
 from ..functional import _check_options
-from .gradients import SampleGradients
 from .layout import Layout, find_layout
 from .logit_gradient import loss_gradient, target_gradient
 from .norms import combined, norm_dtype, p_norm
@@ -26,18 +25,21 @@ GRADIENT_BYTES = 8 * 2**20  #: of gradients at a time, at least those of one sam
 
 #: Layouts of a model's operations, by selected parameters and kind of input; they do not depend on values.
 _layouts: weakref.WeakKeyDictionary[nn.Module, dict[Any, list[Layout | None]]] = weakref.WeakKeyDictionary()
+#: Of each model: a pass runs it with stand-ins for its parameters, which another thread must not take away.
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
 
 class LayerNorms(dict[str, Tensor]):
     """The norms (B,) of each parameter, by its name.
 
     Attributes:
+        logits: (B, C), the model's output in the same pass, without gradient; (0, 0) for an empty batch.
         one_by_one: names of the parameters for which no rule was known, so that the model ran once for each sample.
     """
 
-    def __init__(self, norms: dict[str, Tensor], one_by_one: tuple[str, ...] = ()) -> None:
+    def __init__(self, norms: dict[str, Tensor], logits: Tensor, one_by_one: tuple[str, ...] = ()) -> None:
         super().__init__(norms)
-        self.one_by_one = one_by_one
+        self.logits, self.one_by_one = logits, one_by_one
 
 
 def layer_gradnorms(
@@ -56,6 +58,7 @@ def layer_gradnorms(
 
     GradNorm (Huang, Geng & Li, NeurIPS 2021) of all layers, as in the paper's ablation, is layers="all"; for the last
     layer alone `fast_gradnorm` needs no backward pass. The model is left as it was: mode, gradients, flags, hooks.
+    Threads may share it, and wait for one another.
 
         layer_gradnorms(model, images)                                    # all parameters together, (B,)
         layer_gradnorms(model, images, layers=["layer4", "fc"], p=2.0)
@@ -75,8 +78,8 @@ def layer_gradnorms(
         loss: logits (B, C) to one loss per sample (B,), in place of target, temperature and reduction.
 
     Returns:
-        (B,), float32 or, for a float64 model, float64; with per_layer a dict of these by parameter name, in the order of
-        model.named_parameters(). Parameters that the logits do not depend on have norm 0. Where a parameter is used
+        (B,), float32 or, for a float64 model, float64; with per_layer a dict of these by parameter name, in the order
+        of model.named_parameters(). Parameters that the logits do not depend on have norm 0. Where a parameter is used
         in a way for which no rule is known, the model runs once for each sample: a warning names it, and so does the
         dict's `one_by_one`.
 
@@ -87,10 +90,10 @@ def layer_gradnorms(
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     model = heads.unwrap(model)
     images = _placed(model, images)
-    p = _check_p(p)
+    p = check_p(p)
     if loss is None:
         temperature = _check_options(torch.empty(0), temperature, reduction, "auto")
-        _check_target(target, len(images), reduction)
+        check_target(target, (len(images),), reduction)
     elif not (isinstance(target, str) and target == "uniform" and temperature == 1.0 and reduction == "mean"):
         raise ValueError("loss: expected it alone, got target, temperature or reduction beside it")
     elif not callable(loss):
@@ -103,17 +106,22 @@ def layer_gradnorms(
         if loss is not None:
             return loss_gradient(logits, loss)
         if isinstance(target, Tensor):
-            _check_labels(target, logits.shape[1])
+            check_classes(target, logits.shape[1])
             return target_gradient(logits, target[rows], temperature, 1.0)
         return target_gradient(logits, target, temperature, logits.shape[1] if reduction == "sum" else 1.0)
 
-    with torch.inference_mode(False), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+    with (
+        _locks.setdefault(model, threading.RLock()),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.compiler.set_stance("force_eager"),
+    ):
         if images.is_inference():
             images = images.clone()
         names = selected_parameters(model, images, layers)
         if not len(images):
             zeros = images.new_zeros(0, dtype=norm_dtype(images.dtype))
-            norms = LayerNorms(dict.fromkeys(names, zeros))
+            norms = LayerNorms(dict.fromkeys(names, zeros), images.new_zeros(0, 0))
         else:
             batch = _Pass(model, images, names, p)
             try:
@@ -138,6 +146,7 @@ class _Pass:
         self.rest = {name: t for name, t in everything.items() if name not in self.parameters}
         self.uses: dict[str, list[Use]] = {name: [] for name in names}
         self.found: dict[str, Tensor] = {}
+        self.logits: list[Tensor] = []  #: of the whole batch, or of each image
         self.one_by_one: set[str] = set()
 
     def norms(self, logit_gradient: Callable[[Tensor, slice], Tensor]) -> LayerNorms:
@@ -162,7 +171,7 @@ class _Pass:
         if self.one_by_one:
             norms |= self._each(logit_gradient)
         one_by_one = tuple(name for name in self.parameters if name in self.one_by_one)
-        return LayerNorms({name: norms[name] for name in self.parameters}, one_by_one)
+        return LayerNorms({name: norms[name] for name in self.parameters}, torch.cat(self.logits), one_by_one)
 
     def _call(self, images: Tensor) -> Tensor:
         """The logits; images are copied, for a model may normalise them in place."""
@@ -197,6 +206,7 @@ class _Pass:
             raise Stale
         self.expected = trace.expected
         gradient = logit_gradient(logits, slice(None))
+        self.logits = [logits.detach()]
         # The gradients of a confident row may be too small for squares, or for halves: all are linear in this one.
         scale = gradient.abs().amax(1)
         unit = torch.where(scale > 0, scale, 1.0)
@@ -249,10 +259,12 @@ class _Pass:
         for name in self.parameters.keys() - names:
             self.parameters[name].requires_grad_(False)
         rows: list[list[Tensor]] = []
+        each: list[Tensor] = []
         for i in range(len(self.images)):
             here = slice(i, i + 1)
             logits = self._call(self.images[here])
             gradient = logit_gradient(logits, here)
+            each.append(logits.detach())
             scale = gradient.abs().amax()
             unit = torch.where(scale > 0, scale, 1.0)
             leaves = [self.parameters[name] for name in names]
@@ -260,6 +272,7 @@ class _Pass:
                 logits, leaves, (gradient / unit).to(logits.dtype), allow_unused=True, materialize_grads=True
             )
             rows.append([p_norm(g.reshape(1, -1), self.p)[0] * unit for g in gradients])
+        self.logits = self.logits or each
         return {name: torch.stack([row[j] for row in rows]) for j, name in enumerate(names)}
 
 
@@ -269,10 +282,7 @@ def _pulled_back(use: Use, parameter: Tensor, samples: slice) -> Tensor:
     if use.tensor is parameter:
         return gradients
     return torch.stack(
-        [
-            torch.autograd.grad(use.tensor, parameter, g.to(use.tensor.dtype), retain_graph=True)[0]
-            for g in gradients
-        ]
+        [torch.autograd.grad(use.tensor, parameter, g.to(use.tensor.dtype), retain_graph=True)[0] for g in gradients]
     )
 
 
@@ -295,31 +305,6 @@ def _check_modes(model: nn.Module) -> None:
                 "own; call model.eval()" + ("" if module.training else ", and keep running statistics in it")
             )
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
-            raise ValueError(f"model: {name!r} is dropout in training mode, whose gradients are random; call model.eval()")
-
-
-def _check_p(p: object) -> float:
-    if isinstance(p, bool) or not isinstance(p, (int, float, np.floating, np.integer)):
-        raise TypeError(f"p: expected a number, got {type(p).__name__}")
-    if not (0.1 <= p <= 64.0 or p == math.inf):
-        raise ValueError(f"p: expected 0.1 … 64, or inf, got {p!r}")
-    return float(p)
-
-
-def _check_target(target: object, samples: int, reduction: str) -> None:
-    if isinstance(target, Tensor):
-        if target.dtype != torch.int64:
-            raise TypeError(f"target: expected labels of dtype int64, got {target.dtype}")
-        if target.shape != (samples,):
-            raise ValueError(f"target: expected labels of shape ({samples},), got {tuple(target.shape)}")
-    elif not isinstance(target, str):
-        raise TypeError(f'target: expected "uniform", "predicted" or int64 labels, got {type(target).__name__}')
-    elif target not in ("uniform", "predicted"):
-        raise ValueError(f'target: expected "uniform", "predicted" or int64 labels, got {target!r}')
-    if reduction == "sum" and not (isinstance(target, str) and target == "uniform"):
-        raise ValueError('reduction: "sum" over classes is defined for the uniform target only; leave it out')
-
-
-def _check_labels(labels: Tensor, classes: int) -> None:
-    if labels.device.type == "cpu" and bool((((labels < 0) | (labels >= classes)) & (labels != -100)).any()):
-        raise ValueError(f"target: expected labels 0 … {classes - 1}, or -100 to ignore a row, got others")
+            raise ValueError(
+                f"model: {name!r} is dropout in training mode, whose gradients are random; call model.eval()"
+            )

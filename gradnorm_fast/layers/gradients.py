@@ -25,10 +25,6 @@ class Unsupported(Exception):
     """No rule for this use of a parameter: its gradients are computed one sample at a time."""
 
 
-class Refused(ValueError):
-    """What has no gradient per sample at all."""
-
-
 class SampleGradients(ABC):
     """The gradients of all samples, computed for a few at a time."""
 
@@ -115,7 +111,8 @@ class Convolution(SampleGradients):
         self.sample_bytes = _bytes(self.weight)
         self.pointwise = self.weight[0, 0].numel() == 1 and not any(padding) and not transposed
         if self.pointwise and any(step > 1 for step in stride):
-            self.x = self.x[(..., *(slice(None, None, step) for step in stride))]
+            for dim, step in enumerate(stride, 2):
+                self.x = self.x[(slice(None),) * dim + (slice(None, None, step),)]
 
     def of(self, samples: slice) -> Tensor:
         n = samples.stop - samples.start
@@ -234,9 +231,7 @@ def convolution(
         given = pad(x(), before) if before else x()
         yield (
             weight,
-            Convolution(
-                g, given, weight, stride, padding, dilation, transposed, output_padding, groups, layout.inner
-            ),
+            Convolution(g, given, weight, stride, padding, dilation, transposed, output_padding, groups, layout.inner),
         )
         if bias is not None:
             yield bias, _sums(g.unflatten(0, (samples, layout.inner)), (1, *range(3, g.dim() + 1)))
@@ -274,12 +269,7 @@ def batch_norm(
     eps: float,
     cudnn_enabled: bool,
 ) -> Any:
-    if training or running_mean is None:
-        raise Refused(
-            "normalises by the statistics of the batch, so that a sample has no gradient of its own; call model.eval()"
-        )
-
-    if not layout.leading or running_var is None:
+    if not layout.leading or running_mean is None or running_var is None:
         raise Unsupported
     value = _unchanged(input)
 
@@ -406,16 +396,16 @@ def _channels(
 
     def gradients(g: Tensor) -> Gradients:
         x, images = value(), layout.inner
-        dims = (1, *range(3, g.dim() + 1))
-        unfolded = [t.unflatten(0, (samples, images)) for t in (g, x)]
+        dims = (1, *range(3, g.dim() + 1))  # all but samples and channels, once images are unfolded
+        g, x = (t.unflatten(0, (samples, images)) for t in (g, x))
 
         def each(x: Tensor) -> Tensor:
             return normalize(x.flatten(0, 1)).unflatten(0, (-1, images))
 
         if weight is not None:
-            yield weight, Scales(*unfolded, each, dims)
+            yield weight, Scales(g, x, each, dims)
         if bias is not None:
-            yield bias, _sums(unfolded[0], dims)
+            yield bias, _sums(g, dims)
 
     return gradients
 

@@ -11,7 +11,23 @@ from torch import Tensor, nn
 
 from .. import heads
 
-Layers: TypeAlias = str | Iterable[str] | Callable[[str, nn.Parameter], bool]
+Predicate: TypeAlias = Callable[[str, nn.Parameter], bool]
+Layers: TypeAlias = str | Iterable[str] | Predicate
+
+
+def check_layers(model: nn.Module, layers: Layers) -> str | list[str] | Predicate:
+    """`layers`, names as a list. Raises what `selected_parameters` does, but for what only images can tell."""
+    expected = f'layers: expected "all", "head", a list of module names or a predicate, got {layers!r}'
+    if isinstance(layers, str):
+        if layers not in ("all", "head"):
+            raise ValueError(expected)
+        return layers
+    if callable(layers):
+        return layers
+    try:
+        return _module_names(model, layers)
+    except TypeError:
+        raise TypeError(expected) from None
 
 
 def selected_parameters(model: nn.Module, images: Tensor, layers: Layers) -> list[str]:
@@ -22,21 +38,15 @@ def selected_parameters(model: nn.Module, images: Tensor, layers: Layers) -> lis
         ValueError: a module that the model does not have, or no parameter selected.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    layers = check_layers(model, layers)
     if layers == "all":
         chosen = list(parameters)
-    elif layers == "head":
-        chosen = _inside(parameters, [head_name(model, images)])
     elif isinstance(layers, str):
-        raise ValueError(f'layers: expected "all", "head", a list of module names or a predicate, got {layers!r}')
+        chosen = _inside(parameters, [head_name(model, images)])
     elif callable(layers):
         chosen = [name for name, p in parameters.items() if layers(name, p)]
     else:
-        try:
-            chosen = _inside(parameters, _module_names(model, layers))
-        except TypeError:
-            raise TypeError(
-                f'layers: expected "all", "head", a list of module names or a predicate, got {layers!r}'
-            ) from None
+        chosen = _inside(parameters, layers)
     if not chosen:
         raise ValueError(f"layers: selects none of the model's {len(parameters)} floating-point parameters")
     return chosen
@@ -77,8 +87,8 @@ def _module_names(model: nn.Module, layers: Iterable[str]) -> list[str]:
         if not isinstance(name, str):
             raise TypeError
         if name not in modules:
-            near = ", ".join(difflib.get_close_matches(name, modules, n=3)) or "none with a similar name"
-            raise ValueError(f"layers: the model has no module {name!r}; did you mean {near}?")
+            near = ", ".join(difflib.get_close_matches(name, modules, n=3))
+            raise ValueError(f"layers: the model has no module {name!r}" + (f"; did you mean {near}?" if near else ""))
     return names
 
 

@@ -18,21 +18,24 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .gradients import RULES, Given, PerSample, Refused, SampleGradients, Unsupported
+from .gradients import RULES, Given, PerSample, SampleGradients, Unsupported
 from .layout import Layout
 
 Names: TypeAlias = frozenset[str]
 
 #: Operations that take one copy of a parameter per sample, by broadcasting, as well as the parameter itself.
-BROADCASTING = frozenset(
-    "add sub subtract rsub mul multiply div divide true_divide iadd isub imul itruediv truediv radd rmul rtruediv addcmul "
-    "addcdiv lerp where maximum minimum pow rpow ipow cat concat concatenate".split()
-)
-MATRIX_PRODUCTS = frozenset("matmul rmatmul bmm baddbmm scaled_dot_product_attention".split())
+BROADCASTING = frozenset({
+    "add", "iadd", "radd", "sub", "subtract", "isub", "rsub", "mul", "multiply", "imul", "rmul", "div", "divide",
+    "true_divide", "truediv", "itruediv", "rtruediv", "pow", "ipow", "rpow", "addcmul", "addcdiv", "lerp", "where",
+    "maximum", "minimum", "cat", "concat", "concatenate",
+})  # fmt: skip
+MATRIX_PRODUCTS = frozenset({"matmul", "rmatmul", "bmm", "baddbmm", "scaled_dot_product_attention"})
 #: Values of samples that leave as Python numbers may come back in any new tensor.
-ESCAPES = frozenset("item tolist numpy __array__ __bool__ __int__ __float__ __index__".split())
+ESCAPES = frozenset({"item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__"})
 #: Operations that ask a tensor for its shape, dtype or device only.
-NO_GRADIENT = frozenset("type_as expand_as view_as reshape_as to zeros_like ones_like empty_like get".split())
+NO_GRADIENT = frozenset(
+    {"type_as", "expand_as", "view_as", "reshape_as", "to", "zeros_like", "ones_like", "empty_like", "get"}
+)
 
 
 class Stale(Exception):
@@ -87,12 +90,18 @@ class Trace(TorchFunctionMode):
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = self._run(func, args, kwargs or {})
         if func.__name__ == "batch_norm" and result.requires_grad and len(result) == 1:
-            # On a CPU torch (2.6 to 2.14) computes wrong gradients from the transposed one of a single image.
+            # On a CPU torch 2.14 computes wrong gradients from the transposed one of a single image.
             result.register_hook(lambda g: g.contiguous())
         return result
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         names, samples = self._parameters_of(args, kwargs)
+        if samples and func.__name__ == "batch_norm" and (args[5] if len(args) > 5 else kwargs.get("training")):
+            owners = sorted({name.rpartition(".")[0] or name for name in names})
+            raise ValueError(
+                f"model: a batch_norm ({', '.join(owners) or 'without selected parameters'}) normalises by the "
+                "statistics of the batch, so that a sample has no gradient of its own; call model.eval()"
+            )
         if not names and samples:
             self._note_writing(func, args, kwargs)
             self._escaped |= func.__name__ in ESCAPES
@@ -175,9 +184,6 @@ class Trace(TorchFunctionMode):
         except Unsupported:
             self._drop(parameters.values())
             return func(*args, **kwargs)
-        except Refused as reason:
-            owners = sorted({name.rpartition(".")[0] for t in parameters.values() for name in self._names(t) or ()})
-            raise ValueError(f"model: {', '.join(map(repr, owners))} {reason}") from None
 
     def _ruled(
         self, operation: str, func: Any, args: Any, kwargs: Any, parameters: dict[int, Tensor], layout: Layout
@@ -191,20 +197,23 @@ class Trace(TorchFunctionMode):
             return output
         if output.shape != layout.shape(self._samples):
             raise Stale
+        output, fresh = _fresh(output)
         if not before:
-            self.sources.append(torch.autograd.graph.get_gradient_edge(output))
+            self.sources.append(torch.autograd.graph.get_gradient_edge(fresh))
         for t in parameters.values():
             self._expect(t)
 
+        shape = output.shape
+
         def after(g: Tensor) -> None:
             try:
-                for tensor, found in gradients(g):
+                for tensor, found in gradients(g.reshape(shape)):
                     if id(tensor) in parameters:
                         self._found(tensor, found)
             except Unsupported:
                 self._drop(parameters.values())
 
-        output.register_hook(after)
+        fresh.register_hook(after)
         return output
 
     def _broadcast(self, func: Any, args: Any, kwargs: Any, parameters: dict[int, Tensor], layout: Layout) -> Tensor:
@@ -236,6 +245,21 @@ class Trace(TorchFunctionMode):
         assert self._use is not None
         for t in tensors:
             self._use(self._names(t) or frozenset(), None)
+
+
+def _fresh(output: Tensor) -> tuple[Tensor, Tensor]:
+    """An operation's output, and the same numbers as a tensor that is no view.
+
+    Writing into a view, as nn.ReLU(inplace=True) does after nn.Conv1d, puts its history aside, and hooks with it; the
+    hooks of the tensor that it is a view of stay where they are.
+    """
+    base = output._base
+    if base is None:
+        return output, output
+    if base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous():
+        return output, base
+    output = output.clone()
+    return output, output
 
 
 def forget_derived(model: torch.nn.Module, parameters: dict[str, Tensor]) -> None:
