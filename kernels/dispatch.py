@@ -64,9 +64,7 @@ def preferred(problem: Problem, arch: str, batch_invariant: bool = False) -> str
     """The name of the first kernel in the order of preference that takes the problem."""
     x, c = problem.features, problem.classes
     odd_halves = x.dtype.itemsize == 2 and x.shape[1] % 2 == 1  # rows that only loads of two bytes can read
-    sliced = (
-        not batch_invariant and len(x) <= tiled.SLICED_MAX_ROWS and one_tile.MAX_CLASSES < c <= tiled.SLICED_MAX_CLASSES
-    )
+    few = len(x) <= tiled.SLICED_MAX_ROWS and one_tile.MAX_CLASSES < c <= tiled.SLICED_MAX_CLASSES
     order: tuple[str, ...]
     if batch_invariant and x.dtype != torch.float64:
         order = ("one_tile", "tiled")
