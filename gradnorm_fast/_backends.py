@@ -10,7 +10,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from . import _torch_path
+from ._torch_backward import backward
+from ._torch_forward import forward
+from .kernels.problem import Problem, Scores
 
 BACKENDS = ("auto", "triton", "torch")
 
@@ -53,7 +55,7 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """Scores of features (B, D) from logits (B, C), or from weight (C, D) and bias (C,).
 
-    Returns out (1, B) and an empty tensor, or with head out (6, B), the rows _torch_path.FIELDS, and prediction (B,).
+    Returns out (1, B) and an empty tensor, or with head out (6, B), the rows FIELDS, and prediction (B,).
     """
     batch = features.shape[0]
     out = torch.empty((6 if head else 1, batch), dtype=score_dtype(features, logits), device=features.device)
@@ -63,14 +65,12 @@ def run(
     scale, bias_norm = _factors(logits, weight, reduction, include_bias)
     rest = (out, prediction if head else None, temperature, scale, bias_norm)
     if not uses_triton(backend, features.device):
+        problem = Problem(features, weight, bias, logits, temperature, scale, bias_norm)
+        scores = Scores(*rest[:2])
         # A row by itself: how a matmul rounds depends on how many rows it has.
-        if os.environ.get("GRADNORM_FAST_BATCH_INVARIANT") == "1":
-            for i in range(batch):
-                row = (out[:, i : i + 1], prediction[i : i + 1] if head else None, *rest[2:])
-                z = None if logits is None else logits[i : i + 1]
-                _torch_path.forward(features[i : i + 1], z, weight, bias, *row)
-        else:
-            _torch_path.forward(features, logits, weight, bias, *rest)
+        step = 1 if os.environ.get("GRADNORM_FAST_BATCH_INVARIANT") == "1" else batch
+        for i in range(0, batch, step):
+            forward(problem.rows(i, i + step), scores.rows(i, i + step))
         return out, prediction
     from .kernels import plan, rows
 
@@ -99,9 +99,9 @@ def run_backward(
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients for features, logits, weight and bias, empty where not needed, given the gradient of run's out."""
-    scale, bias_norm = _factors(logits, weight, reduction, include_bias)
+    problem = Problem(features, weight, bias, logits, temperature, *_factors(logits, weight, reduction, include_bias))
     with torch.autocast(features.device.type, enabled=False):
-        return _torch_path.backward(grad, features, logits, weight, bias, temperature, scale, bias_norm, needed)
+        return backward(grad, problem, needed)
 
 
 def score_dtype(features: Tensor, logits: Tensor | None) -> torch.dtype:

@@ -9,6 +9,7 @@ needs a matmul that returns float32 (torch 2.8, CUDA).
 
 import torch
 
+from .problem import copies as copies
 from .rows import score_rows
 from .targets import Config, cdiv
 
@@ -20,12 +21,6 @@ HALF_TO_FLOAT32 = "dtype_out" in torch.ops.aten.mm.overloads()
 def fits(features: torch.Tensor) -> bool:
     """Whether the library multiplies these into float32 or float64."""
     return features.dtype.itemsize > 2 or (HALF_TO_FLOAT32 and features.device.type == "cuda")
-
-
-def copies(matrix: torch.Tensor) -> bool:
-    """Whether the library would copy this matrix first, for neither its rows nor its columns are contiguous."""
-    (m, n), (a, b) = matrix.shape, matrix.stride()
-    return not ((b == 1 and a >= max(1, n)) or (a == 1 and b >= max(1, m)))
 
 
 def score_library(
