@@ -4,21 +4,39 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test kernels bench gpu lint clean
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# The working loop: what a change breaks first, in under a minute.
+QUICK  := tests/test_validation.py tests/test_properties.py tests/test_real_data.py tests/test_docs.py
+
+.PHONY: demo test check lint docs kernels emulate bench gpu clean
 
 demo: $(STAMP)
 	$(BIN)/gradnorm-fast demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+check: lint
+	$(PYTEST) -q $(QUICK)
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy gradnorm_fast
+	$(BIN)/mypy --explicit-package-bases kernels
 
 kernels: $(STAMP)
 	$(BIN)/python benchmarks/compile_matrix.py
+
+# The kernels compiled for two GPUs, executed on the CPU: tests/emulator/README.md. About an hour.
+emulate: $(STAMP)
+	$(BIN)/python tests/emulator/run.py
+	$(BIN)/python tests/emulator/run.py --controls
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/compare.py

@@ -1,25 +1,30 @@
-"""Compile every kernel configuration the dispatcher can choose, for every architecture, without a GPU.
+"""Compile what real heads launch, for every architecture, without a GPU, and check what the compiler made of it.
 
-    make kernels                                   the table: registers, spills, shared memory, tensor-core instructions
-    python benchmarks/compile_matrix.py --arch sm_90 --json matrix.json
+    make kernels                                          every specialisation
+    python benchmarks/compile_matrix.py --arch sm_90 --kernel one_tile --keep out/      and keep the TTGIR, PTX, ...
 
-As launched on contiguous, aligned rows, D a multiple of 16; other input runs the same tiles with element-wise loads.
-Exits with 1 if any configuration spills, needs more shared memory than a block may have, or misses the tensor cores
-it should be on. Not in the interpreter: a process with TRITON_INTERPRET=1 cannot compile.
+The launchers run on meta tensors, under a driver that compiles nothing but writes down what Triton would compile. So
+the signatures, the attributes of arguments (a multiple of 16, equal to 1, ...) and the options are those of real calls.
+
+Exits with 1 if a kernel spills registers, takes more shared memory than a block may have, misses the tensor cores it
+should use, has its asynchronous products serialised, loads halves one by one on the way to a product, stores a tile
+element by element, refills a buffer under a product (`buffer_reuse.py`) or splits the features over a cluster.
+A process with TRITON_INTERPRET=1 cannot compile.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,216 +32,228 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout's kernels, wh
 
 import torch
 
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
-HALF = (torch.float16, torch.bfloat16)
-TYPE = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
-BATCHES = (1, 16, 17, 32, 33, 64, 65, 1024, 1025, 50000)
-DEPTHS = (1, 256, 512, 1024, 2048, 8192)
-CLASSES = (
-    1,
-    16,
-    17,
-    128,
-    129,
-    256,
-    257,
-    512,
-    513,
-    1024,
-    1025,
-    2048,
-    2049,
-    4096,
-    4097,
-    8192,
-    8193,
-    16384,
-    16385,
-    128256,
-)
+import buffer_reuse
+
+KIB = 1024
+#: the shared memory that a block may have, and the multiprocessors of a common card
+ARCHITECTURES = {
+    "sm_80": (163 * KIB, 108), "sm_89": (99 * KIB, 128), "sm_90": (227 * KIB, 132), "sm_100": (227 * KIB, 148),
+    "sm_103": (227 * KIB, 148), "sm_120": (99 * KIB, 170), "gfx942": (64 * KIB, 304),
+}  # fmt: skip
+BATCHES = (1, 17, 33, 256, 1024, 2048, 10_000)
+DEPTHS = (1000, 342, 2048, 440, 768, 888, 1280, 1512, 2056)
+CLASSES = (10, 100, 257, 1000, 21_843)
+MORE_CLASSES = (200, 1203, 3000, 8142)  # for the other lines of the kernels' tables, at the first depths alone
+HEADS = (*product(CLASSES, DEPTHS), *product(MORE_CLASSES, DEPTHS[:3]))
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+TILE = ("BLOCK_B", "BLOCK_C", "BLOCK_D", "TILE_C")
+NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One compilation: a kernel with its constexprs, the dtype of its input, and how it is launched."""
+@dataclass
+class Specialisation:
+    """What Triton compiles for some launches, and the first problem that launches it."""
 
     kernel: str
     arch: str
-    dtype: str
-    constexprs: tuple[tuple[str, object], ...]
-    num_warps: int
-    num_stages: int
-    num_ctas: int = 1
-
-    @property
-    def tile(self) -> str:
-        c = dict(self.constexprs)
-        return f"{c['BLOCK_B']}x{c['BLOCK_C']}x{c['BLOCK_D']}"
+    dtype: str  #: of the features
+    shape: tuple[int, int, int]  #: B, D, C
+    constants: dict[str, object]  #: by parameter
+    options: dict[str, Any]
+    source: Any
+    target: Any
 
     def __str__(self) -> str:
-        flags = [k.lower() for k, v in self.constexprs if v is True and k in ("HEAD", "RESIDENT", "TMA", "LONG")]
-        flags += [f"{k.lower()} {v}" for k, v in self.constexprs if k in ("STEP", "ROW_C", "TILE_C") and v]
-        flags += [f"{self.num_ctas} CTAs"] if self.num_ctas > 1 else []
-        precision = dict(self.constexprs).get("PRECISION", "")
-        kind = f"{self.dtype} {precision}" if self.dtype == "fp32" and precision else self.dtype
-        return f"{self.kernel:11} {self.arch:7} {kind:10} {self.tile:12} {' '.join(flags):21}"
+        of = self.constants
+        tile = "x".join(str(of[f"BLOCK_{x}"]) for x in "BCD" if f"BLOCK_{x}" in of)
+        flags = [k.lower() for k, v in of.items() if v is True]
+        flags += [f"{k.lower()} {v}" for k, v in of.items() if type(v) is not bool and k.isupper() and "BLOCK" not in k]
+        flags += [f"{self.options['num_ctas']} CTAs"] if self.options["num_ctas"] > 1 else []
+        shape = "x".join(map(str, self.shape))
+        return (
+            f"{self.kernel:9} {self.arch:7} {self.dtype:5} {shape:16} {tile:12} {self.options['num_warps']:5} "
+            f"{self.options['num_stages']:6}  {' '.join(flags)}"
+        )
 
 
 @dataclass
 class Outcome:
-    """What came of it. Counts are static instructions; `serialized`: ptxas made each wgmma wait for the one before."""
+    """What came of it. Counts are static instructions."""
 
-    entry: Entry
     registers: int = 0
     spills: int = 0
     shared: int = 0
     instructions: dict[str, int] = field(default_factory=dict)
-    serialized: bool = False
+    operands: list[str] = field(default_factory=list)  #: the buffers of asynchronous products
     problems: list[str] = field(default_factory=list)
 
 
-def kernels() -> dict[str, Any]:
-    """The device functions, by the name in the table."""
-    from gradnorm_fast.kernels import cluster, cooperative, few_rows, one_tile, rows, split
+class _Driver:
+    """A device that is not there."""
 
-    return {
-        "one_tile": one_tile.one_tile_kernel,
-        "few_rows": few_rows.few_rows_kernel,
-        "logits": split.logits_kernel,
-        "rows": rows.rows_kernel,
-        "cooperative": cooperative.cooperative_kernel,
-        "cluster": cluster.cluster_kernel,
-    }
+    def __init__(self, arch: str) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        amd = arch.startswith("gfx")
+        self.target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch[3:]), 32)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> str:  # Triton keeps compiled kernels by device
+        return str(self.target.arch)
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
 
 
-def entries(arch: str) -> list[Entry]:
-    """Every configuration the launchers can choose on this architecture, by asking them."""
+class _NotCompiled:
+    function = packed_metadata = None
+
+    def run(self, *arguments: object) -> None: ...
+
+    def launch_metadata(self, *arguments: object) -> None: ...
+
+
+def pretend(arch: str, found: Callable[[Any, Any, dict[str, Any]], None]) -> None:
+    """Launch on `arch` from now on, and call `found(source, target, options)` where Triton would compile.
+
+    The kernels' modules keep this for the life of the process.
+    """
     import triton
 
-    from gradnorm_fast.kernels import cluster, cooperative, few_rows, one_tile, rows, split
-    from gradnorm_fast.kernels.targets import CLUSTERS, Config, TensorDescriptor
+    def compile_(source: Any, target: Any, options: dict[str, Any], **_: object) -> _NotCompiled:
+        found(source, target, dict(options))
+        return _NotCompiled()
 
-    found: dict[Entry, None] = {}
-    functions = kernels()
-    nvidia_tma = TensorDescriptor is not None and arch in ("sm_90", "sm_100")
-
-    def add(kernel: str, dtype: torch.dtype, config: Config, **constexprs: object) -> None:
-        blocks = {"BLOCK_B": config.block_b, "BLOCK_C": config.block_c, "BLOCK_D": config.block_d, "TMA": config.tma}
-        flags = {"HAS_BIAS": True, "EVEN_D": True, "UPCAST": False, "PRECISION": "ieee"}
-        flags |= {"MAX_SLICES": few_rows.MAX_SLICES, "KINDS": cooperative.KINDS}
-        flags |= {"TILES": rows.TILES if kernel == "rows" else cooperative.TILES}
-        every = flags | constexprs | blocks
-        used = tuple((k, v) for k, v in every.items() if k in functions[kernel].arg_names)
-        found[Entry(kernel, arch, TYPE[dtype], used, config.num_warps, config.num_stages, config.num_ctas)] = None
-
-    def add_matmul(dtype: torch.dtype, precision: str, b: int, c: int, d: int, head: bool) -> None:
-        options: dict[str, object] = {"PRECISION": precision, "HEAD": head}
-        if c <= one_tile.MAX_CLASSES:
-            add("one_tile", dtype, one_tile.configuration(b, c, d, dtype, arch), **options)
-            return
-        if b <= few_rows.MAX_ROWS and c <= few_rows.MAX_CLASSES:
-            config = few_rows.configuration(b, c, d, dtype, arch, PROCESSORS[arch])
-            row_c = max(128, triton.next_power_of_2(c))
-            add("few_rows", dtype, config, PRECISION=precision, HEAD=False, STEP=1, ROW_C=1)
-            finish = config._replace(block_b=1, block_c=1, block_d=1)
-            add("few_rows", dtype, finish, HEAD=head, STEP=2, ROW_C=row_c)
-            if (b, c, head) == (few_rows.MAX_ROWS, 1024, True):  # kept ready, as below
-                add("few_rows", dtype, config, **options, STEP=few_rows.BOTH, ROW_C=row_c)
-        config = split.configuration(b, c, d, dtype, arch)
-        long = c > rows.MAX_RESIDENT and config.block_b * config.block_c <= split.STATISTICS_TILE
-        add("logits", dtype, config, **options, LONG=long, GROUP=split.GROUP)
-        if long:
-            of_rows = rows.configuration(b, c, torch.float32, arch)
-            add("rows", torch.float32, of_rows, HAS_BIAS=False, HEAD=head, RESIDENT=False, TILE_C=config.block_c)
-        # Not chosen until they have run on a GPU, but kept ready for one:
-        config = cooperative.configuration(b, c, d, dtype, arch)
-        add("cooperative", dtype, config, **options, PHASE=cooperative.ALL)
-        if nvidia_tma and dtype in HALF:
-            tile = (128, 256) if arch == "sm_90" else (128, 128)
-            add("logits", dtype, Config(*tile, 64, 8, 4, tma=True), LONG=False, GROUP=split.GROUP)
-            if CLUSTERS and c <= cluster.MAX_CLASSES.get(arch, 4096):
-                add("cluster", dtype, cluster.configuration(b, c, d, dtype, arch), **options)
-
-    for dtype in (*HALF, torch.float32):
-        for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
-            for b, c, d, head in itertools.product(BATCHES, CLASSES, DEPTHS, (False, True)):
-                add_matmul(dtype, precision, b, c, d, head)
-    for dtype in (*HALF, torch.float32, torch.float64):
-        for b, c, head in itertools.product(BATCHES, CLASSES, (False, True)):
-            config = rows.configuration(b, c, torch.promote_types(dtype, torch.float32), arch)
-            of_library = dtype in (torch.float32, torch.float64)  # whose logits come without the bias
-            for bias in (False, True) if of_library else (False,):
-                add("rows", dtype, config, HAS_BIAS=bias, HEAD=head, RESIDENT=c <= config.block_c, TILE_C=0)
-    return list(found)
+    triton.compiler.compile = compile_  # each kernel takes it from there at its first launch
+    triton.runtime.driver.set_active(_Driver(arch))
+    facts = {"architecture": lambda device: arch, "multiprocessors": lambda device: ARCHITECTURES[arch][1]}
+    for name, module in sys.modules.items():
+        if name.startswith("gradnorm_fast.kernels."):
+            vars(module).update({fact: value for fact, value in facts.items() if hasattr(module, fact)})
 
 
-def _source(entry: Entry):  # type: ignore[no-untyped-def]
-    """The kernel with argument types as a launch would give them: aligned pointers, contiguous rows."""
-    import triton
+def score(arch: str, dtype: torch.dtype, b: int, d: int, c: int, head: bool) -> None:
+    """By default, and by every kernel that takes this problem; on tensors without data."""
+    from gradnorm_fast.kernels import dispatch
+    from gradnorm_fast.kernels.experimental import cluster
+    from gradnorm_fast.kernels.problem import Problem, Scores
 
-    fn, of = kernels()[entry.kernel], dict(entry.constexprs)
-    score = "fp64" if entry.dtype == "fp64" else "fp32"
-    pointers = dict.fromkeys(("X", "W", "XT", "WT", "BIAS", "Z"), entry.dtype)
-    pointers |= dict.fromkeys(("OUT", "SHARES", "STATISTICS", "PARTIAL", "NORMS"), score)
-    pointers |= {"COUNTERS": "i32", "COUNTER": "i32", "PREDICTION": "i64"}
-    if entry.kernel == "logits":
-        pointers["Z"] = "fp32"
-    elif entry.kernel == "rows" and of["TILE_C"]:
-        pointers["X"] = "fp32"  # the shares
-    constants = of | dict.fromkeys(("stride_xd", "stride_wd", "stride_zc", "stride_b"), 1)
-    constants = {k: v for k, v in constants.items() if k in fn.arg_names}
-    signature, attributes = {}, {}
-    for i, name in enumerate(fn.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in ("XT", "WT") and (of.get("TMA", True)):
-            rows = of["BLOCK_B"] if name == "XT" else of["BLOCK_C"]
-            signature[name] = f"tensordesc<{entry.dtype}[{rows},{of['BLOCK_D']}]>"
-            continue
-        elif name in pointers:
-            signature[name] = "*" + pointers[name]
-        else:
-            signature[name] = (
-                "fp32" if name in ("inv_temperature", "inv_temperature_low", "scale", "bias_norm") else "i32"
-            )
-        if name in pointers or name in ("D", "stride_xb", "stride_wc", "stride_zb", "slice_d", "width"):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return triton.compiler.ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attributes)
+    x, weight, bias, logits = (torch.empty(s, dtype=dtype, device="meta") for s in ((b, d), (c, d), (c,), (b, c)))
+    out = torch.empty(6 if head else 1, b, dtype=torch.promote_types(dtype, torch.float32), device="meta")
+    scores = Scores(out, torch.empty(b, dtype=torch.int64, device="meta") if head else None)
+    dispatch._configuration.cache_clear()  # it goes by the device, which is always "meta" here
+    for problem in (Problem(x, weight, bias), Problem(x, None, None, logits)):
+        default, config = dispatch.choose(problem)
+        for kernel in (*dispatch.KERNELS.values(), dispatch.Kernel("cluster", cluster.score_cluster, cluster.why_not)):
+            if not kernel.why_not(problem, arch):
+                kernel.score(problem, scores, config if kernel.name == default else None)
 
 
-def compile_entry(entry: Entry) -> Outcome:
-    """Compile one entry and read registers, spills, shared memory and instructions from the machine code."""
-    import triton
-    from triton.backends.compiler import GPUTarget
+def specialisations(archs: Iterable[str]) -> list[Specialisation]:
+    """All that the kernels launch for the problems above."""
+    from gradnorm_fast.kernels import dispatch  # noqa: F401, whose modules `pretend` must find
+    from gradnorm_fast.kernels.experimental import cluster  # noqa: F401
 
-    amd = entry.arch.startswith("gfx")
-    target = GPUTarget("hip", entry.arch, 64) if amd else GPUTarget("cuda", int(entry.arch[3:]), 32)
-    outcome = Outcome(entry)
-    try:
-        kernel = triton.compile(
-            _source(entry),
-            target=target,
-            options=dict(num_warps=entry.num_warps, num_stages=entry.num_stages, enable_fp_fusion=True)
-            | ({"num_ctas": entry.num_ctas} if entry.num_ctas > 1 else {}),
+    found: list[Specialisation] = []
+
+    def note(source: Any, target: Any, options: dict[str, Any]) -> None:
+        constants = {source.fn.arg_names[at[0]]: value for at, value in source.constants.items()}
+        name = source.fn.__name__.removesuffix("_kernel")
+        found.append(Specialisation(name, arch, NAMES[dtype], (b, d, c), constants, options, source, target))
+
+    for arch in archs:
+        pretend(arch, note)
+        for tf32, dtype in (*((False, dtype) for dtype in DTYPES), (True, torch.float32)):
+            torch.backends.cuda.matmul.allow_tf32 = tf32
+            for b, (c, d), head in product(BATCHES, HEADS, (True, False)):
+                score(arch, dtype, b, d, c, head)
+        torch.backends.cuda.matmul.allow_tf32 = False
+    return found
+
+
+def a_few(found: list[Specialisation]) -> list[Specialisation]:
+    """Of every kernel and architecture each configuration in each arithmetic, each dtype, each value of each constant.
+
+    In whatever combination comes first.
+    """
+    seen: set[object] = set()
+    kept = []
+    for each in found:
+        half = each.dtype in ("fp16", "bf16")
+        arithmetic = "half" if half else each.constants.get("PRECISION", each.dtype)
+        if "PRECISION" not in each.constants:  # no product: the sums are float32 or float64
+            arithmetic = "fp64" if each.dtype == "fp64" else "fp32"
+        tile = (
+            *(each.constants.get(x) for x in TILE),
+            *(each.options[x] for x in ("num_warps", "num_stages", "num_ctas")),
         )
+        facts: list[tuple[object, ...]] = [("dtype", each.dtype), (arithmetic, tile), *each.constants.items()]
+        new = {(each.kernel, each.arch, *fact) for fact in facts} - seen
+        if new:
+            kept.append(each)
+            seen |= new
+    return kept
+
+
+def compile_one(each: Specialisation, keep: Path | None = None) -> Outcome:
+    """Compile it and read what the compiler made."""
+    import triton
+
+    outcome = Outcome()
+    try:
+        kernel = triton.compile(each.source, target=each.target, options=each.options)
     except Exception as error:  # whatever the compiler raises is the finding
         outcome.problems.append(f"does not compile: {type(error).__name__}: {str(error).strip()[-200:]}")
         return outcome
     outcome.shared = kernel.metadata.shared
-    (_read_amd if amd else _read_nvidia)(kernel, outcome)
-    if outcome.spills:
-        outcome.problems.append(f"{outcome.spills} spills")
-    if outcome.shared > SHARED_LIMIT[entry.arch]:
-        outcome.problems.append(f"shared memory {outcome.shared} > {SHARED_LIMIT[entry.arch]}")
-    if outcome.serialized:
-        outcome.problems.append("wgmma serialized")
-    if entry.num_ctas > 1 and not features_replicated(kernel.asm["ttgir"]):
-        outcome.problems.append("features split over the CTAs")
-    expected = expected_instruction(entry)
-    if expected and not outcome.instructions.get(expected):
-        outcome.problems.append(f"no {expected}")
+    nvidia = each.target.backend == "cuda"
+    assembly, ttgir = kernel.asm["ptx" if nvidia else "amdgcn"], kernel.asm["ttgir"]
+    if keep:
+        for kind in ("ttir", "ttgir", "ptx", "amdgcn"):
+            if kind in kernel.asm:
+                (keep / f"{' '.join(str(each).split())}.{kind}").write_text(kernel.asm[kind])
+    (_read_nvidia if nvidia else _read_amd)(kernel.asm, outcome)
+    limit = ARCHITECTURES[each.arch][0]
+    problems = {
+        f"{outcome.spills} spills": outcome.spills,
+        f"shared memory {outcome.shared} > {limit}": outcome.shared > limit,
+        "tile stored element by element": nvidia and stores_a_tile(ttgir) and "st.global.v4" not in assembly,
+    }
+    if each.dtype in ("fp16", "bf16"):
+        problems[f"{narrow_loads(assembly)} loads of 2 bytes beside a product"] = narrow_loads(assembly)
+    if each.options["num_ctas"] > 1:
+        problems["features split over the CTAs"] = not features_replicated(ttgir)
+    expected = tensor_core_instruction(each.arch, each.options["num_warps"], kernel.asm["ttir"])
+    problems[f"no {expected}"] = expected and not outcome.instructions.get(expected)
+    operands = buffer_reuse.operands(ttgir)
+    outcome.operands = list(map(str, operands))
+    problems |= {str(operand): operand.race for operand in operands}
+    outcome.problems += [text for text, true in problems.items() if true]
     return outcome
+
+
+MATMUL = r"mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma"
+NARROW = r"ld\.global(?!\S*\.v\d)\S*\.[bu]16\b|(?:global|buffer)_load_(?:ushort|short_d16|u16)"
+
+
+def narrow_loads(assembly: str) -> int:
+    """How many loads of 2 bytes stand in loops (of PTX or AMD assembly) that multiply on tensor cores."""
+    lines = assembly.splitlines()
+    labels = {found[1]: i for i, line in enumerate(lines) if (found := re.match(r"(\S*BB\d+_\d+):", line))}
+    narrow: set[int] = set()
+    for stop, line in enumerate(lines):
+        jump = re.search(r"\b(?:bra\S*|s_c?branch\S*)\s+(\S*BB\d+_\d+)", line)
+        start = labels.get(jump[1], stop) if jump else stop
+        if any(re.search(MATMUL, lines[i]) for i in range(start, stop)):
+            narrow.update(i for i in range(start, stop) if re.search(NARROW, lines[i]))
+    return len(narrow)
+
+
+def stores_a_tile(ttgir: str) -> bool:
+    """Whether float32 tiles of four columns or more are stored."""
+    return any(int(n) >= 4 for n in re.findall(r"tt\.store .*tensor<\d+x(\d+)x!tt\.ptr<f32>", ttgir))
 
 
 def features_replicated(ttgir: str) -> bool:
@@ -250,77 +267,103 @@ def features_replicated(ttgir: str) -> bool:
     return bool(operands) and not any(map(any, spread))
 
 
-def expected_instruction(entry: Entry) -> str | None:
-    """The tensor-core instruction this entry's matmul should be made of; None for exact float32 and for no matmul."""
-    of: dict[str, Any] = dict(entry.constexprs)
-    if entry.kernel == "rows" or of.get("STEP") == 2 or (entry.dtype == "fp32" and of["PRECISION"] == "ieee"):
+def tensor_core_instruction(arch: str, num_warps: int, ttir: str) -> str | None:
+    """What the kernel's products should be made of; None for exact float32 and where there is no product."""
+    found = re.search(r"tt\.dot ([^:]*) : tensor<(\d+)x\d+x(\w+)>", ttir)
+    if not found or (found[3] == "f32" and "inputPrecision" not in found[1]):
         return None
-    rows = of["BLOCK_B"]
-    large = rows >= 64  # the warpgroup instructions work on 64 rows at least
-    return {"sm_80": "mma.sync", "sm_90": "wgmma" if large else "mma.sync",
-            "sm_100": "tcgen05.mma" if large else "mma.sync", "gfx942": "mfma"}[entry.arch]  # fmt: skip
+    large = int(found[2]) >= 64 and num_warps >= 4  # warpgroups multiply 64 rows at least
+    special = {"sm_90": "wgmma", "sm_100": "tcgen05.mma", "sm_103": "tcgen05.mma"} if large else {}
+    return "mfma" if arch.startswith("gfx") else special.get(arch, "mma.sync")
 
 
-def _read_nvidia(kernel, outcome: Outcome) -> None:  # type: ignore[no-untyped-def]
+def _read_nvidia(asm: dict[str, Any], outcome: Outcome) -> None:
     import triton
 
+    counts = {"mma.sync": r"mma\.sync", "wgmma": r"wgmma\.mma_async", "tcgen05.mma": r"tcgen05\.mma"}
+    outcome.instructions = {name: n for name, p in counts.items() if (n := len(re.findall(p, asm["ptx"])))}
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(asm["cubin"])
         file.flush()
         run = lambda *command: subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: E731
         usage = run(tools / "cuobjdump", "--dump-resource-usage", file.name)
+        registers, stack = (int(n) for n in re.findall(r"(?:REG|STACK):(\d+)", usage))
+        outcome.registers = registers
+        if not stack and "wgmma" not in outcome.instructions:
+            return
         sass = run(tools / "nvdisasm", "-c", file.name)
-    outcome.registers = int(re.search(r"REG:(\d+)", usage).group(1))  # type: ignore[union-attr]
     outcome.spills = len(re.findall(r"\b(?:STL|LDL)\b", sass))
-    ptx = kernel.asm["ptx"]
-    patterns = {"mma.sync": r"mma\.sync", "wgmma": r"wgmma\.mma_async", "tcgen05.mma": r"tcgen05\.mma"}
-    outcome.instructions = {name: n for name, p in patterns.items() if (n := len(re.findall(p, ptx)))}
-    if outcome.entry.kernel == "logits" and "st.global.v4" not in ptx:
-        outcome.problems.append("logits stored one by one")
-    gmma = len(re.findall(r"HGMMA", sass))
-    outcome.serialized = 0 < gmma <= len(re.findall(r"WARPGROUP\.ARRIVE", sass))
+    products = len(re.findall("HGMMA", sass))
+    if 0 < products <= len(re.findall(r"WARPGROUP\.ARRIVE", sass)):
+        outcome.problems.append("each wgmma waits for the one before")
 
 
-def _read_amd(kernel, outcome: Outcome) -> None:  # type: ignore[no-untyped-def]
-    asm = kernel.asm["amdgcn"]
-    value = lambda name: int(re.search(rf"\.{name}:\s*(\d+)", asm).group(1))  # type: ignore[union-attr]  # noqa: E731
-    outcome.registers, outcome.spills = value("vgpr_count"), value("vgpr_spill_count")
-    outcome.instructions = {"mfma": n} if (n := len(re.findall(r"v_mfma", asm))) else {}
+def _read_amd(asm: dict[str, Any], outcome: Outcome) -> None:
+    numbers = {name: int(n) for name, n in re.findall(r"\.(vgpr_\w+):\s*(\d+)", asm["amdgcn"])}
+    outcome.registers, outcome.spills = numbers["vgpr_count"], numbers["vgpr_spill_count"]
+    outcome.instructions = {"mfma": n} if (n := len(re.findall(r"v_mfma", asm["amdgcn"]))) else {}
 
 
-def compile_all(archs: list[str], jobs: int) -> list[Outcome]:
-    todo = [entry for arch in archs for entry in entries(arch)]
-    with ProcessPoolExecutor(jobs) as pool:
-        outcomes = []
-        for i, outcome in enumerate(pool.map(compile_entry, todo), 1):
-            outcomes.append(outcome)
+_todo: list[Specialisation] = []
+_keep: Path | None = None
+
+
+def _compile(i: int) -> Outcome:
+    return compile_one(_todo[i], _keep)
+
+
+def compile_all(todo: list[Specialisation], jobs: int, keep: Path | None = None) -> Iterator[Outcome]:
+    """In order, by processes that inherit the list: Triton's functions cannot be sent to them."""
+    global _todo, _keep
+    _todo, _keep = todo, keep
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        for done, outcome in enumerate(pool.imap(_compile, range(len(todo))), 1):
             if sys.stderr.isatty():
-                print(f"\r{i}/{len(todo)} compiled", end="\n" if i == len(todo) else "", file=sys.stderr)
-    return outcomes
+                print(f"\r{done}/{len(todo)} compiled", end="\n" if done == len(todo) else "", file=sys.stderr)
+            yield outcome
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--arch", nargs="+", choices=SHARED_LIMIT, default=list(SHARED_LIMIT))
+    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--kernel", nargs="+", help="these alone")
+    parser.add_argument("--quick", action="store_true", help="one specialisation of each configuration")
+    parser.add_argument("--list", action="store_true", help="compile nothing")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="also write the table as JSON")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="for the compiled TTIR, TTGIR and assembly")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: an interpreting process cannot compile; unset it")
     import triton
 
-    outcomes = compile_all(args.arch, args.jobs)
+    found = [each for each in specialisations(args.arch) if not args.kernel or each.kernel in args.kernel]
+    todo = a_few(found) if args.quick else found
     print(f"Triton {triton.__version__}, torch {torch.__version__}; compiled offline, not run")
-    print(f"{'kernel':11} {'arch':7} {'dtype':10} {'tile':12} {'':21} warps stages  regs spills shared  instructions")
-    for o in outcomes:
-        row = f"{o.entry} {o.entry.num_warps:5} {o.entry.num_stages:6} {o.registers:5} {o.spills:6} {o.shared:6}"
+    print(f"{'kernel':9} {'arch':7} {'dtype':5} {'B x D x C':16} {'tile':12} warps stages")
+    if args.list:
+        print("\n".join(map(str, todo)))
+        print(f"{len(todo)} specialisations of {len(found)}")
+        return 0
+    if args.keep:
+        args.keep.mkdir(parents=True, exist_ok=True)
+    outcomes = []
+    for each, o in zip(todo, compile_all(todo, args.jobs, args.keep), strict=True):
+        outcomes.append(o)
         counts = " ".join(f"{n} {c}" for n, c in o.instructions.items())
-        print(f"{row}  {counts}" + (f"  !! {'; '.join(o.problems)}" if o.problems else ""))
+        print(f"{each}: {o.registers} registers, {o.spills} spills, {o.shared} shared, {counts or 'no matmul'}")
+        print("".join(f"    !! {problem}\n" for problem in o.problems), end="", flush=True)
     bad = sum(bool(o.problems) for o in outcomes)
-    print(f"{len(outcomes)} configurations, {bad} with problems")
+    print(f"{len(outcomes)} specialisations of {len(found)}, {bad} with problems")
     if args.json:
-        args.json.write_text(json.dumps([asdict(o) for o in outcomes], indent=1))
+        table = [
+            {"kernel": e.kernel, "arch": e.arch, "dtype": e.dtype, "shape": e.shape, "constants": e.constants,
+             "num_warps": e.options["num_warps"], "num_stages": e.options["num_stages"],
+             "num_ctas": e.options["num_ctas"], **asdict(o)}
+            for e, o in zip(todo, outcomes, strict=True)
+        ]  # fmt: skip
+        args.json.write_text(json.dumps(table, indent=1))
     return 1 if bad else 0
 
 

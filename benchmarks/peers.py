@@ -33,12 +33,16 @@ def ours(weight: Tensor, bias: Tensor, backend: str = "auto") -> Score:
 
 
 def kernel(weight: Tensor, bias: Tensor, name: str) -> Score:
-    """One kernel by itself, those included that no call chooses yet; ValueError for a shape it does not take."""
-    from gradnorm_fast.kernels import plan
+    """One kernel by itself, chosen or not; ValueError for a shape it does not take."""
+    from gradnorm_fast.kernels.dispatch import KERNELS
+    from gradnorm_fast.kernels.experimental.cluster import score_cluster
+    from gradnorm_fast.kernels.problem import Problem, Scores
+
+    launch = score_cluster if name == "cluster" else KERNELS[name].score
 
     def score(features: Tensor) -> Tensor:
         out = torch.empty(1, len(features), device=features.device)
-        plan.KERNELS[name](features, weight, bias, out, None, 1.0, 1.0, 0.0)
+        launch(Problem(features, weight, bias), Scores(out, None), None)
         return out[0]
 
     return score
@@ -83,28 +87,30 @@ class Implementation(NamedTuple):
     scores: bool = True  #: whether what it returns is the score
     capturable: bool = True  #: whether a CUDA graph can hold it
     tolerance: float = 0.1  #: largest relative error accepted; peers in half precision are that bad
+    used_by: str = ""  #: who computes the score like this today
 
 
 BASELINE = "matmul"
 OURS = "fast_gradnorm"
+# In the order of the tables: what people use today first.
 ALL = {
-    BASELINE: Implementation(matmul, scores=False),
     OURS: Implementation(ours, tolerance=1e-4),
-    "fast_gradnorm, torch path": Implementation(partial(ours, backend="torch"), tolerance=1e-4),
-    "few_rows, one launch": Implementation(partial(kernel, name="few_rows, one launch"), tolerance=1e-4),
-    "cooperative": Implementation(partial(kernel, name="cooperative"), tolerance=1e-4),
-    "cluster": Implementation(partial(kernel, name="cluster"), tolerance=1e-4),
-    "torch.compile": Implementation(compiled),
+    "autograd loop": Implementation(
+        autograd_loop, max_rows=LOOP_ROWS, capturable=False, used_by="official code, OpenOOD"
+    ),
+    "vmap": Implementation(vmap, capturable=False, used_by="pytorch-ood"),
     "eager": Implementation(eager),
-    "vmap": Implementation(vmap, capturable=False),
-    "autograd loop": Implementation(autograd_loop, max_rows=LOOP_ROWS, capturable=False),
+    "torch.compile": Implementation(compiled),
+    BASELINE: Implementation(matmul, scores=False),
+    "fast_gradnorm, torch path": Implementation(partial(ours, backend="torch"), tolerance=1e-4),
+    **{name: Implementation(partial(kernel, name=name), tolerance=1e-4) for name in ("tiled", "library", "cluster")},
 }
+GPU_ONLY = ("fast_gradnorm, torch path", "tiled", "library", "cluster")
 
 
 def for_device(device: str) -> dict[str, Implementation]:
-    """On a CPU fast_gradnorm is its torch path and kernels run in no time worth measuring."""
-    gpu_only = ("fast_gradnorm, torch path", "few_rows, one launch", "cooperative", "cluster")
-    return {k: v for k, v in ALL.items() if device.startswith("cuda") or k not in gpu_only}
+    """On a CPU fast_gradnorm is its torch path, and kernels run in the interpreter."""
+    return {k: v for k, v in ALL.items() if device.startswith("cuda") or k not in GPU_ONLY}
 
 
 def memory_needed(name: str, w: Workload) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -76,8 +75,9 @@ def duration(seconds: float) -> str:
 def table(results: Results) -> str:
     """Per workload: our time, and how many times longer the others take."""
     names = [n for n in peers.ALL if n != peers.OURS and any(r["implementation"] == n for r in results["records"])]
+    headings = [f"{n} ({used})" if (used := peers.ALL[n].used_by) else n for n in names]
     lines = [
-        f"| B x D x C | {peers.OURS} | " + " | ".join(names) + " | extra memory | relative error |",
+        f"| B x D x C | {peers.OURS} | " + " | ".join(headings) + " | extra memory | relative error |",
         "|---|" + "---:|" * (len(names) + 3),
     ]
     for name, records in by_workload(results).items():
@@ -93,6 +93,22 @@ def table(results: Results) -> str:
         cells += [f"{ours['extra_memory'] / 2**20:.1f} MiB", f"{ours['relative_error']:.1e}"]
         lines.append(f"| {name} | {own} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def headline(results: Results) -> str:
+    """One sentence: the largest ImageNet-sized batch that was measured."""
+    found = {workload_of(name): records for name, records in by_workload(results).items()}
+    dtype = "bfloat16" if "driver" in results["environment"] else "float32"
+    w = max((w for w in found if (w.depth, w.classes, w.dtype) == (2048, 1000, dtype)), key=lambda w: w.batch)
+    ours, loop, vmap, matmul = (found[w][n] for n in (peers.OURS, "autograd loop", "vmap", peers.BASELINE))
+    e = results["environment"]
+    where = e["device"] if "driver" in e else f"{e['threads']} threads of an {e['cpu']}"
+    return (
+        f"**{ratio(loop, ours):.0f} times faster than the loop** of the official code and OpenOOD, "
+        f"**{ratio(vmap, ours):.0f} times faster than vmap** as in pytorch-ood, {ratio(ours, matmul):.2f} times the "
+        f"time of the matmul alone: {w.batch} rows of {w.depth} features, {w.classes} classes, {w.dtype}, "
+        f"{duration(summary(main_times(ours))['median'])} on {where}. `make bench` measures it on yours."
+    )
 
 
 def details(results: Results) -> str:
@@ -145,55 +161,51 @@ def render(results: Results, folder: Path) -> str:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Throughput against batch size, ratio to the matmul per workload, extra memory per workload."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    """Per workload: the time of every implementation relative to ours, and the memory it takes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     found = by_workload(results)
     names = [n for n in peers.ALL if any(n in records for records in found.values())]
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(19, 6), layout="constrained")
+    figure = Figure(figsize=(11, 1.3 + 0.42 * len(found)), dpi=90, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True)
     for i, name in enumerate(names):
-        points = sorted(
-            (workload_of(w).batch, workload_of(w).batch / summary(main_times(r[name]))["median"])
-            for w, r in found.items()
-            if main_times(r.get(name, {}))
-            and (workload_of(w).depth, workload_of(w).classes) == (2048, 1000)
-            and workload_of(w).dtype == ("bfloat16" if "driver" in results["environment"] else "float32")
-        )
-        left.plot(*zip(*points, strict=True), marker="o", label=name, color=f"C{i}") if points else None
         for ax, value in (
-            (middle, lambda r, n=name: ratio(r[n], r[peers.BASELINE]) if n in r else None),
-            (right, lambda r, n=name: r[n].get("extra_memory", 0) / 2**20 if n in r else None),
+            (left, lambda r, n=name: ratio(r[n], r[peers.OURS])),
+            (right, lambda r, n=name: r[n].get("extra_memory", 0) / 2**20),
         ):
-            rows = [(j, v) for j, r in enumerate(found.values()) if (v := value(r))]
+            rows = [(v, j) for j, r in enumerate(found.values()) if {name, peers.OURS} <= set(r) and (v := value(r))]
             if rows:
-                ax.plot([v for _, v in rows], [j for j, _ in rows], "o", color=f"C{i}", label=name)
-    left.set(xscale="log", yscale="log", xlabel="batch size", ylabel="samples per second", title="D = 2048, C = 1000")
-    middle.set(xscale="log", xlabel="time / time of the bare matmul", title="lower is better")
-    right.set(xscale="log", xlabel="peak extra memory (MiB)", title="lower is better")
-    for ax in (middle, right):
-        ax.set_yticks(range(len(found)), list(found) if ax is middle else [])
-        ax.invert_yaxis()
-        ax.grid(axis="y", alpha=0.3)
-    left.legend(frameon=False)
-    figure.suptitle(environment_line(results), fontsize=9)
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+                style = "|" if name == peers.OURS else "o"
+                ax.plot(*zip(*rows, strict=True), style, color=f"C{i}", label=name, markersize=16 - 9 * (style == "o"))
+    left.axvline(1, color="C0", linewidth=1, zorder=0)
+    left.set(xscale="log", title=f"time, as a multiple of {peers.OURS}'s (lower is better)")
+    right.set(xscale="log", title="extra memory in MiB (lower is better)")
+    left.set_yticks(range(len(found)), list(found))
+    left.invert_yaxis()
+    for ax in (left, right):
+        ax.grid(axis="both", alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(names), frameon=False)
+    figure.savefig(path, format="png", metadata={"Description": environment_line(results)})
 
 
-BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
+def put(page: Path, mark: str, text: str) -> None:
+    """Replace what stands between the two marks of a page."""
+    begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
+    old = page.read_text(encoding="utf-8")
+    if old.count(begin) != 1 or old.count(end) != 1:
+        raise ValueError(f"{page}: expected the marks {begin} and {end} once each")
+    before, after = old.split(begin)[0], old.split(end)[1]
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 
 
 def update_readme(readme: Path, results: Results, source: Path) -> None:
-    """Replace what lies between the markers by the table and where it comes from."""
-    text = readme.read_text()
-    block = (
-        f"{BEGIN}\n{table(results)}\n\n{environment_line(results)}. From [{source.name}]({source}), by "
-        f"`make bench`, rendered by `python benchmarks/compare.py --render {source} --readme`.\n{END}"
+    """Put the headline, and the table with where it comes from, into the README."""
+    put(readme, "headline", headline(results))
+    origin = (
+        f"{environment_line(results)}. From [{source.name}]({source}), by `make bench`, rendered by "
+        f"`python benchmarks/compare.py --render {source} --readme`."
     )
-    changed, count = re.subn(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: block, text, flags=re.S)
-    if count != 1:
-        raise ValueError(f"{readme}: expected the markers {BEGIN} and {END} once")
-    readme.write_text(changed)
+    put(readme, "benchmark", f"{table(results)}\n\n{origin}")

@@ -1,21 +1,22 @@
-"""Time every plausible configuration of every kernel, per workload: what the tables in kernels/ are to be chosen by.
+"""Time every plausible configuration of every kernel, per workload: what the tables in kernels/ are chosen by.
 
     python benchmarks/tune.py --out benchmarks/results/h200          on a GPU
-    python benchmarks/tune.py --dry-run --out dry_run                without: tiny shapes, in the interpreter
+    python benchmarks/tune.py --dry-run --out dry_run                without one: tiny shapes, in the interpreter
 
-Each candidate is checked against the torch path first. Results are written after every workload, best first.
+Each candidate is checked against the torch path first. Results are written after every workload, the fastest first.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,12 @@ if "--dry-run" in sys.argv:
 import torch
 
 from gradnorm_fast import fast_gradnorm
-from gradnorm_fast.kernels import plan
+from gradnorm_fast.kernels import library, one_tile, tiled
+from gradnorm_fast.kernels.config import Config, cdiv, power_of_2
+from gradnorm_fast.kernels.device import INTERPRETED, architecture, dot_precision, has_tma, multiprocessors
+from gradnorm_fast.kernels.dispatch import KERNELS, Choice, choose
+from gradnorm_fast.kernels.experimental import cluster
+from gradnorm_fast.kernels.problem import Problem, Scores
 
 import measure
 from workloads import Workload
@@ -44,23 +50,66 @@ DRY = [Workload(20, 24, 40), Workload(20, 32, 300, "bfloat16"), Workload(70, 32,
 WORKERS = 8  # processes that compile before anything is timed
 
 
-def plans(w: Workload, x: torch.Tensor, weight: torch.Tensor) -> Iterator[plan.Plan]:
-    """The default first, then what is worth timing; in a dry run two of each kernel."""
-    default = plan.by_table(w.batch, w.classes, w.depth, x.dtype, x.device)
-    seen: list[plan.Plan] = []
-    for candidate in (default, *plan.candidates(x, weight)):
+SCORE = {name: kernel.score for name, kernel in KERNELS.items()} | {"cluster": cluster.score_cluster}
+
+
+def candidates(problem: Problem) -> Iterator[Choice]:
+    """What is worth timing, the default first; in the interpreter two of each kernel."""
+    default = choose(problem)
+    seen: list[Choice] = []
+    for candidate in (default, *_candidates(problem)):
         alike = sum(p.kernel == candidate.kernel for p in seen)
-        if candidate not in seen and (x.device.type == "cuda" or alike < 2):
+        if candidate not in seen and (not INTERPRETED or alike < 2):
             seen.append(candidate)
             yield candidate
 
 
-def call_of(chosen: plan.Plan, inputs: tuple[torch.Tensor, ...]) -> Callable[[], torch.Tensor]:
-    x, weight, bias = inputs
-    out = torch.full((1, len(x)), torch.nan, device=x.device)  # not what the last candidate left there
+def _candidates(problem: Problem) -> Iterator[Choice]:
+    x, c = problem.features, problem.classes
+    (b, d), half = x.shape, x.dtype.itemsize == 2
+    arch, processors = architecture(x.device), multiprocessors(x.device)
+    tma = (False, True) if has_tma(arch) else (False,)
+    exact = (
+        ("ieee",) if half or dot_precision(x.dtype, arch) == "tf32" or arch.startswith("gfx") else ("tf32x3", "ieee")
+    )
+    stages = (2,) if arch.startswith("gfx") else (3, 4)
+
+    def tiles(kernel: str, *shapes: tuple[int, int, int, int], tma: tuple[bool, ...] = (False,)) -> Iterator[Choice]:
+        for (rows, classes, step, warps), n, t, e in product(shapes, stages, tma, exact):
+            yield Choice(kernel, Config(rows, classes, step, warps, n, t, float32=e))
+
+    if c <= one_tile.MAX_CLASSES:
+        width = one_tile.configuration(b, c, d, x.dtype, arch).block_c
+        shapes = product((16, 32, 64, 128), (width,), (64, 128) if half else (32, 64), (4, 8))
+        yield from tiles("one_tile", *(s for s in shapes if s[0] * width <= 64 * 32 * s[3] and s[0] <= max(16, b)))
+        return
+    if not library.why_not(problem, arch):
+        yield from (Choice("library", library.CONFIGURATION._replace(workspace=n)) for n in (64, 24))
+    if b <= tiled.FEW_ROWS and c <= tiled.FEW_ROWS_CLASSES:
+        few = tiled.configuration(b, c, d, x.dtype, arch, processors)
+        for classes, step, n in product((16, 32, 64), (64, 128, 256) if half else (32, 64), (1, 2, 4, 8, 16)):
+            if n * step <= d and processors // 4 <= cdiv(c, classes) * n <= 4 * processors:
+                yield Choice("tiled", few._replace(block_c=classes, block_d=step, slices=n))
+        return
+    wide: tuple[tuple[int, int, int, int], ...] = ((128, 128, 32, 8), (64, 128, 32, 8), (64, 64, 32, 4))
+    if half:
+        wide = ((128, 256, 64, 8), (128, 128, 64, 8), (64, 256, 64, 8), (256, 128, 64, 8), (64, 128, 64, 4))
+    for by_tile in tiles("tiled", *wide, tma=tma):
+        yield by_tile
+        if 4 * b * c > 24 * 2**20:  # chunks that stay in L2
+            yield by_tile._replace(config=by_tile.config._replace(workspace=24))
+    if not cluster.why_not(problem, arch):
+        whole = max(512, power_of_2(c))
+        for rows, classes, n in product((64, 128), (128, 256), stages):
+            if whole // classes <= 16 and rows * classes <= 128 * 128:
+                yield Choice("cluster", Config(rows, whole, 64, 8, n, tma=True, num_ctas=whole // classes))
+
+
+def call_of(chosen: Choice, inputs: tuple[torch.Tensor, ...]) -> Callable[[], torch.Tensor]:
+    out = torch.full((1, len(inputs[0])), torch.nan, device=inputs[0].device)  # not what the last candidate left there
 
     def call() -> torch.Tensor:
-        plan.KERNELS[chosen.kernel](x, weight, bias, out, None, 1.0, 1.0, 0.0, chosen.config)
+        SCORE[chosen.kernel](Problem(*inputs), Scores(out, None), chosen.config)
         return out[0]
 
     return call
@@ -75,7 +124,7 @@ def tune(w: Workload, device: str, deadline: float) -> list[dict[str, Any]]:
     inputs = [inputs[i] if i < 4 else tuple(t.clone() for t in inputs[i % 4]) for i in range(copies)]
     expected = fast_gradnorm(*inputs[0], backend="torch")
     rows = []
-    for chosen in plans(w, *inputs[0][:2]):
+    for chosen in candidates(Problem(*inputs[0])):
         if time.monotonic() > deadline:
             break
         row: dict[str, Any] = {"workload": str(w), "kernel": chosen.kernel, "config": chosen.config._asdict()}
@@ -93,12 +142,19 @@ def tune(w: Workload, device: str, deadline: float) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda r: r.get("seconds", float("inf")))
 
 
-def warm_up(share: int, of: int, deadline: float) -> None:
-    """Compile every of-th candidate into Triton's cache on disk, by launching it once."""
+def compile_candidates(seconds: float) -> None:
+    """Every candidate into Triton's cache on disk, by several processes."""
+    deadline = time.monotonic() + seconds
+    with multiprocessing.get_context("spawn").Pool(WORKERS) as pool:
+        pool.starmap(_compile_share, [(i, deadline) for i in range(WORKERS)])
+
+
+def _compile_share(share: int, deadline: float) -> None:
+    """Every WORKERS-th candidate of each workload, by launching it once."""
     for w in GPU:
         _, weight, bias = Workload(1, w.depth, w.classes, w.dtype).inputs("cuda")
         x = weight.new_zeros(w.batch, w.depth)
-        for chosen in list(plans(w, x, weight))[share::of]:
+        for chosen in list(candidates(Problem(x, weight, bias)))[share::WORKERS]:
             if time.monotonic() > deadline:
                 return
             try:
@@ -121,15 +177,15 @@ def main() -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="without a GPU: tiny shapes in the interpreter, no times"
     )
-    parser.add_argument("--warm-up", type=int, metavar="SHARE", help=argparse.SUPPRESS)
+    parser.add_argument("--compile", action="store_true", help="only compile the candidates, in parallel processes")
     args = parser.parse_args()
     device = "cpu" if args.dry_run else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
         print("tune.py: error: torch sees no GPU here; --dry-run does without", file=sys.stderr)
         return 2
     deadline = time.monotonic() + args.seconds
-    if args.warm_up is not None:
-        warm_up(args.warm_up, WORKERS, deadline)
+    if args.compile:
+        compile_candidates(args.seconds)
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "tune.json"
@@ -137,11 +193,6 @@ def main() -> int:
     if path.exists():
         results["rows"] = json.loads(path.read_text())["rows"]
     done = {r["workload"] for r in results["rows"]}
-    if device == "cuda":
-        command = [sys.executable, __file__, "--out", str(args.out), "--seconds", str(args.seconds / 2)]
-        workers = [subprocess.Popen([*command, "--warm-up", str(i)]) for i in range(WORKERS)]
-        for worker in workers:
-            worker.wait()
     for w in DRY if args.dry_run else GPU:
         if str(w) in done or time.monotonic() > deadline:
             continue

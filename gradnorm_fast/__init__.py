@@ -1,30 +1,77 @@
 """GradNorm out-of-distribution scores for whole batches: exact, fused, without autograd.
 
-from gradnorm_fast import fast_gradnorm
-scores = fast_gradnorm(features, model.fc.weight, model.fc.bias)  # (B,) float32, larger = more in-distribution
+>>> import torch
+>>> from gradnorm_fast import fast_gradnorm
+>>> features, head = torch.rand(256, 2048), torch.nn.Linear(2048, 1000).requires_grad_(False)
+>>> scores = fast_gradnorm(features, head.weight, head.bias)  # float32, larger = more in-distribution
+>>> scores.shape
+torch.Size([256])
 """
 
 import os as _os
+import sys as _sys
+from importlib import import_module as _import_module
+from importlib.machinery import ModuleSpec as _ModuleSpec
+from importlib.util import module_from_spec as _module_from_spec
+from typing import TYPE_CHECKING
 
-# The kernels lie beside this package in the repository (a folder `kernels/` that must not be a top-level package of
-# that name, for Hugging Face has one) and inside it in a wheel. Not resolved: strict editable installs are links.
+# A wheel holds the kernels in this folder. In the repository they lie beside it, in a `kernels/` without __init__.py,
+# for a top-level package of that name is Hugging Face's. There, that folder alone becomes `gradnorm_fast.kernels`.
+# Not resolved: strict editable installs are links.
 if not _os.path.isdir(_os.path.join(_os.path.dirname(__file__), "kernels")):
-    __path__.append(_os.path.dirname(_os.path.dirname(_os.path.abspath(__file__))))
+    _spec = _ModuleSpec(f"{__name__}.kernels", None, is_package=True)
+    _spec.submodule_search_locations = [
+        _os.path.join(_os.path.dirname(_os.path.dirname(_os.path.abspath(__file__))), "kernels")
+    ]
+    kernels = _sys.modules.setdefault(_spec.name, _module_from_spec(_spec))
 
-from .detector import GradNorm, Prediction
-from .evaluation import evaluate, plot_roc, plot_scores
-from .functional import HeadScores, fast_gradnorm, gradnorm_from_logits, head_scores
+if TYPE_CHECKING:
+    from .detector import GradNorm, Prediction
+    from .evaluation import evaluate, plot_roc, plot_scores
+    from .functional import HeadScores, fast_gradnorm, gradnorm_from_logits, head_scores, warmup
+    from .layers import LayerNorms, layer_gradnorms
 
 __version__ = "0.1.0"
 __all__ = [
     "GradNorm",
     "HeadScores",
+    "LayerNorms",
     "Prediction",
     "__version__",
     "evaluate",
     "fast_gradnorm",
     "gradnorm_from_logits",
     "head_scores",
+    "layer_gradnorms",
     "plot_roc",
     "plot_scores",
+    "warmup",
 ]
+
+# The module of each public name. They are imported on first use, so that `gradnorm-fast --help` need not wait for
+# torch. A process that only loads an exported program imports `gradnorm_fast.serving`, which registers the operators.
+_MODULES = {
+    "GradNorm": "detector",
+    "HeadScores": "functional",
+    "LayerNorms": "layers",
+    "Prediction": "detector",
+    "evaluate": "evaluation",
+    "fast_gradnorm": "functional",
+    "gradnorm_from_logits": "functional",
+    "head_scores": "functional",
+    "layer_gradnorms": "layers",
+    "plot_roc": "evaluation",
+    "plot_scores": "evaluation",
+    "warmup": "functional",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(_import_module(f".{_MODULES[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

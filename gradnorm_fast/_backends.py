@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import warnings
 from functools import cache
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from ._switches import switch
 from ._torch_backward import backward
 from ._torch_forward import forward
 from .kernels.problem import Problem, Scores
@@ -26,8 +27,8 @@ def why_not_triton(device: torch.device) -> str:
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
             major, minor = torch.cuda.get_device_capability(device)
             return f"the kernels need compute capability 8.0, {device} has {major}.{minor}; use backend='torch'"
-        return ""
-    from .kernels.targets import INTERPRETED
+        return _why_no_driver()
+    from .kernels.device import INTERPRETED
 
     if device.type == "cpu" and INTERPRETED:
         return ""
@@ -37,9 +38,33 @@ def why_not_triton(device: torch.device) -> str:
     )
 
 
+def _why_no_driver() -> str:
+    """Why Triton cannot load its driver, for which it compiles a few lines of C on first use; empty where it can."""
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()
+    except Exception as error:  # whatever stops Triton must not stop the call
+        reason = " ".join(str(error).split())[:200]
+        return (
+            f"Triton cannot load its driver ({type(error).__name__}: {reason}); is there a C compiler (gcc or clang)? "
+            "Or use backend='torch'"
+        )
+    return ""
+
+
+@cache
+def _warn_of_fallback(reason: str) -> None:
+    warnings.warn(f"gradnorm_fast runs in plain torch: {reason}", RuntimeWarning, stacklevel=2)
+
+
 def uses_triton(backend: str, device: torch.device) -> bool:
-    """ "auto" is Triton on a GPU wherever it can run, else torch."""
-    return backend == "triton" or (backend == "auto" and device.type == "cuda" and not why_not_triton(device))
+    """ "auto" is Triton on a GPU wherever it can run, else torch, with one warning that says why."""
+    if backend != "auto" or device.type != "cuda":
+        return backend == "triton"
+    if reason := why_not_triton(device):
+        _warn_of_fallback(reason)
+    return not reason
 
 
 def run(
@@ -62,28 +87,19 @@ def run(
     prediction = torch.empty(batch if head else 0, dtype=torch.int64, device=features.device)
     if batch == 0:
         return out, prediction
-    scale, bias_norm = _factors(logits, weight, reduction, include_bias)
-    rest = (out, prediction if head else None, temperature, scale, bias_norm)
-    if not uses_triton(backend, features.device):
-        problem = Problem(features, weight, bias, logits, temperature, scale, bias_norm)
-        scores = Scores(*rest[:2])
-        # A row by itself: how a matmul rounds depends on how many rows it has.
-        step = 1 if os.environ.get("GRADNORM_FAST_BATCH_INVARIANT") == "1" else batch
-        for i in range(0, batch, step):
-            forward(problem.rows(i, i + step), scores.rows(i, i + step))
-        return out, prediction
-    from .kernels import plan, rows
+    problem = Problem(features, weight, bias, logits, temperature, *_factors(logits, weight, reduction, include_bias))
+    scores = Scores(out, prediction if head else None)
+    invariant = switch("GRADNORM_FAST_BATCH_INVARIANT")
+    if uses_triton(backend, features.device):
+        from .kernels import dispatch
 
-    def score(chosen: plan.Plan) -> Tensor:
-        plan.KERNELS[chosen.kernel](features, weight, bias, *rest, chosen.config)
-        return out[0]
-
-    with _current(features.device):
-        if logits is not None:
-            rows.score_rows(features, logits, *rest)
-        else:
-            assert weight is not None
-            score(plan.chosen(features, weight, score))
+        with _current(features.device):
+            dispatch.score(problem, scores, invariant)
+    elif invariant:
+        for i in range(batch):  # a row by itself: how a matmul rounds depends on how many rows it has
+            forward(problem.rows(i, i + 1), scores.rows(i, i + 1))
+    else:
+        forward(problem, scores)
     return out, prediction
 
 

@@ -1,7 +1,7 @@
-"""The demonstration: GradNorm and three other scores on real images that come with scikit-learn.
+"""The demonstration: GradNorm beside four other scores, on real images that come with scikit-learn.
 
-A small network learns the handwritten digits 0-6 and is then shown what it has never seen: the digits 7-9, digits
-with inverted contrast, patches of photographs and noise. Nothing is downloaded.
+A small convolutional network learns the handwritten digits 0-6. It is then shown what it has never seen: the digits
+7-9, digits with inverted contrast, patches of photographs, and noise. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,14 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from . import HeadScores, fast_gradnorm, head_scores
-from .evaluation import evaluate, plot_roc, plot_scores
+from .evaluation import METHODS, Results, compare_methods, plot_roc, plot_scores
 from .reference import autograd_gradnorm
 
 ID_DIGITS = 7  # the classes 0-6 are trained on, 7-9 are held out
-SCORES = {"GradNorm": "gradnorm", "MSP": "msp", "MaxLogit": "max_logit", "Energy": "energy"}
+CONTRAST = 0.5  # between the darkest and the brightest pixel of a photograph's patch: most patches are sky or wall
 REPEATS = 50  # timings of fast_gradnorm, of which the median is taken
-
-Results = dict[str, dict[str, dict[str, float]]]  # OOD set -> score -> what evaluate returns
 
 
 class Data(NamedTuple):
@@ -39,12 +38,19 @@ class Data(NamedTuple):
 
 
 class Network(nn.Module):
-    """Two hidden layers; the linear head reads the ReLU output of the second."""
+    """Five 3x3 convolutions, global average pooling and a linear head, the shape of the paper's networks in small."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU())
-        self.head = nn.Linear(128, classes)
+        layers: list[nn.Module] = []
+        channels = 1
+        for width in (32, 32, 64, 64, 128):
+            if width > channels > 1:
+                layers.append(nn.MaxPool2d(2))
+            layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            channels = width
+        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(channels, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.body(images))
@@ -54,29 +60,27 @@ class Network(nn.Module):
 def run(
     output: str | Path = "gradnorm_demo.png", device: str | torch.device | None = None, seed: int = 0
 ) -> dict[str, Any]:
-    """Train the network, score the ID test images and every OOD set, print the comparison and draw it.
+    """Train the network, score the test images and every OOD set, print the comparison and draw it.
 
     Args:
         output: the PNG file to write; its folder must exist.
-        device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; by default a CUDA GPU where there is one.
+        device: by default a CUDA GPU where there is one.
         seed: seed of the split, the training, the patches and the noise.
 
     Returns:
-        A dictionary: ``accuracy`` on the ID test images; ``metrics``, by OOD set and score, as `evaluate` gives them;
-        ``mean``, by score, their ``auroc`` and ``fpr95_id_positive`` averaged over the OOD sets;
+        A dictionary: ``accuracy`` on the test images; ``results`` of `gradnorm_fast.evaluation.compare_methods`;
         ``largest_relative_difference`` of `fast_gradnorm` from float64 autograd; ``batch_size``, ``fast_seconds``,
         ``autograd_seconds`` and ``speedup`` of the timing; ``device``; ``output``, the absolute path of the picture.
 
     Raises:
-        ValueError: the output cannot be written, the device is not there or the seed is out of range; all found
-            out before the training.
+        ValueError: the output cannot be written or the seed is out of range. Both are found before the training.
         ImportError: scikit-learn, matplotlib or tqdm is not installed.
     """
-    _require_extras()
+    require("demo", "matplotlib", "sklearn", "tqdm")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed: expected 0 to 2**32 - 1, got {seed}")
-    path = _check_output(Path(output))
-    chosen = _check_device(device)
+    path = check_output(Path(output))
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     data = load_data(seed)
     print(f"ID: digits 0-{ID_DIGITS - 1}, {len(data.train_images)} for training, {len(data.test_images)} for testing")
@@ -90,32 +94,20 @@ def run(
         ood_scores = {name: head_scores(x, weight, bias) for name, x in ood_features.items()}
 
     accuracy = (id_scores.prediction.cpu() == data.test_labels).double().mean().item()
-    metrics = compare(id_scores, ood_scores)
-    mean = average(metrics)
+    results = compare_methods(id_scores, ood_scores)
     print(f"test accuracy: {accuracy:.1%}\n")
-    print(_table(metrics, mean, id_scores, ood_scores) + "\n")
-    print(_verdict(mean) + "\n")
-
-    agreement = largest_relative_difference(features, weight, bias)
-    timing = time_both(features, weight, bias)
-    print(_speed(agreement, timing, features, len(weight)) + "\n")
-
+    print(_table(results) + "\n")
+    print(_verdict(results["average"]) + "\n")
+    speed = compare_with_autograd(features, weight, bias)
+    print(describe(speed, features, weight) + "\n")
     draw(path, data, id_scores, ood_scores)
     print(f"picture: {path}")
-    return {
-        "accuracy": accuracy,
-        "metrics": metrics,
-        "mean": mean,
-        "largest_relative_difference": agreement,
-        **timing,
-        "device": str(chosen),
-        "output": str(path),
-    }
+    return {"accuracy": accuracy, "results": results, **speed, "device": str(chosen), "output": str(path)}
 
 
 def load_data(seed: int) -> Data:
-    """Split the ID digits into training (60 %) and test images and gather the OOD sets, none of which is trained on."""
-    from sklearn.datasets import load_digits, load_sample_images
+    """Split the ID digits into training (60 %) and test images, and gather the OOD sets."""
+    from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
@@ -124,19 +116,12 @@ def load_data(seed: int) -> Data:
     train_x, test_x, train_y, test_y = train_test_split(
         images[is_id], labels[is_id], test_size=0.4, stratify=labels[is_id], random_state=seed
     )
-
     random = np.random.default_rng(seed)
-    photographs = [photograph.mean(axis=2) / 255 for photograph in load_sample_images().images]
-    patches = []
-    for index in range(len(test_x)):
-        photograph = photographs[index % len(photographs)]
-        top, left = (random.integers(0, side - 8, endpoint=True) for side in photograph.shape)
-        patches.append(photograph[top : top + 8, left : left + 8])
     ood = {
-        f"held-out digits {ID_DIGITS}-9": images[~is_id],
-        "inverted ID digits": 1 - test_x,
-        "photograph patches": np.stack(patches),
-        "uniform noise": random.uniform(size=test_x.shape),
+        f"digits {ID_DIGITS}-9": images[~is_id],
+        "inverted digits": 1 - test_x,
+        "photo patches": _patches(len(test_x), random),
+        "noise": random.uniform(size=test_x.shape),
     }
     return Data(
         _to_tensor(train_x),
@@ -147,7 +132,22 @@ def load_data(seed: int) -> Data:
     )
 
 
-def train(images: Tensor, labels: Tensor, device: torch.device, seed: int, epochs: int = 20) -> Network:
+def _patches(count: int, random: np.random.Generator) -> np.ndarray[Any, Any]:
+    """Patches of 8x8 pixels with contrast, from scikit-learn's photographs in turn: (count, 8, 8)."""
+    from sklearn.datasets import load_sample_images
+
+    photographs = [photograph.mean(axis=2) / 255 for photograph in load_sample_images().images]
+    patches: list[np.ndarray[Any, Any]] = []
+    while len(patches) < count:
+        photograph = photographs[len(patches) % len(photographs)]
+        top, left = (random.integers(0, side - 8, endpoint=True) for side in photograph.shape)
+        patch = photograph[top : top + 8, left : left + 8]
+        if np.ptp(patch) >= CONTRAST:
+            patches.append(patch)
+    return np.stack(patches)
+
+
+def train(images: Tensor, labels: Tensor, device: torch.device, seed: int, epochs: int = 15) -> Network:
     """Train the network with Adam and cross-entropy; the caller's random state is left as it was."""
     from tqdm import tqdm
 
@@ -165,29 +165,12 @@ def train(images: Tensor, labels: Tensor, device: torch.device, seed: int, epoch
     return network.eval()
 
 
-def compare(id_scores: HeadScores, ood_scores: Mapping[str, HeadScores]) -> Results:
-    """Evaluate every score on every OOD set."""
-    return {
-        name: {label: evaluate(getattr(id_scores, field), getattr(scores, field)) for label, field in SCORES.items()}
-        for name, scores in ood_scores.items()
-    }
-
-
-def average(metrics: Results) -> dict[str, dict[str, float]]:
-    """Average AUROC and FPR95 over the OOD sets, each set counting the same."""
-    return {
-        label: {
-            key: statistics.fmean(row[label][key] for row in metrics.values()) for key in ("auroc", "fpr95_id_positive")
-        }
-        for label in SCORES
-    }
-
-
-def largest_relative_difference(features: Tensor, weight: Tensor, bias: Tensor) -> float:
-    """Compare `fast_gradnorm` as it is used with autograd on the same features and head converted to float64."""
+def compare_with_autograd(features: Tensor, weight: Tensor, bias: Tensor) -> dict[str, float]:
+    """How far `fast_gradnorm` is from float64 autograd, and how much faster it is than a loop over the samples."""
     exact = autograd_gradnorm(features.double(), weight.double(), bias.double())
     fast = fast_gradnorm(features, weight, bias).double()
-    return ((fast - exact).abs() / exact.abs()).max().item()
+    difference = ((fast - exact).abs() / exact.abs()).max().item()
+    return {"largest_relative_difference": difference, **time_both(features, weight, bias)}
 
 
 def time_both(features: Tensor, weight: Tensor, bias: Tensor) -> dict[str, float]:
@@ -248,53 +231,41 @@ def draw(path: Path, data: Data, id_scores: HeadScores, ood_scores: Mapping[str,
     figure.savefig(path, format="png")
 
 
-def _table(
-    metrics: Results,
-    mean: Mapping[str, Mapping[str, float]],
-    id_scores: HeadScores,
-    ood_scores: Mapping[str, HeadScores],
-) -> str:
-    def count_and_norm(scores: HeadScores) -> str:
-        return f"{len(scores.gradnorm):>5}{scores.feature_norm.median().item():>8.0f}"
-
-    def percent(row: Mapping[str, Mapping[str, float]]) -> str:
-        return "".join(f"{100 * row[s]['auroc']:>9.2f}{100 * row[s]['fpr95_id_positive']:>8.2f}" for s in SCORES)
-
-    return "\n".join(
-        [
-            "AUROC (higher is better) and FPR95, ID positive (lower is better), in %;",
-            "|x|: the median feature norm ||x||_1, the factor of GradNorm that the other scores lack",
-            " " * 35 + "".join(f"    {label:^13}" for label in SCORES).rstrip(),
-            f"{'':<22}{'n':>5}{'|x|':>8}" + f"{'AUROC':>9}{'FPR95':>8}" * len(SCORES),
-            f"{'ID test digits':<22}{count_and_norm(id_scores)}",
-            *(f"{name:<22}{count_and_norm(ood_scores[name])}{percent(row)}" for name, row in metrics.items()),
-            f"{'average':<35}{percent(mean)}",
-        ]
-    )
+def _table(results: Results) -> str:
+    lines = [
+        "AUROC (higher is better) and FPR95, ID positive (lower is better), in %:",
+        " " * 13 + "".join(f"{name:>17}" for name in results),
+        " " * 13 + f"{'AUROC':>10}{'FPR95':>7}" * len(results),
+    ]
+    for method in METHODS:
+        cells = ((of_set[method]["auroc"], of_set[method]["fpr95_id_positive"]) for of_set in results.values())
+        lines.append(f"{method:<13}" + "".join(f"{100 * auroc:>10.2f}{100 * fpr:>7.2f}" for auroc, fpr in cells))
+    return "\n".join(lines)
 
 
-def _verdict(mean: Mapping[str, Mapping[str, float]]) -> str:
+def _verdict(average: Mapping[str, Mapping[str, float]]) -> str:
     lines = []
     for name, key, sign in (("AUROC", "auroc", -1), ("FPR95", "fpr95_id_positive", 1)):
-        ranking = sorted(SCORES, key=lambda score: sign * mean[score][key])
+        ranking = sorted(METHODS, key=lambda method: sign * average[method][key])
         rank = ranking.index("GradNorm") + 1
-        standing = "the best" if rank == 1 else f"not the best: it ranks {rank} of {len(ranking)}, {ranking[0]} leads"
+        standing = "the best" if rank == 1 else f"number {rank} of {len(ranking)}; {ranking[0]} is the best"
         lines.append(f"By average {name}, GradNorm is {standing}.")
     return "\n".join([*lines, "One small network and one seed: an illustration, not a benchmark."])
 
 
-def _speed(agreement: float, timing: Mapping[str, float], features: Tensor, classes: int) -> str:
+def describe(speed: Mapping[str, float], features: Tensor, weight: Tensor) -> str:
+    """What `compare_with_autograd` found, in words."""
     batch, width = features.shape
     return "\n".join(
         [
-            f"fast_gradnorm against autograd, from the same features of the ID test set ({batch} x {width}, "
-            f"{classes} classes, {features.device}):",
-            f"  largest relative difference: {agreement:.1e} "
+            f"fast_gradnorm against autograd on the same features ({batch} x {width}, {len(weight)} classes, "
+            f"{features.device}):",
+            f"  largest relative difference: {speed['largest_relative_difference']:.1e} "
             f"(fast_gradnorm in {str(features.dtype).removeprefix('torch.')}, autograd in float64)",
-            f"  fast_gradnorm: {1e3 * timing['fast_seconds']:.3f} ms for the batch of {batch} "
-            f"(median of {REPEATS} after warm-up; CPU work on one thread)",
-            f"  autograd, sample by sample: {1e3 * timing['autograd_seconds']:.1f} ms for the same batch (timed once)",
-            f"  speed-up: {timing['speedup']:.0f} x, head only; computing the features is in neither time",
+            f"  fast_gradnorm: {1e3 * speed['fast_seconds']:.3f} ms for the batch "
+            f"(median of {REPEATS} after warm-up; one CPU thread)",
+            f"  autograd, sample by sample: {1e3 * speed['autograd_seconds']:.1f} ms (timed once)",
+            f"  speed-up: {speed['speedup']:.0f} x, for the head alone",
         ]
     )
 
@@ -303,16 +274,16 @@ def _to_tensor(images: np.ndarray[Any, Any]) -> Tensor:
     return torch.as_tensor(images, dtype=torch.float32).unsqueeze(1)
 
 
-def _require_extras() -> None:
-    try:
-        import matplotlib  # noqa: F401
-        import sklearn  # noqa: F401
-        import tqdm  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f'the demo needs {error.name}: pip install "gradnorm_fast[demo]"') from error
+def require(extra: str, *modules: str) -> None:
+    """ImportError with what to install where a module is not there."""
+    for module in modules:
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise ImportError(f'the demo needs {module}: pip install "gradnorm_fast[{extra}]"') from error
 
 
-def _check_output(path: Path) -> Path:
+def check_output(path: Path) -> Path:
     """Return the absolute path, or say why no PNG can be written there."""
     path = path.absolute()
     if path.suffix.lower() != ".png":
@@ -325,19 +296,3 @@ def _check_output(path: Path) -> Path:
     except OSError as error:
         raise ValueError(f"output: cannot write {path}: {error.strerror}") from error
     return path
-
-
-def _check_device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {device!r}") from None
-    if chosen.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {str(device)!r}")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device: {str(device)!r} is not there, torch sees {torch.cuda.device_count() or 'no'} CUDA GPU"
-        )
-    return chosen

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
-from pathlib import Path
-from typing import Any, NamedTuple
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import heads
+from . import gate, heads
+from .batches import batches
+from .capture import Inputs
 from .functional import HeadScores, _check_options, fast_gradnorm, head_scores
-
-_FORMAT = 1
-_KEYS = {"head", "fingerprint", "temperature", "reduction", "include_bias", "tpr", "calibration"}
-
-
-class Prediction(NamedTuple):
-    """What `GradNorm.predict` returns, each of shape (B,)."""
-
-    labels: Tensor  #: int64, the model's class
-    scores: Tensor  #: float32, larger = more in-distribution
-    is_ood: Tensor  #: bool
+from .layers.scores import layer_scores
+from .layers.selection import Layers, check_layers
+from .serving import Prediction, ServedModel
+from .verification import Verdicts, without_autocast
 
 
 class GradNorm:
@@ -35,15 +27,35 @@ class GradNorm:
 
     The model is left as it was: mode, gradients, hooks, device and dtype. It is scored in evaluation mode, on the
     device and in the dtype it has; DataParallel, DistributedDataParallel and torch.compile wrappers are looked through.
+    Threads may share a detector, and a model, but not train the model meanwhile.
+
+    The closed form holds if the head makes the model's logits. One row of every batch, a different one each time, is
+    held against x·Wᵀ + b, to within rounding (derived in `gradnorm_fast.verification`): relative to |x|·|W|ᵀ + |b|,
+    1e-5 in float32, 2e-3 in float16 and TF32, 1.6e-2 in bfloat16. Smaller changes of the logits pass. On a CPU a batch
+    that fails raises ValueError at once. On a GPU nothing waits for the outcome: the scores of that batch are NaN, its
+    images OOD, and the ValueError comes with the next call of this detector, from `fit` and the `_loader` methods
+    before they return, or from `raise_refusals`.
 
     Args:
         model: a classifier; its output is logits (B, C), or an object with `.logits`.
         head: the last linear layer (or 1x1 convolution on pooled features), by name or as the module. None: found on
-            the first batch, as the last one whose output is the model's.
+            the first batch, as the one whose output is the model's.
+        layers: in place of the head, the layers whose parameters' gradients GradNorm is the norm of, as in
+            `layer_gradnorms`: "all", "head", a list of module names or a predicate; biases count. It takes a backward
+            pass, and works where no linear layer makes the logits. The other scores are those of the logits, and
+            feature_norm is gradnorm/output_norm. None: the weight of the head, in closed form.
+        score: which score of the pass `score`, `fit` and `predict` take: "gradnorm", "msp", "energy", "max_logit",
+            "feature_norm" or "output_norm", the fields of `HeadScores`.
         temperature, reduction, include_bias: as in `fast_gradnorm`.
+        preprocessing: the transform of the images, or words for it, to be saved with the threshold. None: unknown.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit; on the first batch, a head that does not make the logits.
+        TypeError, ValueError: an argument that does not fit; on a batch, a head that does not make the logits, or whose
+            weight another layer uses too.
+
+    Example:
+        >>> detector = GradNorm(model).fit(id_loader, tpr=0.95)
+        >>> labels, scores, is_ood = detector.predict(images)
     """
 
     def __init__(
@@ -51,53 +63,107 @@ class GradNorm:
         model: nn.Module,
         head: str | nn.Module | None = None,
         *,
+        layers: Layers | None = None,
+        score: str = "gradnorm",
         temperature: float = 1.0,
         reduction: str = "mean",
         include_bias: bool = False,
+        preprocessing: object = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         self.model = heads.unwrap(model)
-        self.temperature = _check_options(torch.empty(0), temperature, reduction, "auto")
-        self.reduction, self.include_bias = reduction, include_bias
+        if not isinstance(score, str) or score not in gate.SCORES:
+            raise ValueError(f"score: expected one of {', '.join(gate.SCORES)}, got {score!r}")
+        if layers is not None and head is not None:
+            raise ValueError(f"head: expected None where layers are given, got {head!r}")
+        if layers is not None and include_bias:
+            raise ValueError("include_bias: expected False where layers are given: their biases count")
+        self.layers = None if layers is None else check_layers(self.model, layers)
+        self.score_name = score
+        self.temperature = _check_options(torch.empty(0), temperature, reduction, "auto", include_bias)
+        self.reduction, self.include_bias = reduction, bool(include_bias)
+        self.preprocessing = gate.describe_preprocessing(preprocessing)
         self.head_name: str | None = None
         self._head: nn.Module | None = None
         self._verified = False
+        self._batches = 0  # scored so far: says which row of the next one is verified
+        self._verdicts = Verdicts()
         if head is not None:
             self.head_name, self._head = heads.module_named(self.model, head)
         self._calibration: Tensor | None = None  # sorted scores of in-distribution images
         self._tpr = 0.95
 
+    def __repr__(self) -> str:
+        scored = "head found on the first batch"
+        if self.layers is not None:
+            scored = f"layers {getattr(self.layers, '__name__', repr(self.layers))}"
+        elif self._head is not None:
+            weight: Any = self._head.weight
+            shape = "" if nn.parameter.is_lazy(weight) else f" {tuple(weight.shape[:2])}"
+            scored = f"head {self.head_name!r}{shape}"
+        options = f"temperature={self.temperature:g}, reduction={self.reduction!r}"
+        if self.layers is None:
+            options += f", include_bias={self.include_bias}"
+        fitted = "not fitted"
+        if self._calibration is not None:
+            fitted = f"threshold {self.threshold:.6g} from {len(self._calibration)} images at tpr {self._tpr:g}"
+        return (
+            f"GradNorm({type(self.model).__name__}, {scored}, score={self.score_name!r}, {options}; {fitted}; "
+            f"preprocessing {self.preprocessing or 'unknown'})"
+        )
+
     # Scores
 
-    def score(self, images: Tensor) -> Tensor:
-        """GradNorm of images (B, ...): (B,) float32 on the model's device, larger = more in-distribution."""
-        return self._apply(fast_gradnorm, images).float()
+    def score(self, images: Inputs) -> Tensor:
+        """The score of images (B, ...): (B,) float32 on the model's device, larger = more in-distribution.
 
-    def head_scores(self, images: Tensor) -> HeadScores:
+        A mapping, as a tokenizer returns, is passed to the model as keyword arguments.
+        """
+        if self.score_name == "gradnorm" and self.layers is None:
+            return self._apply(fast_gradnorm, images).float()
+        return self._chosen(self.head_scores(images))
+
+    def head_scores(self, images: Inputs) -> HeadScores:
         """GradNorm, its factors and the usual baselines of images (B, ...), from the same pass; each (B,)."""
-        return self._apply(head_scores, images)
+        if self.layers is None:
+            return self._apply(head_scores, images)
+        inputs, first = self._placed(images)
+        if not len(first):
+            return self._apply(head_scores, images)
+        with heads.evaluating(self.model):
+            return layer_scores(self.model, inputs, self.layers, self.temperature, self.reduction)
 
     def score_loader(self, loader: Iterable[Any], progress: bool = True, numpy: bool = False) -> Any:
-        """GradNorm of all images of a loader, in its order: (N,) float32 on the CPU, a tensor or a NumPy array.
+        """The score of all images of a loader, in its order: (N,) float32 on the CPU, a tensor or a NumPy array.
 
-        Batches may be images, or tuples or dictionaries with the images first or under "pixel_values" or "image".
+        Batches are images, or tuples with the images first, or dictionaries with the images under "pixel_values",
+        "image", "images" or "data", or with "input_ids": then all tensors but labels are the model's keyword arguments.
+        A torch Dataset is taken in batches of 64. Warns of scores that are NaN.
         """
-        parts = [self.score(images).cpu() for images in _batches(loader, progress)]
-        scores = torch.cat(parts) if parts else torch.empty(0)
+        scores = self._scores_of(loader, progress)
+        _warn_of_nan(scores)
         return scores.numpy() if numpy else scores
 
     def head_scores_loader(self, loader: Iterable[Any], progress: bool = True) -> HeadScores:
         """`head_scores` of all images of a loader, in its order, on the CPU."""
-        parts = [HeadScores(*(s.cpu() for s in self.head_scores(images))) for images in _batches(loader, progress)]
+        parts = [HeadScores(*(s.cpu() for s in self.head_scores(inputs))) for inputs in batches(loader, progress)]
+        self.raise_refusals()
         if not parts:
             raise ValueError("loader: expected at least one batch, got none")
-        return HeadScores(*(torch.cat(field) for field in zip(*parts, strict=True)))
+        scores = HeadScores(*(torch.cat(field) for field in zip(*parts, strict=True)))
+        _warn_of_nan(scores.gradnorm)
+        return scores
+
+    def raise_refusals(self) -> None:
+        """Raise the ValueError of a batch scored before in which the head did not make the logits, if one is known.
+
+        All methods that score do so first. After the last batch on a GPU, call it once the scores are on the CPU.
+        """
+        self._verdicts.raise_refusals()
 
     # Threshold
 
     def fit(self, id_loader: Iterable[Any], tpr: float = 0.95, progress: bool = True) -> GradNorm:
-        """Set the threshold from in-distribution images that the model was not trained on.
+        """Set the threshold from in-distribution images that the model was not trained on, loaded as in `score_loader`.
 
         At least `tpr` of further in-distribution images, drawn alike, are then accepted (split conformal prediction).
 
@@ -105,19 +171,30 @@ class GradNorm:
             ValueError: tpr not in (0, 1); no images; a score that is not finite.
         """
         check_tpr(tpr)
-        return self.fit_scores(self.score_loader(id_loader, progress), tpr)
+        return self.fit_scores(self._scores_of(id_loader, progress), tpr)
 
     def fit_scores(self, scores: Tensor | np.ndarray[Any, Any], tpr: float = 0.95) -> GradNorm:
-        """`fit` from scores (N,) that are there already."""
+        """`fit` from scores (N,) of the chosen kind that are there already."""
         check_tpr(tpr)
         scores = torch.as_tensor(scores).detach().cpu().float().flatten()
         bad = int((~scores.isfinite()).sum())
         if len(scores) == 0 or bad:
             raise ValueError(
                 f"fit: expected finite scores of at least one image, got {len(scores)} images, {bad} not finite"
+                + ("; are the model's weights and the preprocessing finite?" if bad else "")
             )
-        self._calibration, self._tpr = scores.sort().values, tpr
+        self._calibration, self._tpr = scores.sort().values, float(tpr)
         return self
+
+    @property
+    def tpr(self) -> float:
+        """The share of in-distribution images that are accepted, at least; may be set after `fit` or `load`."""
+        return self._tpr
+
+    @tpr.setter
+    def tpr(self, tpr: float) -> None:
+        check_tpr(tpr)
+        self._tpr = float(tpr)
 
     @property
     def threshold(self) -> float:
@@ -141,14 +218,15 @@ class GradNorm:
         below = torch.searchsorted(calibration.to(s.device, torch.float32), s.float().contiguous(), right=True)
         return torch.where(s.isnan(), torch.nan, (1.0 + below.double()) / (len(calibration) + 1))
 
-    def predict(self, images: Tensor) -> Prediction:
+    def predict(self, images: Inputs) -> Prediction:
         """The model's class, the score, and whether the image is OOD: exactly where p_value(score) <= 1 − tpr.
 
         A NaN score is OOD.
         """
         self._fitted()
-        scores = self.head_scores(images)
-        return Prediction(scores.prediction, scores.gradnorm.float(), self.is_ood(scores.gradnorm))
+        all_scores = self.head_scores(images)
+        scores = self._chosen(all_scores)
+        return Prediction(all_scores.prediction, scores, self.is_ood(scores))
 
     def is_ood(self, scores: Tensor) -> Tensor:
         """Whether each score is below the threshold, or NaN."""
@@ -157,97 +235,188 @@ class GradNorm:
     # Health
 
     def diagnose(self, id_loader: Iterable[Any], ood_loader: Iterable[Any] | None = None, progress: bool = True) -> Any:
-        """Whether to trust the score on this model: a `gradnorm_fast.diagnosis.Diagnosis`, whose str is the report."""
+        """Whether to trust GradNorm on this model, and, given OOD images, which score to take in its place.
+
+        Returns a `gradnorm_fast.diagnosis.Diagnosis`, whose str is the report. Its `best` goes into `GradNorm(score=)`.
+        """
         from .diagnosis import diagnose
 
         outside = None if ood_loader is None else self.head_scores_loader(ood_loader, progress)
         return diagnose(self.head_scores_loader(id_loader, progress), outside)
 
-    # Saving
+    # Saving and serving
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write threshold, options and the head's fingerprint as JSON; ValueError before the head is known."""
-        if self._head is None or self.head_name is None:
+        """Write a gate as JSON: threshold, options, preprocessing, and digests of the model's parameters and buffers.
+
+        ValueError before the head is known; and for layers given as a predicate, which a file cannot hold.
+        """
+        if callable(self.layers):
+            raise ValueError("save: a file cannot hold the predicate that layers is; give the names of modules")
+        if self.layers is None and self.head_name is None:
             raise ValueError("save: the head is not known yet; score or fit first, or name it")
-        state = {
-            "format": _FORMAT,
-            "head": self.head_name,
-            "fingerprint": self._fingerprint(),
-            "temperature": self.temperature,
-            "reduction": self.reduction,
-            "include_bias": self.include_bias,
-            "tpr": self._tpr,
-            "calibration": None if self._calibration is None else self._calibration.tolist(),
-        }
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(state))
-        os.replace(partial, path)
+        options = {name: getattr(self, name) for name in ("temperature", "reduction", "include_bias")}
+        options["score"] = self.score_name
+        calibration = None if self._calibration is None else self._calibration.tolist()
+        tensors = gate.describe_tensors(self.model)
+        saved = gate.Gate(
+            self.head_name, options, self._tpr, calibration, self.preprocessing, tensors, layers=self.layers
+        )
+        gate.write(saved, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: nn.Module) -> GradNorm:
-        """A saved detector for this model; ValueError where the file is no such thing or the head is another one."""
+    def load(
+        cls, path: str | os.PathLike[str], model: nn.Module, *, preprocessing: object = None, force: bool = False
+    ) -> GradNorm:
+        """A saved detector for this model.
+
+        The model has to be the one it was fitted to: parameters and floating point buffers are compared by name. In
+        another dtype they are compared after rounding, with a warning. What has no tensors, as a changed forward,
+        cannot be seen.
+
+        Args:
+            path: what `save` wrote. Files of version 0.1 (format 1) know only the head: they load with a warning.
+            model: on any device.
+            preprocessing: as in `GradNorm`; compared with the saved one where both are known.
+            force: load in spite of differences, with a warning that names them.
+
+        Raises:
+            ValueError: the file is no such thing, with the key at fault; or the model or the preprocessing is another,
+                with what differs.
+            OSError: the file cannot be read.
+        """
+        saved = gate.read(path)
+        given = gate.describe_preprocessing(preprocessing)
         try:
-            state = json.loads(Path(path).read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"{path}: expected a detector saved by GradNorm.save, got something else ({error})"
-            ) from None
-        if not isinstance(state, dict) or state.get("format") != _FORMAT or not state.keys() >= _KEYS:
-            raise ValueError(f"{path}: expected a detector saved by GradNorm.save, format {_FORMAT}")
-        options = {key: state[key] for key in ("temperature", "reduction", "include_bias")}
-        detector = cls(model, state["head"], **options)
-        if detector._fingerprint() != state["fingerprint"]:
-            raise ValueError(
-                f"{path}: it was fitted to other weights of {state['head']!r} than this model has; fit it again"
+            described = given or saved.preprocessing
+            detector = cls(model, saved.head, layers=saved.layers, preprocessing=described, **saved.options)
+            if saved.head is not None and detector._head is not None:
+                heads.check_tied(detector.model, saved.head, detector._head, saved.options["include_bias"])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        wrong, rounded = list[str](), list[str]()
+        if given is not None and saved.preprocessing is not None and given != saved.preprocessing:
+            wrong.append(f"the preprocessing was {saved.preprocessing}, it is {given}")
+        if saved.tensors is None:
+            unknown = "knows the head alone: neither the rest of the model nor the preprocessing was compared"
+            warnings.warn(
+                f"{path}: a file of format 1, which {unknown}. Fit and save it again"
+                if saved.version == 1
+                else f"{path}: fitted to features, it {unknown}",
+                stacklevel=2,
             )
-        if state["calibration"] is not None:
-            detector.fit_scores(torch.tensor(state["calibration"]), state["tpr"])
+            if detector._fingerprint() != saved.head_digest:
+                wrong.append(f"the model has other weights of {saved.head!r}")
+        else:
+            try:
+                different, rounded = gate.differences(saved.tensors, detector.model)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+            if different:
+                wrong.append(f"{len(different)} of {len(saved.tensors)} tensors differ: {gate.at_most(different)}")
+        if wrong and not force:
+            raise ValueError(
+                f"{path}: fitted to something else: {'; '.join(wrong)}. Fit it again, or load with force=True"
+            )
+        if wrong:
+            warnings.warn(f"{path}: loaded by force, fitted to something else: {'; '.join(wrong)}", stacklevel=2)
+        if rounded:
+            warnings.warn(
+                f"{path}: the model has another dtype than the one it was fitted to. {len(rounded)} tensors are "
+                f"equal after rounding ({gate.at_most(rounded)}); scores near the threshold may cross it",
+                stacklevel=2,
+            )
+        if saved.calibration is not None:
+            detector.fit_scores(torch.tensor(saved.calibration), saved.tpr)
+        detector._tpr = saved.tpr
         return detector
+
+    def module(self) -> nn.Module:
+        """The fitted detector as an nn.Module, images (B, ...) -> Prediction, for torch.export, torch.compile, threads.
+
+        It shares the model's memory and has the threshold of now: a `gradnorm_fast.serving.ServedModel`.
+
+        Raises:
+            ValueError: before `fit` and `load`; with layers, whose gradients need a backward pass.
+        """
+        self._fitted()
+        if self.layers is not None:
+            raise ValueError("module: gradients of layers need a backward pass; call predict of the detector instead")
+        if self._head is None:
+            raise ValueError("module: the head is not known yet; score or fit first, or name it")
+        return ServedModel(self)
 
     # The parts
 
-    def _apply(self, function: Callable[..., Any], images: Tensor) -> Any:
+    def _scores_of(self, loader: Iterable[Any], progress: bool) -> Tensor:
+        parts = [self.score(inputs).cpu() for inputs in batches(loader, progress)]
+        self.raise_refusals()
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    def _apply(self, function: Callable[..., Any], images: Inputs) -> Any:
         """fast_gradnorm or head_scores of what the head multiplies on these images."""
-        images = self._placed(images)
-        if not len(images):
-            return function(images.new_empty(0, 1), images.new_ones(1, 1))  # nothing to find a head by
+        self.raise_refusals()
+        inputs, first = self._placed(images)
+        if not len(first):
+            return function(first.new_empty(0, 1, dtype=torch.float32), first.new_ones(1, 1, dtype=torch.float32))
         with heads.evaluating(self.model):
             if not self._verified:
-                self._verify(images)
-            assert self._head is not None
-            features, _ = heads.features_and_logits(self.model, self._head, images)
-        weight, bias = self._weights()
+                self._find(inputs)
+            assert self._head is not None and self.head_name is not None
+            features, logits, eps = heads.head_pass(self.model, self._head, inputs)
+            row = self._batches % len(features)
+            self._batches += 1
+            verification = heads.check_row(self.head_name, self._head, features, logits, row, eps)
+            weight, bias = self._weights()
         features = features.to(weight.dtype)  # under autocast the features are halves, the weight is not
         options = {"temperature": self.temperature, "reduction": self.reduction, "include_bias": self.include_bias}
-        with nullcontext() if features.is_meta else torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device):
+            bias = self._verdicts.add(verification, bias, weight)
             return function(features, weight, bias, **options)
 
-    def _verify(self, images: Tensor) -> None:
+    def _chosen(self, scores: HeadScores) -> Tensor:
+        chosen: Tensor = getattr(scores, self.score_name)
+        return chosen.float()
+
+    def _find(self, images: Inputs) -> None:
         """Find the head, or refuse the one that was named, on the first batch."""
-        if self._head is None:
-            self.head_name, self._head = heads.find_head(self.model, images)
+        name, head = self.head_name, self._head
+        if head is None or name is None:
+            name, head = heads.find_head(self.model, images)
         else:
-            heads.check_head(self.model, self.head_name or "", self._head, images)
-        if self.include_bias and self._head.bias is None:
-            raise ValueError(f"include_bias: expected a head with a bias, {self.head_name!r} has none")
-        self._verified = True
+            heads.check_head(self.model, name, head, images)
+        if self.include_bias and head.bias is None:
+            raise ValueError(f"include_bias: expected a head with a bias, {name!r} has none")
+        heads.check_tied(self.model, name, head, self.include_bias)
+        self.head_name, self._head, self._verified = name, head, True
 
     def _weights(self) -> tuple[Tensor, Tensor | None]:
         weight: Tensor = self._head.weight  # type: ignore[assignment, union-attr]
         bias: Tensor | None = self._head.bias  # type: ignore[assignment, union-attr]
         return weight.detach(), None if bias is None else bias.detach()
 
-    def _placed(self, images: Tensor) -> Tensor:
-        """The images on the device and, if they are floating point, in the dtype of the model."""
+    def _placed(self, images: Any) -> tuple[Inputs, Tensor]:
+        """The inputs on the device and, if they are floating point, in the dtype of the model; the first of them."""
+        parameter = next((p for p in self.model.parameters() if p.is_floating_point()), None)
+
+        def placed(t: Tensor) -> Tensor:
+            if parameter is None:
+                return t
+            return t.to(parameter.device, parameter.dtype if t.is_floating_point() else None)
+
+        if isinstance(images, Mapping):
+            wrong = [f"{k}: {type(t).__name__}" for k, t in images.items() if not isinstance(t, Tensor) or t.dim() == 0]
+            if wrong or not images:
+                got = ", ".join(wrong) or "an empty one"
+                raise TypeError(f"images: expected a mapping to tensors (B, ...), got {got}")
+            keywords = {name: placed(t) for name, t in images.items()}
+            return keywords, next(iter(keywords.values()))
         if not isinstance(images, Tensor):
             raise TypeError(f"images: expected a torch.Tensor of shape (B, ...), got {type(images).__name__}")
         if images.dim() < 2:
             raise ValueError(f"images: expected a batch of shape (B, ...), got shape {tuple(images.shape)}")
-        parameter = next((p for p in self.model.parameters() if p.is_floating_point()), None)
-        if parameter is None:
-            return images
-        return images.to(parameter.device, parameter.dtype if images.is_floating_point() else None)
+        images = placed(images)
+        return images, images
 
     def _fitted(self) -> Tensor:
         if self._calibration is None:
@@ -255,39 +424,19 @@ class GradNorm:
         return self._calibration
 
     def _fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for tensor in self._weights():
-            if tensor is not None:
-                digest.update(str(tuple(tensor.shape)).encode())
-                digest.update(tensor.cpu().float().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return gate.head_digest(*self._weights())
 
 
 def check_tpr(tpr: float) -> None:
-    if not isinstance(tpr, int | float) or not 0.0 < tpr < 1.0:
+    if isinstance(tpr, bool) or not isinstance(tpr, int | float) or not 0.0 < tpr < 1.0:
         raise ValueError(f"tpr: expected a fraction between 0 and 1, as 0.95, got {tpr!r}")
 
 
-def _batches(loader: Iterable[Any], progress: bool) -> Iterator[Tensor]:
-    if progress:
-        try:
-            from tqdm.auto import tqdm
-        except ImportError:  # a bar is not worth an error
-            pass
-        else:
-            loader = tqdm(loader, desc="GradNorm", unit="batch", leave=False)
-    for batch in loader:
-        yield _images(batch)
-
-
-def _images(batch: Any) -> Tensor:
-    if isinstance(batch, dict) or hasattr(batch, "keys"):
-        for key in ("pixel_values", "image", "images"):
-            if key in batch:
-                return batch[key]
-        raise TypeError(
-            f"loader: expected batches with the key pixel_values or image, got {', '.join(map(str, batch))}"
+def _warn_of_nan(scores: Tensor) -> None:
+    bad = int(scores.isnan().sum())
+    if bad:
+        warnings.warn(
+            f"{bad} of {len(scores)} scores are NaN: images, preprocessing or weights are not finite, "
+            "or overflow in the model's dtype",
+            stacklevel=3,
         )
-    if isinstance(batch, tuple | list) and batch:
-        return batch[0]
-    return batch

@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from .evaluation import evaluate
 from .functional import HeadScores
+from .gate import SCORES
 
-SCORES = ("gradnorm", "feature_norm", "output_norm", "msp", "max_logit", "energy")
 ANTI_CORRELATED = -0.3  # rank correlation of the factors below which they work against one another
 COLLAPSED = 0.01  # interquartile range over median below which scores hardly differ
 
@@ -28,7 +28,7 @@ class Diagnosis:
     spread: float  #: interquartile range of the ID images' GradNorm over their median
     median: dict[str, float]  #: of each score on the ID images
     auroc: dict[str, float] = field(default_factory=dict)  #: of each score, ID against OOD; empty without OOD images
-    best: str | None = None  #: the score with the largest AUROC
+    best: str | None = None  #: the score to take, GradNorm(model, score=best): that of the largest AUROC
     warnings: tuple[str, ...] = ()
 
     @property
@@ -45,6 +45,8 @@ class Diagnosis:
         if self.auroc:
             lines.append("AUROC: " + ", ".join(f"{name} {100 * value:.2f}" for name, value in self.auroc.items()))
         lines += [f"warning: {warning}" for warning in self.warnings] or ["nothing speaks against GradNorm here"]
+        if self.best is not None:
+            lines.append(f"score to take: {self.best}, GradNorm(model, score={self.best!r})")
         return "\n".join(lines)
 
 
@@ -81,9 +83,11 @@ def diagnose(id_scores: HeadScores, ood_scores: HeadScores | None = None) -> Dia
         )
     if best is not None and best != "gradnorm" and auroc[best] > auroc["gradnorm"] + 0.01:
         warnings.append(
-            f"{best} is the better score here (AUROC {100 * auroc[best]:.2f} against {100 * auroc['gradnorm']:.2f}); "
-            "it comes from the same pass, by head_scores"
+            f"{best} is the better score here (AUROC {100 * auroc[best]:.2f} against {100 * auroc['gradnorm']:.2f}), "
+            "from the same pass"
         )
+    if best is not None and auroc[best] < 0.5:
+        warnings.append("no score of this pass tells these OOD images from ID images")
     medians = {name: float(np.median(values)) for name, values in inside.items()}
     return Diagnosis(len(gradnorm), correlation, spread, medians, auroc, best, tuple(warnings))
 

@@ -7,7 +7,7 @@ field of `head_scores` but `prediction` give it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from .functional import HeadScores
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Array: TypeAlias = npt.NDArray[np.floating[Any]]
 ScoresLike: TypeAlias = torch.Tensor | npt.NDArray[Any] | Sequence[float]
 
 _EXTRA = 'pip install "gradnorm_fast[eval]"'
@@ -30,21 +31,31 @@ METHODS = {
     "Energy": "energy",
     "feature norm": "feature_norm",
 }
-_METRICS = ("auroc", "aupr_in", "aupr_out", "fpr95_id_positive", "fpr95_ood_positive")
+# Whose numbers `evaluate` can return: the official GradNorm code (commit 18d5d33), OpenOOD v1.5 (commit 3c35632),
+# pytorch-ood 0.4.0, and pytorch-ood 0.3, which computed its metrics with torchmetrics.
+CONVENTIONS = ("official", "openood", "pytorch_ood", "pytorch_ood_0.3")
 
 Results = dict[str, dict[str, dict[str, float]]]  # OOD set -> method -> what evaluate returns
 
 
 def evaluate(
-    id_scores: ScoresLike, ood_scores: ScoresLike, *, bootstrap: int = 0, confidence: float = 0.95, seed: int = 0
+    id_scores: ScoresLike,
+    ood_scores: ScoresLike,
+    *,
+    convention: str | None = None,
+    bootstrap: int = 0,
+    confidence: float = 0.95,
+    seed: int = 0,
 ) -> dict[str, float]:
     """Measure how well the scores separate ID from OOD samples.
 
     Args:
-        id_scores: scores of the in-distribution samples, shape (n_id,), larger = more in-distribution.
+        id_scores: scores of the in-distribution samples, shape (n_id,), larger = more in-distribution. Negate
+            pytorch-ood's outlier scores.
         ood_scores: scores of the out-of-distribution samples, shape (n_ood,).
             Both may be tensors on any device, numpy arrays or lists; they are compared as float64, so that
             float32 and lower precisions are compared exactly as given.
+        convention: whose numbers to return, one of CONVENTIONS. None: ours, with both kinds of FPR95.
         bootstrap: number of resamples, of ID and OOD samples each with replacement, for confidence intervals.
         confidence: of the intervals, between 0 and 1.
         seed: of the resamples.
@@ -65,35 +76,36 @@ def evaluate(
 
         Papers differ in which class they call positive in FPR95; the two numbers are not interchangeable.
 
-    Raises:
-        ValueError: an argument is not a non-empty one-dimensional array of finite real numbers.
-        ImportError: scikit-learn is not installed.
-    """
-    inside, outside = _as_scores("id_scores", id_scores), _as_scores("ood_scores", ood_scores)
-    try:
-        from sklearn.metrics import average_precision_score, roc_auc_score
-    except ImportError as error:
-        raise ImportError(f"evaluate needs scikit-learn: {_EXTRA}") from error
+        With a convention, one ``fpr95`` takes the place of the two, and every metric is that code's own:
 
+        - ``"official"``: ID is positive, and FPR95 is read where the recall is *nearest* to 95 %, at the larger FPR
+          of two equally near.
+        - ``"openood"``: OOD is positive in FPR95; the areas under the precision-recall curves are by trapezoids, and
+          FPR95 is read off scikit-learn's thinned ROC curve, which may skip the threshold sought.
+        - ``"pytorch_ood"`` (0.4): the same, off the whole curve.
+        - ``"pytorch_ood_0.3"``: before that, by torchmetrics, which puts scores through a sigmoid, in their own
+          precision, if any lies outside [0, 1]. Float32 scores above 100, as GradNorm's often are, all tie: AUROC 0.5.
+
+    Raises:
+        ValueError: an argument is not a non-empty one-dimensional array of finite real numbers; a convention that is
+            not known.
+    """
+    if convention is not None and convention not in CONVENTIONS:
+        raise ValueError(f"convention: expected None or one of {', '.join(CONVENTIONS)}, got {convention!r}")
+    keep_dtype = convention == "pytorch_ood_0.3"  # the one whose numbers depend on it
+    inside = _as_scores("id_scores", id_scores, keep_dtype)
+    outside = _as_scores("ood_scores", ood_scores, keep_dtype)
     if not isinstance(bootstrap, int) or bootstrap < 0 or not 0.0 < confidence < 1.0:
         raise ValueError(f"bootstrap: expected a count and a confidence in (0, 1), got {bootstrap} and {confidence}")
-    is_id = np.concatenate([np.ones(inside.size, dtype=int), np.zeros(outside.size, dtype=int)])
-
-    def metrics(inside: npt.NDArray[np.float64], outside: npt.NDArray[np.float64]) -> dict[str, float]:
-        scores = np.concatenate([inside, outside])
-        return {
-            "auroc": float(roc_auc_score(is_id, scores)),
-            "aupr_in": float(average_precision_score(is_id, scores)),
-            "aupr_out": float(average_precision_score(1 - is_id, -scores)),
-            "fpr95_id_positive": _fpr95(is_id, scores),
-            "fpr95_ood_positive": _fpr95(1 - is_id, -scores),
-        }
-
-    result = metrics(inside, outside) | {"n_id": inside.size, "n_ood": outside.size}
+    metrics = _metrics(inside, outside, convention)
+    result = metrics | {"n_id": inside.size, "n_ood": outside.size}
     if bootstrap:
         random = np.random.default_rng(seed)
-        samples = [metrics(*(random.choice(s, s.size) for s in (inside, outside))) for _ in range(bootstrap)]
-        for name in _METRICS:
+        samples = [
+            _metrics(random.choice(inside, inside.size), random.choice(outside, outside.size), convention)
+            for _ in range(bootstrap)
+        ]
+        for name in metrics:
             low, high = np.quantile([s[name] for s in samples], [(1 - confidence) / 2, (1 + confidence) / 2])
             result |= {f"{name}_low": float(low), f"{name}_high": float(high)}
     return result
@@ -110,12 +122,16 @@ def compare_methods(id_scores: HeadScores, ood_scores: Mapping[str, HeadScores],
         name: {m: evaluate(getattr(id_scores, f), getattr(scores, f), **options) for m, f in METHODS.items()}
         for name, scores in ood_scores.items()
     }
-    average = {m: {k: float(np.mean([results[name][m][k] for name in results])) for k in _METRICS} for m in METHODS}
+    metrics = _metric_names(next(iter(results.values()))["GradNorm"])
+    average = {m: {k: float(np.mean([results[name][m][k] for name in results])) for k in metrics} for m in METHODS}
     return results | {"average": average}
 
 
 def results_table(results: Results) -> str:
-    """Markdown in the layout of the paper's Table 1: a row per method; FPR95 (ID positive) and AUROC per set, in %."""
+    """Markdown in the layout of the paper's Table 1: a row per method; FPR95 and AUROC of each OOD set, in %.
+
+    FPR95 is that of the convention the results were made with; without one, ID is the positive class.
+    """
     names = [name.replace("|", "\\|") for name in results]
     lines = [
         "| | " + " | ".join(f"{name} FPR95 ↓ | AUROC ↑" for name in names) + " |",
@@ -125,7 +141,10 @@ def results_table(results: Results) -> str:
         cells = []
         for of_set in results.values():
             metrics = of_set[method]
-            cells += [f"{100 * metrics['fpr95_id_positive']:.2f}", f"{100 * metrics['auroc']:.2f}"]
+            cells += [
+                f"{100 * metrics.get('fpr95', metrics.get('fpr95_id_positive', np.nan)):.2f}",
+                f"{100 * metrics['auroc']:.2f}",
+            ]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -213,21 +232,113 @@ def plot_roc(id_scores: ScoresLike, ood_scores: ScoresLike | Mapping[str, Scores
     return ax
 
 
-def _fpr95(is_positive: npt.NDArray[np.int_], scores: npt.NDArray[np.float64]) -> float:
-    from sklearn.metrics import roc_curve
+class _Curve(NamedTuple):
+    """How many of each class score at least as high as every distinct score, from the highest down."""
 
-    # One point per distinct score, from the highest threshold down: dropping points could skip the one sought.
-    fpr, tpr, _ = roc_curve(is_positive, scores, drop_intermediate=False)
-    return float(fpr[np.argmax(tpr >= 0.95)])
+    positives: npt.NDArray[np.intp]
+    negatives: npt.NDArray[np.intp]
+
+    @classmethod
+    def of(cls, positive: Array, negative: Array) -> _Curve:
+        scores = np.unique(np.concatenate([positive, negative]))[::-1]
+        counts = (len(s) - np.searchsorted(np.sort(s), scores) for s in (positive, negative))
+        return cls(*counts)
+
+    @property
+    def tpr(self) -> Array:  # recall
+        return self.positives / self.positives[-1]
+
+    @property
+    def fpr(self) -> Array:
+        return self.negatives / self.negatives[-1]
+
+    @property
+    def precision(self) -> Array:
+        return self.positives / (self.positives + self.negatives)
+
+    def auroc(self) -> float:
+        return _area(np.r_[0.0, self.fpr], np.r_[0.0, self.tpr])
+
+    def average_precision(self) -> float:
+        return float(np.sum(np.diff(self.tpr, prepend=0.0) * self.precision))
+
+    def trapezoid_aupr(self) -> float:
+        return _area(np.r_[0.0, self.tpr], np.r_[1.0, self.precision])
+
+    def fpr95(self) -> float:
+        return float(self.fpr[np.argmax(self.tpr >= 0.95)])
+
+    def fpr_at_nearest_recall(self) -> float:
+        end = np.argmax(self.tpr == 1.0) + 1  # lower thresholds only add false positives
+        # From the lowest threshold up: the first of equally near recalls has the larger FPR.
+        return float(self.fpr[:end][::-1][np.argmin(np.abs(self.tpr[:end][::-1] - 0.95))])
+
+    def thinned(self) -> _Curve:
+        """Without the points that scikit-learn's roc_curve drops: between two equal steps."""
+        if len(self.positives) < 3:
+            return self
+        kept = np.r_[True, (np.diff(self.positives, 2) != 0) | (np.diff(self.negatives, 2) != 0), True]
+        return _Curve(self.positives[kept], self.negatives[kept])
 
 
-def _as_scores(name: str, scores: ScoresLike) -> npt.NDArray[np.float64]:
-    """Return the scores as a float64 array, or refuse them under the name of their argument."""
+def _area(x: Array, y: Array) -> float:
+    return float(np.sum(np.diff(x) * (y[1:] + y[:-1])) / 2)
+
+
+def _metrics(inside: Array, outside: Array, convention: str | None) -> dict[str, float]:
+    """AUROC, AUPR and FPR95 as the convention computes them."""
+    if convention == "pytorch_ood_0.3":
+        id_positive, ood_positive = _squashed_curves(inside, outside)
+    else:
+        id_positive, ood_positive = _Curve.of(inside, outside), _Curve.of(-outside, -inside)
+    metrics = {"auroc": ood_positive.auroc()}
+    if convention is None or convention == "official":
+        metrics["aupr_in"] = id_positive.average_precision()
+        metrics["aupr_out"] = ood_positive.average_precision()
+    else:
+        metrics["aupr_in"] = id_positive.trapezoid_aupr()
+        metrics["aupr_out"] = ood_positive.trapezoid_aupr()
+    if convention is None:
+        metrics["fpr95_id_positive"] = id_positive.fpr95()
+        metrics["fpr95_ood_positive"] = ood_positive.fpr95()
+    elif convention == "official":
+        metrics["fpr95"] = id_positive.fpr_at_nearest_recall()
+    else:
+        metrics["fpr95"] = (ood_positive.thinned() if convention == "openood" else ood_positive).fpr95()
+    return metrics
+
+
+def _metric_names(result: Mapping[str, float]) -> list[str]:
+    """The metrics of `evaluate`'s result, without counts and intervals."""
+    return [k for k in result if k not in ("n_id", "n_ood") and not k.endswith(("_low", "_high"))]
+
+
+def _squashed_curves(inside: Array, outside: Array) -> tuple[_Curve, _Curve]:
+    """With ID and with OOD as the positive class, of what torchmetrics makes of scores (its issue 1989).
+
+    Scores outside [0, 1] go through a sigmoid, in their own precision and in the order in which pytorch-ood sorts them.
+    """
+    outlier = -np.concatenate([inside, outside])
+    order = np.argsort(outlier, kind="stable")
+    is_id = order < len(inside)
+
+    def squashed(scores: Array) -> Array:
+        inside_range = np.all((scores >= 0) & (scores <= 1))
+        result: Array = scores if inside_range else torch.from_numpy(scores).sigmoid().numpy()
+        return result
+
+    s, o = squashed(-outlier[order]), squashed(outlier[order])
+    return _Curve.of(s[is_id], s[~is_id]), _Curve.of(o[~is_id], o[is_id])
+
+
+def _as_scores(name: str, scores: ScoresLike, keep_dtype: bool = False) -> Array:
+    """The scores as a float64 array, or one of their own floating-point type; ValueError naming the argument."""
     expected = f"{name}: expected a non-empty one-dimensional array of finite real numbers"
     if isinstance(scores, torch.Tensor):
         if scores.is_complex():
             raise ValueError(f"{expected}, got a tensor of {scores.dtype}")
-        array = scores.detach().to(device="cpu", dtype=torch.float64).numpy()  # numpy knows no bfloat16
+        scores = scores.detach().cpu()
+        array = (scores.float() if scores.dtype == torch.bfloat16 else scores).numpy()  # numpy knows no bfloat16
     else:
         try:
             array = np.asarray(scores)
@@ -237,14 +348,15 @@ def _as_scores(name: str, scores: ScoresLike) -> npt.NDArray[np.float64]:
         raise ValueError(f"{expected}, got {type(scores).__name__} of {array.dtype}")
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"{expected}, got shape {array.shape}")
-    array = array.astype(np.float64)
+    if not keep_dtype or array.dtype.kind != "f" or array.itemsize > 8:
+        array = array.astype(np.float64)
     bad = np.count_nonzero(~np.isfinite(array))
     if bad:
         raise ValueError(f"{expected}, got {bad} NaN or infinite of {array.size}")
     return array
 
 
-def _as_named_scores(ood_scores: ScoresLike | Mapping[str, ScoresLike]) -> dict[str, npt.NDArray[np.float64]]:
+def _as_named_scores(ood_scores: ScoresLike | Mapping[str, ScoresLike]) -> dict[str, Array]:
     if not isinstance(ood_scores, Mapping):
         return {"out-of-distribution": _as_scores("ood_scores", ood_scores)}
     if not ood_scores:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,6 +72,11 @@ def fast_gradnorm(
             torch.autocast all are cast as in torch.nn.functional.linear); a temperature that is not a number, an
             include_bias that is not a bool.
         ValueError: a shape, device, temperature, reduction or backend that does not fit.
+
+    Example:
+        >>> features, weight = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.eye(2)
+        >>> fast_gradnorm(features, weight)
+        tensor([1.3864, 0.0000])
     """
     features, weight, bias = _autocast(features, weight, bias)
     weight = _check_head(features, weight, bias, include_bias)
@@ -93,6 +99,14 @@ def head_scores(
 
     Takes and raises what `fast_gradnorm` does. Where GradNorm fails, feature_norm and output_norm show which factor is
     at fault. Every field but prediction is differentiable.
+
+    Example:
+        >>> features, weight = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.eye(2)
+        >>> scores = head_scores(features, weight)
+        >>> scores.feature_norm, scores.prediction
+        (tensor([3., 0.]), tensor([1, 0]))
+        >>> torch.equal(scores.gradnorm, scores.feature_norm * scores.output_norm)
+        True
     """
     features, weight, bias = _autocast(features, weight, bias)
     weight = _check_head(features, weight, bias, include_bias)
@@ -129,6 +143,13 @@ def gradnorm_from_logits(
 
     Raises:
         TypeError, ValueError: as `fast_gradnorm`.
+
+    Example:
+        >>> features, head = torch.tensor([[1.0, 2.0]]), torch.nn.Linear(2, 5)
+        >>> with torch.no_grad():
+        ...     torch.allclose(gradnorm_from_logits(features, head(features)),
+        ...                    fast_gradnorm(features, head.weight, head.bias))
+        True
     """
     _check_tensor("features", features)
     _check_tensor("logits", logits)
@@ -143,6 +164,49 @@ def gradnorm_from_logits(
         _rows(features), _rows(logits), None, None, temperature, reduction, include_bias, backend, False
     )
     return out.reshape(features.shape[:-1])
+
+
+def warmup(
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    batch_sizes: Iterable[int] = (1, 32, 256, 4096),
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Compile and load every kernel that `fast_gradnorm` and `head_scores` need for this head and these batch sizes.
+
+    The first call of a kernel compiles it, which takes 1 to 3 seconds each unless Triton has it in its cache. Call this
+    once at start-up, and before capturing a CUDA graph: it also tries the library's matmul, which cannot be tried
+    during a capture. Where no Triton kernel runs (a CPU), it only checks its arguments.
+
+    Args:
+        weight: (C, D), on the device where the head will run.
+        bias: (C,) or None.
+        batch_sizes: numbers of rows, each at least 1.
+        dtype: of features, weight and bias at run time; None for that of weight.
+
+    Raises:
+        TypeError, ValueError: as `fast_gradnorm`; a batch size that is not a positive integer.
+
+    Example:
+        >>> import torch
+        >>> from gradnorm_fast import warmup
+        >>> head = torch.nn.Linear(512, 10)
+        >>> warmup(head.weight, head.bias, batch_sizes=(1, 64))
+    """
+    sizes = list(batch_sizes)
+    for size in sizes:
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"batch_sizes: expected positive integers, got {size!r}")
+    weight = weight.detach() if dtype is None else weight.detach().to(dtype)
+    bias = bias if bias is None else bias.detach().to(weight.dtype)
+    cuda = weight.device.type == "cuda"
+    for size in sizes if cuda else [1]:
+        features = weight.new_zeros((size, weight.shape[1])) if weight.dim() > 1 else weight
+        fast_gradnorm(features, weight, bias)
+        head_scores(features, weight, bias)
+    if cuda:
+        torch.cuda.synchronize(weight.device)
 
 
 def _rows(t: Tensor) -> Tensor:

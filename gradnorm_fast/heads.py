@@ -3,25 +3,58 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from .capture import Inputs, call, evaluating, watching
+from .verification import BY_HAND, check_row, epsilon
+
+__all__ = [
+    "check_head",
+    "check_row",
+    "check_tied",
+    "compile_backbone",
+    "evaluating",
+    "features_and_logits",
+    "find_head",
+    "head_pass",
+    "is_linear",
+    "logits_of",
+    "module_named",
+    "unwrap",
+]
+
 LinearHead: TypeAlias = nn.Linear | nn.Conv2d
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DataParallel, DistributedDataParallel and torch.compile wrappers: hooks reach only that."""
-    while True:
+def unwrap(model: Any) -> nn.Module:
+    """The model inside DataParallel, DistributedDataParallel and torch.compile wrappers: hooks reach only that.
+
+    TypeError, with what to do, for what is no Python module that can be looked into.
+    """
+    while isinstance(model, nn.Module):
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
         elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
+            model = model._orig_mod
+        elif isinstance(model, torch.jit.ScriptModule):
+            raise TypeError(
+                "model: expected a torch.nn.Module in Python, got a TorchScript module (of torch.jit.script, trace, "
+                f"freeze or load), whose layers cannot be watched. Give the model it was made from. {BY_HAND}"
+            )
         else:
             return model
+    hint = ""
+    if isinstance(model, torch.export.ExportedProgram):
+        hint = f", a program without layers. Give the model it was exported from. {BY_HAND}"
+    elif isinstance(model, torch.jit.ScriptFunction):
+        hint = f", compiled code without layers. Give the model it was made from. {BY_HAND}"
+    elif isinstance(model, type) and issubclass(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got the class {model.__name__}; give an instance")
+    raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}{hint}")
 
 
 def logits_of(output: Any) -> Tensor:
@@ -37,8 +70,14 @@ def logits_of(output: Any) -> Tensor:
         return output["logits"]
     if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
         return output[0]
+    got = type(output).__name__
+    if isinstance(output, dict):
+        got += f" with the keys {', '.join(map(repr, output))}"
+    elif isinstance(output, tuple | list) and output:
+        got += f" of {', '.join(type(o).__name__ for o in output)}"
     raise TypeError(
-        f"model: expected it to return logits, a tensor or an object with .logits, got {type(output).__name__}"
+        f"model: expected it to return logits, a tensor or an object with .logits, got {got}; wrap the model so that "
+        "it returns the logits of one head"
     )
 
 
@@ -49,30 +88,31 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients; each module's own mode is put back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module in training:
-            module.training = True
+class HeadPass(NamedTuple):
+    """What one forward pass tells of the head."""
+
+    features: Tensor  #: (B, D), what the head was given
+    logits: Tensor  #: (B, C), what the model returned
+    eps: float  #: of the coarsest format in force when the head was called
 
 
-def features_and_logits(model: nn.Module, head: nn.Module, images: Any) -> tuple[Tensor, Tensor]:
-    """One forward pass: what the head was given, as rows (B, D), and the model's logits.
+def features_and_logits(model: nn.Module, head: nn.Module, images: Inputs) -> tuple[Tensor, Tensor]:
+    """The first two of `head_pass`."""
+    return head_pass(model, head, images)[:2]
 
-    Raises ValueError where the head was not run, or more than once.
-    """
+
+def head_pass(model: nn.Module, head: nn.Module, images: Inputs) -> HeadPass:
+    """One forward pass, watching the head. Raises ValueError where the head was not run, or more than once."""
     seen: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda _, args, kwargs: seen.append(_input(args, kwargs)), with_kwargs=True)
-    try:
-        logits = logits_of(model(images))
-    finally:
-        handle.remove()
+    eps = 0.0
+
+    def record(_: nn.Module, features: Tensor, output: Any) -> None:
+        nonlocal eps
+        seen.append(features)
+        eps = epsilon(head, features, output) if isinstance(output, Tensor) else 0.0
+
+    with watching([head], record):
+        logits = logits_of(call(model, images))
     if not seen:
         raise ValueError("head: the model did not call it; is it the head of another model?")
     if len(seen) > 1:
@@ -80,34 +120,73 @@ def features_and_logits(model: nn.Module, head: nn.Module, images: Any) -> tuple
             f"head: expected one call of it in a pass, the model made {len(seen)}: its gradient is then a sum of outer "
             "products, for which the closed form does not hold"
         )
-    return _rows(seen[0], len(logits)), logits
+    return HeadPass(_rows(seen[0], logits), logits, eps)
 
 
-def find_head(model: nn.Module, images: Any) -> tuple[str, LinearHead]:
-    """The last linear layer, or pooled 1x1 convolution, whose output on these images is the model's logits.
+def find_head(model: nn.Module, images: Inputs) -> tuple[str, LinearHead]:
+    """The linear layer, or pooled 1x1 convolution, whose output on these images is the model's logits.
 
-    Returns its name in the model and the module. ValueError where there is none, saying what was looked at.
+    Returns its name in the model and the module. ValueError where there is none, or more than one, with what the model
+    has instead and what to do.
     """
-    candidates = {module: name for name, module in model.named_modules() if is_linear(module)}
-    calls, logits = _recorded(model, candidates, images)
-    for module in reversed(calls):
-        if _same(calls[module].output, logits):
-            _check_product(candidates[module], module, calls[module])
-            return candidates[module], module  # type: ignore[return-value]
-    raise ValueError(_no_head({candidates[m]: (m, call) for m, call in calls.items()}, logits))
+    names = {module: name for name, module in model.named_modules() if is_linear(module)}
+    found = _recorded(model, names, images)
+    matches = [module for module in found.calls if _same(found.calls[module].output, found.logits)]
+    if not matches:
+        from .refusals import no_head
 
-
-def check_head(model: nn.Module, name: str, head: nn.Module, images: Any) -> None:
-    """Refuse a named head that does not make the model's logits; ValueError."""
-    calls, logits = _recorded(model, [head], images)
-    if not calls:
-        raise ValueError(f"head: the model did not call {name!r}")
-    if not _same(calls[head].output, logits):
+        raise ValueError(no_head(model, images, {names[m]: (m, call) for m, call in found.calls.items()}, found.logits))
+    if len(matches) > 1 and not found.logits.is_meta:  # a shape, all there is on meta, does not tell them apart
         raise ValueError(
-            f"head: the output of {name!r}, shape {calls[head].shape}, is not the model's logits, shape "
-            f"{tuple(logits.shape)}; leave head out to have it found"
+            f"head: {' and '.join(repr(names[m]) for m in matches)} return the same logits, as the head of an averaged "
+            f"or teacher model does; name the one that makes the model's output, as head={names[matches[0]]!r}"
         )
-    _check_product(name, head, calls[head])
+    head = matches[-1]
+    parallel = [m for m in found.calls if m is not head and found.same_input(m, head) and found.is_other_output(m)]
+    if parallel:
+        raise ValueError(
+            f"head: the model has several outputs, made by {', '.join(repr(names[m]) for m in [head, *parallel])}; the "
+            f"score is of one. Name {names[head]!r} to take the first, or wrap the model so that it returns another"
+        )
+    _check_product(names[head], head, found.calls[head], found.logits)
+    return names[head], head  # type: ignore[return-value]
+
+
+def check_head(model: nn.Module, name: str, head: nn.Module, images: Inputs) -> None:
+    """Refuse a named head that does not make the model's logits; ValueError."""
+    found = _recorded(model, [head], images)
+    if not found.calls:
+        raise ValueError(f"head: the model did not call {name!r}")
+    if not _is_vectors(found.logits):
+        from .refusals import no_head
+
+        raise ValueError(no_head(model, images, {name: (head, found.calls[head])}, found.logits))
+    if not _same(found.calls[head].output, found.logits):
+        raise ValueError(
+            f"head: the output of {name!r}, shape {found.calls[head].shape}, is not the model's logits, shape "
+            f"{tuple(found.logits.shape)}; leave head out to have it found"
+        )
+    _check_product(name, head, found.calls[head], found.logits)
+
+
+def check_tied(model: nn.Module, name: str, head: nn.Module, include_bias: bool = False) -> None:
+    """Refuse a head whose parameters another layer uses too; ValueError.
+
+    The gradient of a shared parameter is the sum over all its uses; the closed form is that of the head's alone.
+    """
+    for field in ("weight", "bias") if include_bias else ("weight",):
+        own = getattr(head, field, None)
+        if own is None:
+            continue
+        for other, module in model.named_modules():
+            for key, parameter in module.named_parameters(recurse=False):
+                if module is not head and _overlap(parameter, own):
+                    place = f"{other}.{key}" if other else key
+                    raise ValueError(
+                        f"head: the {field} of {name!r} is tied to {place!r}: its gradient has a second part, through "
+                        "that use, which the closed form lacks. To score the head alone, untie them: "
+                        f"{name}.{field} = torch.nn.Parameter({name}.{field}.detach().clone())"
+                    )
 
 
 def module_named(model: nn.Module, head: str | nn.Module) -> tuple[str, nn.Module]:
@@ -143,36 +222,46 @@ def compile_backbone(model: nn.Module, head: nn.Module, compiler: Callable[[nn.M
             compiler(child)
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
+    """The last call of a layer in a pass."""
+
     shape: tuple[int, ...]  #: of the output
     features: Tensor | None  #: the input; both None where the output is more than a vector per image
     output: Tensor | None
+    eps: float  #: of the coarsest format in force
 
 
-def _recorded(model: nn.Module, modules: Iterable[nn.Module], images: Any) -> tuple[dict[nn.Module, _Call], Tensor]:
-    """The last call of each of the modules in one forward pass, in the order of the calls, and the model's logits."""
-    calls: dict[nn.Module, _Call] = {}
+class _Pass(NamedTuple):
+    calls: dict[nn.Module, Call]  #: in their order
+    logits: Tensor
+    others: list[Tensor]  #: further tensors that the model returned
 
-    def record(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+    def same_input(self, a: nn.Module, b: nn.Module) -> bool:
+        x, y = self.calls[a].features, self.calls[b].features
+        return x is not None and y is not None and (x is y or (x.data_ptr() == y.data_ptr() and x.shape == y.shape))
+
+    def is_other_output(self, module: nn.Module) -> bool:
+        return any(_same(self.calls[module].output, other) for other in self.others)
+
+
+def _recorded(model: nn.Module, modules: Iterable[nn.Module], images: Inputs) -> _Pass:
+    """One forward pass, watching these modules."""
+    calls: dict[nn.Module, Call] = {}
+
+    def record(module: nn.Module, features: Tensor, output: Any) -> None:
         calls.pop(module, None)
         if not isinstance(output, Tensor):
             return
         # Only vectors: the tokens of a ViT's linear layers, the maps of a ResNet's 1x1 convolutions, are gigabytes.
-        kept = (_input(args, kwargs), output) if _is_vectors(output) else (None, None)
-        calls[module] = _Call(tuple(output.shape), *kept)
+        kept = _is_vectors(output)
+        eps = epsilon(module, features, output)
+        calls[module] = Call(tuple(output.shape), features if kept else None, output if kept else None, eps)
 
-    handles = [module.register_forward_hook(record, with_kwargs=True) for module in modules]
-    try:
-        logits = logits_of(model(images))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls, logits
-
-
-def _input(args: Any, kwargs: Any) -> Tensor:
-    tensor: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return tensor
+    with watching(modules, record):
+        output = call(model, images)
+    logits = logits_of(output)
+    fields = list(output.values()) if isinstance(output, dict) else output if isinstance(output, tuple | list) else []
+    return _Pass(calls, logits, [t for t in fields if isinstance(t, Tensor) and t is not logits])
 
 
 def _is_vectors(t: Tensor) -> bool:
@@ -180,29 +269,35 @@ def _is_vectors(t: Tensor) -> bool:
     return t.dim() > 1 and math.prod(t.shape[1:]) == max(t.shape[1:])
 
 
-def _check_product(name: str, head: nn.Module, call: _Call) -> None:
+def _check_product(name: str, head: nn.Module, call: Call, logits: Tensor) -> None:
     """Refuse a head that does more than x·Wᵀ + b, as a cosine classifier derived from nn.Linear; ValueError."""
-    if call.features is None or call.output is None or call.output.is_meta:
-        return
-    weight: Tensor = head.weight  # type: ignore[assignment]
-    output = call.output.flatten(1)
-    if weight.is_floating_point():
-        features = call.features.flatten(1).to(weight.dtype)
-        product = nn.functional.linear(features, weight.flatten(1), head.bias).to(output.dtype)  # type: ignore[arg-type]
-        finite = output[output.isfinite()].abs()
-        atol = 0.02 * finite.max().item() if len(finite) else 0.0  # far above rounding to bfloat16
-        if torch.isclose(product, output, rtol=0.02, atol=atol, equal_nan=True).all():
-            return
-    raise ValueError(
-        f"head: {name!r}, a {type(head).__name__}, does not compute x·Wᵀ + b of its input; the closed form needs that"
-    )
+    weight: Any = head.weight
+    if not weight.is_floating_point() or type(weight.detach()) not in (Tensor, nn.Parameter):
+        raise ValueError(
+            f"head: the weight of {name!r}, a {type(head).__name__}, is {weight.dtype} of the type "
+            f"{type(weight.detach()).__name__}; the closed form needs a plain floating point weight. Score the model "
+            f"before quantisation or sharding. {BY_HAND}"
+        )
+    assert call.features is not None
+    verification = check_row(name, head, _rows(call.features, logits), logits, 0, call.eps)
+    if verification is not None:
+        verification.raise_if_failed()
 
 
-def _rows(features: Tensor, batch: int) -> Tensor:
+def _rows(features: Tensor, logits: Tensor) -> Tensor:
     """(B, D) of what the head was given: (B, D), (B, D, 1, 1) or with other dimensions of size 1."""
-    if features.shape[0] != batch or not _is_vectors(features):
+    if logits.dim() < 2 or features.dim() < 2:
+        raise ValueError(f"model: {no_batch(logits)}")
+    if features.shape[0] != len(logits) or not _is_vectors(features):
         raise ValueError(f"head: expected one feature vector per image, it was given shape {tuple(features.shape)}")
     return features.flatten(1)
+
+
+def no_batch(logits: Tensor) -> str:
+    return (
+        f"expected logits (B, C) of images (B, ...), got shape {tuple(logits.shape)}. A single image needs a dimension "
+        "in front, image[None]; one output per image has to be made two classes"
+    )
 
 
 def _same(output: Tensor | None, logits: Tensor) -> bool:
@@ -215,18 +310,11 @@ def _same(output: Tensor | None, logits: Tensor) -> bool:
     )
 
 
-def _no_head(calls: dict[str, tuple[nn.Module, _Call]], logits: Tensor) -> str:
-    message = f"head: no linear layer's output is the model's output, shape {tuple(logits.shape)}"
-    if not calls:
-        return f"{message}; the model called none"
-    name, (module, call) = list(calls.items())[-1]
-    if isinstance(module, nn.Conv2d) and call.output is None:
-        return (
-            f"{message}: {name!r} is a convolution whose output, shape {call.shape}, is pooled afterwards, as "
-            "in SqueezeNet. Its gradient is a sum of outer products over positions, for which the closed form does "
-            "not hold; choose a model with a linear head after pooling"
-        )
-    return (
-        f"{message}; the last one called is {name!r}, shape {call.shape}. If the model ends in a softmax, "
-        "scales its logits or averages several heads, take that off"
-    )
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have memory in common."""
+    if a is b:
+        return True
+    if any(nn.parameter.is_lazy(t) or t.is_meta or t.numel() == 0 or t.device != b.device for t in (a, b)):
+        return False
+    ends = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in (a, b)]
+    return max(start for start, _ in ends) < min(end for _, end in ends)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
+import pickle
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 
 Transform = Callable[[Any], torch.Tensor]  #: a PIL image to a tensor (3, H, W)
+_STATE_KEYS = ("state_dict", "model_state_dict", "model", "net")  #: under which checkpoints keep the state dict
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -22,10 +25,11 @@ def load_model(
 
     Args:
         name: a torchvision classifier ("resnet50"), "timm:NAME", or "module:function", a function without arguments
-            that returns the model or (model, transform); the current folder is searched first.
+            that returns the model or (model, transform); the current folder is searched first, and stays on sys.path
+            for what the model imports as it runs.
         weights: torchvision: "DEFAULT" or an enum name as "IMAGENET1K_V1"; timm: "DEFAULT" for the pretrained ones.
-        checkpoint: a state dict file, read without executing what is in it; also one under the key "state_dict" or
-            "model", and with the prefixes of DataParallel and torch.compile.
+        checkpoint: a state dict file, read without executing what is in it; also one under the key "state_dict",
+            "model_state_dict", "model" or "net", and with a prefix before all names, as of DataParallel or Lightning.
         classes: of torchvision and timm models that are not ImageNet's.
 
     Raises:
@@ -37,6 +41,8 @@ def load_model(
     elif ":" in name:
         if weights is not None:
             raise ValueError(f"weights: {name!r} brings its own; use --checkpoint for a state dict")
+        if classes is not None:
+            raise ValueError(f"classes: {name!r} decides that itself; --classes is for torchvision's and timm's models")
         model, transform = _own(name)
     else:
         model, transform = _torchvision(name, weights, classes)
@@ -55,6 +61,25 @@ def default_transform(
     steps += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
     transform: Transform = v2.Compose(steps)
     return transform
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device that is asked for; ValueError where it is not there."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type != "cuda":
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device: expected one that is here, as cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ValueError(f"device: {name!r} is not there, torch sees {count or 'no'} CUDA GPU")
+        if device.index is None:  # each process of torchrun its own
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % count)
+    return device
 
 
 def _torchvision(name: str, weights: str | None, classes: int | None) -> tuple[nn.Module, Transform | None]:
@@ -76,7 +101,22 @@ def _torchvision(name: str, weights: str | None, classes: int | None) -> tuple[n
         chosen = known_weights[weights]
     except KeyError:
         raise ValueError(f"weights: {name} has {', '.join(w.name for w in known_weights)}, got {weights!r}") from None
-    return torchvision.models.get_model(name, weights=chosen, **options), chosen.transforms()
+    try:
+        model = torchvision.models.get_model(name, weights=chosen, **options)
+    except OSError as error:  # urllib's errors among them
+        folder = os.path.join(torch.hub.get_dir(), "checkpoints")
+        raise ValueError(_no_download(f"{chosen} from {chosen.url}", folder, error)) from error
+    except ValueError as error:
+        raise ValueError(f"classes: {chosen} are for {len(chosen.meta['categories'])} classes: {error}") from None
+    return model, chosen.transforms()
+
+
+def _no_download(what: str, folder: str, error: Exception) -> str:
+    reason = " ".join(str(getattr(error, "reason", None) or error).split()) or type(error).__name__
+    return (
+        f"weights: cannot download {what}: {reason}. Where there is a network, download them into {folder}; or give "
+        "--checkpoint FILE in place of --weights"
+    )
 
 
 def _timm(name: str, weights: str | None, classes: int | None) -> tuple[nn.Module, Transform | None]:
@@ -90,7 +130,13 @@ def _timm(name: str, weights: str | None, classes: int | None) -> tuple[nn.Modul
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name[:4]}*")[:5]) or "none"
         raise ValueError(f"model: timm has no model {name!r} (near: {near})")
-    model = timm.create_model(name, pretrained=weights is not None, **options)
+    try:
+        model = timm.create_model(name, pretrained=weights is not None, **options)
+    except Exception as error:  # each hub client has its own; without weights nothing is downloaded
+        if weights is None:
+            raise
+        folder = os.environ.get("HF_HOME", "~/.cache/huggingface")
+        raise ValueError(_no_download(f"the weights of {name}", folder, error)) from error
     return model, timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 
 
@@ -98,15 +144,14 @@ def _own(name: str) -> tuple[nn.Module, Transform | None]:
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
         raise ValueError(f"model: expected module:function, got {name!r}")
-    sys.path.insert(0, os.getcwd())
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name != module_name.split(".")[0]:
             raise
         raise ValueError(f"model: no module {module_name!r} here or installed") from None
-    finally:
-        sys.path.pop(0)
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ValueError(f"model: {module_name!r} has no function {function_name!r}")
@@ -118,21 +163,13 @@ def _own(name: str) -> tuple[nn.Module, Transform | None]:
 
 
 def _load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load the state dict in a file, under the keys and prefixes of training programs; ValueError if none fits."""
+    state = _state_dict(_read_checkpoint(path), path)
+    state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}  # torch.compile, of a part too
+    prefix = _prefix(state, model, path)
+    within = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"checkpoint: no file {os.fspath(path)}") from None
-    except Exception as error:  # torch raises whatever its unpickler does, with advice to unpickle what is not trusted
-        reason = getattr(error, "strerror", None) or "expected what torch.save(model.state_dict()) writes"
-        raise ValueError(f"checkpoint: cannot read {os.fspath(path)}: {reason}") from None
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ValueError(f"checkpoint: expected a state dict in {os.fspath(path)}, got {type(state).__name__}")
-    state = {name.removeprefix("_orig_mod.").removeprefix("module."): value for name, value in state.items()}
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
+        missing, unexpected = model.load_state_dict(within, strict=False)
     except RuntimeError as error:
         reason = " ".join(str(error).split("\n\t")[1:2]) or str(error)
         raise ValueError(f"checkpoint: {os.fspath(path)} does not fit the model: {reason}") from None
@@ -142,3 +179,62 @@ def _load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
             f"checkpoint: {os.fspath(path)} is of another model: {len(missing)} missing, {len(unexpected)} unknown "
             f"({some})"
         )
+
+
+def _read_checkpoint(path: str | os.PathLike[str]) -> Any:
+    """What torch.save wrote, read without executing what is in it."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the options of the training, harmless
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"checkpoint: no file {os.fspath(path)}") from None
+    except Exception as error:  # torch raises whatever its unpickler does, with advice to unpickle what is not trusted
+        reason = getattr(error, "strerror", None) or "expected what torch.save(model.state_dict()) writes"
+        if isinstance(error, pickle.UnpicklingError) and (unsafe := _unsafe_globals(path)):
+            reason = f"it holds {', '.join(unsafe[:3])}, and loading those may run code; save the state dict alone"
+        raise ValueError(f"checkpoint: cannot read {os.fspath(path)}: {reason}") from None
+
+
+def _unsafe_globals(path: str | os.PathLike[str]) -> list[str]:
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # no checkpoint at all
+        return []
+
+
+def _state_dict(content: Any, path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """The state dict in a checkpoint: itself, or under one of _STATE_KEYS."""
+    for key in (None, *_STATE_KEYS):
+        state = content if key is None else content.get(key) if isinstance(content, dict) else None
+        if isinstance(state, dict) and state and all(isinstance(v, torch.Tensor) for v in state.values()):
+            return state
+    there = f"the keys {', '.join(map(str, content))}" if isinstance(content, dict) else f"a {type(content).__name__}"
+    raise ValueError(
+        f"checkpoint: expected a state dict in {os.fspath(path)}, itself or under {', '.join(_STATE_KEYS)}, got {there}"
+    )
+
+
+def _prefix(state: dict[str, torch.Tensor], model: nn.Module, path: str | os.PathLike[str]) -> str:
+    """What stands before the model's own names in a state dict, as "module." or Lightning's "model."; often nothing.
+
+    Entries without it, of a loss or a second model, are not the model's. ValueError where several prefixes would do.
+    """
+    names = list(model.state_dict())
+    first = names[0] if names else ""
+    fitting = [
+        prefix
+        for name in state
+        if name.endswith(first)
+        for prefix in [name.removesuffix(first)]
+        if not prefix or prefix.endswith(".")
+        if all(prefix + n in state or n.endswith("num_batches_tracked") for n in names)
+    ]
+    for prefix in ("", "module.", "model.", "net."):
+        if prefix in fitting:
+            return prefix
+    if len(fitting) > 1:
+        raise ValueError(f"checkpoint: {os.fspath(path)} holds the model several times, as {', '.join(fitting)}")
+    if fitting:
+        return fitting[0]
+    shared = next((p for p in ("module.", "model.") if all(name.startswith(p) for name in state)), "")
+    return shared  # it does not fit: load_state_dict says in what

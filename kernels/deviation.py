@@ -1,20 +1,18 @@
 """Σ_c |p_c − 1/C| of a row of logits, in float32, to the last digits: what every kernel here shares.
 
-    m = max z        d = (z − m)/T          shift before dividing: dividing first costs 4e-3 at T = 1000
-    S = Σ exp(d)     near = S > C/2         most classes within a factor of the top one
-    t = expm1(d) if near else exp(d)        p = (t + near)/S, so |p − 1/C| = |t − mean t|/S
-    u = t − mean t;  δ = Σ u;  σ = Σ sign u
-    Σ|p − 1/C| = (Σ|u| − δ·σ/C)/S           δ is 0 but for rounding of the mean; this takes that error out
+    m = max z    t = exp((z − m)/T)    S = Σt              shift before dividing: dividing first costs 4e-3 at T = 1000
+    quick        u = t − S/C           v = (Σ|u| − Σu·Σsign(u)/C)/S                          right where v >= 1/4
+    careful      r = m + T·log(S/C), then r += T·log1p(mean expm1((z − r)/T))                the log-mean-exp, twice
+                 q = expm1((z − r)/T)  Q = Σq   u = q − Q/C   v = (Σ|u| − Σu·Σsign(u)/C)/(C + Q)
 
-The plain |p − 1/C| loses every digit on near-uniform rows; this form stays within 7e-7 relative on all that the tests
-know. The correction makes the sum stationary in the mean: an error ε in it only counts for classes within ε of it.
+Where v is small most classes lie near 1/C, and t − S/C is the difference of nearly equal numbers. Their log-mean-exp r
+lies among them, so there q is small and keeps its digits. S/C is known to 6e-8 only, which misses the bulk by T times
+that: hence the second step. Σu is 0 but for the rounding of the mean; subtracting Σu·Σsign(u)/C makes the sum
+stationary in the mean, so that an error ε of it counts only for classes within ε of the mean.
 
-A row in tiles of classes: each tile has m_j, S_j = Σ exp(d_j) and Q_j = Σ expm1(d_j), d_j relative to its own m_j. With
-Δ_j = expm1((m_j − m)/T) the row's are S = Σ S_j(1 + Δ_j) and Q = Σ (Q_j(1 + Δ_j) + n_jΔ_j); the mean of t is Q/C or
-S/C, and then the deviations add up.
+A row in tiles needs nothing merged but m and S: with m_j, S_j of tile j, S = Σ S_j·exp((m_j − m)/T).
 
-expm1 costs three times what exp does, and rows of a trained network are not near uniform: a block computes it only if
-one of its rows needs it.
+A trained network's scores are far above 1/4, so a block computes the careful form only if one of its rows needs it.
 """
 
 import triton
@@ -22,8 +20,8 @@ import triton.language as tl
 
 
 @triton.jit
-def expm1(x, exp_x):
-    """exp(x) − 1 for x <= 0, given exp_x = exp(x): a Taylor polynomial above −1/2, where exp_x − 1 would cancel."""
+def expm1(x):
+    """exp(x) − 1: a Taylor polynomial for |x| < 1/2, where exp(x) − 1 would cancel."""
     if x.dtype == tl.float64:
         p = x * 0.0 + 1.0
         for k in tl.static_range(17, 1, -1):  # truncated below 1e-20
@@ -36,7 +34,15 @@ def expm1(x, exp_x):
         p = p * x + 1.0 / 6.0
         p = p * x + 0.5
         p = p * x + 1.0
-    return tl.where(x > -0.5, p * x, exp_x - 1.0)
+    return tl.where(tl.abs(x) < 0.5, p * x, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for |x| < 1/2, to 2e-6: 2·atanh(x/(2 + x)) by its series."""
+    s = x / (2.0 + x)
+    s2 = s * s
+    return 2.0 * s * (1.0 + s2 * (1.0 / 3.0 + s2 * (1.0 / 5.0 + s2 * (1.0 / 7.0 + s2 * (1.0 / 9.0)))))
 
 
 @triton.jit
@@ -58,94 +64,56 @@ def any_of(flags):
 
 
 @triton.jit
-def sum_deviations(u):
-    """Σ|u|, Σ u and Σ sign u over the classes.  # (B, C) -> 3 x (B,)"""
-    sign = tl.where(u > 0.0, 1.0, 0.0) - tl.where(u < 0.0, 1.0, 0.0)
-    return tl.sum(tl.abs(u), 1), tl.sum(u, 1), tl.sum(sign.to(u.dtype), 1)
+def needs_care(v):
+    """Whether the quick form's result is too small to have its digits.  # (B,)"""
+    return v < 0.25
 
 
 @triton.jit
-def _recomputed(m, inv_temperature):
-    """m, in a way no compiler sees through: what a rare branch derives from it is computed there, not kept for it."""
-    return m * tl.where(inv_temperature == inv_temperature, 1.0, 0.0)
+def log_mean_exp(m, s, C, inv_temperature):
+    """r of the row with maximum m and S = s, as far as S/C tells.  # (B,)"""
+    return shift_of(m) + tl.log(s / C) / inv_temperature
+
+
+@triton.jit
+def centred_again(r, q, C, inv_temperature):
+    """r from the first r and q = Σ expm1((z − r)/T) about it.  # (B,)"""
+    mean = q / C
+    return tl.where(tl.abs(mean) < 0.5, r + log1p(mean) / inv_temperature, r)
+
+
+@triton.jit
+def sign_of(u):
+    return (tl.where(u > 0.0, 1.0, 0.0) - tl.where(u < 0.0, 1.0, 0.0)).to(u.dtype)
+
+
+@triton.jit
+def sum_deviations(u, C):
+    """Σ|u| − Σu·Σsign(u)/C over the classes.  # (B, C') -> (B,)"""
+    return tl.sum(tl.abs(u), 1) - tl.sum(u, 1) * tl.sum(sign_of(u), 1) / C
+
+
+@triton.jit
+def statistics_of_tile(z, inv_temperature):
+    """m and S of a tile of logits, −inf where there is no class.  # (B, C') -> 2 x (B,)"""
+    m = tl.max(z, 1)
+    return m, tl.sum(tl.exp((z - shift_of(m)[:, None]) * inv_temperature), 1)
 
 
 @triton.jit
 def deviation_of_rows(z, valid, C, inv_temperature):
     """Rows held whole: logits z (B, C'), −inf where not valid (C' >= C), to m, S and Σ|p − 1/C|, each (B,)."""
     m = tl.max(z, 1)
-    shift = shift_of(m)
-    t = tl.exp((z - shift[:, None]) * inv_temperature)
-    q = tl.sum(t, 1)
-    s = q
-    near = s > 0.5 * C
-    if any_of(near):
-        d = (z - _recomputed(shift, inv_temperature)[:, None]) * inv_temperature
-        t = tl.where(near[:, None], tl.where(valid, expm1(d, tl.exp(d)), 0.0), t)
-        q = tl.sum(t, 1)
-        s = tl.where(near, q + C, s)
-    u = tl.where(valid, t - (q / C)[:, None], 0.0)
-    total, delta, sigma = sum_deviations(u)
-    return m, s, (total - delta * sigma / C) / s
-
-
-@triton.jit
-def statistics_of_tile(z, valid, n, inv_temperature):
-    """m, S and Q of a tile of n classes by itself, logits −inf where not valid.  # (B, C') -> 3 x (B,)"""
-    m = tl.max(z, 1)
-    shift = shift_of(m)
-    s = tl.sum(tl.exp((z - shift[:, None]) * inv_temperature), 1)
-    q = s - n  # to the digits of n: enough where that is at least n/2
-    near = s > 0.5 * n
-    if any_of(near):
-        d = (z - _recomputed(shift, inv_temperature)[:, None]) * inv_temperature
-        q = tl.where(near, tl.sum(tl.where(valid, expm1(d, tl.exp(d)), 0.0), 1), q)
-    return m, s, q
-
-
-@triton.jit
-def deviations_of_tile(z, valid, m, near, mean, inv_temperature):
-    """Σ|u|, Σ u and Σ sign u of a tile, given the row's m, near and mean.  # (B, C') -> 3 x (B,)"""
-    shift = shift_of(m)
-    near_total, near_delta, near_sigma = tl.zeros_like(m), tl.zeros_like(m), tl.zeros_like(m)
-    if any_of(near):
-        d = (z - _recomputed(shift, inv_temperature)[:, None]) * inv_temperature
-        t = expm1(d, tl.exp(d))
-        near_total, near_delta, near_sigma = sum_deviations(tl.where(valid, t - mean[:, None], 0.0))
-    t = tl.exp((z - shift[:, None]) * inv_temperature)
-    total, delta, sigma = sum_deviations(tl.where(valid, t - mean[:, None], 0.0))
-    return (
-        tl.where(near, near_total, total), tl.where(near, near_delta, delta), tl.where(near, near_sigma, sigma),
-    )  # fmt: skip
-
-
-@triton.jit
-def store_scores(
-    OUT, PREDICTION, rows, B, stride_o,
-    norm, m, index, s, deviation,
-    inv_temperature, scale, bias_norm,
-    HEAD: tl.constexpr,
-):  # fmt: skip
-    """Write the score (‖x‖₁ + bias_norm)·Σ|p − 1/C|·scale/T of each row, and with HEAD what else one pass gives.
-
-    OUT is (1, B), or with HEAD (6, B): gradnorm, feature_norm, output_norm, max_logit, msp, energy.
-    """
-    live = rows < B
-    norm += norm - norm  # a norm of inf becomes NaN: such a row has no score
-    output_norm = deviation * scale * inv_temperature  # in this order: 0·inf is not 0
-    out = OUT + rows
-    tl.store(out, (norm + bias_norm) * output_norm, mask=live)
-    if HEAD:
-        # A row without a score has no other number either, and an index that is at least a valid one.
-        poison = (norm - norm) + (deviation - deviation)
-        out += stride_o
-        tl.store(out, norm + poison, mask=live)
-        out += stride_o
-        tl.store(out, output_norm + poison, mask=live)
-        out += stride_o
-        tl.store(out, m + poison, mask=live)
-        out += stride_o
-        tl.store(out, 1.0 / s + poison, mask=live)
-        out += stride_o
-        tl.store(out, m + tl.log(s) / inv_temperature + poison, mask=live)
-        tl.store(PREDICTION + rows, tl.where(poison == 0.0, index, 0).to(tl.int64), mask=live)
+    t = tl.exp((z - shift_of(m)[:, None]) * inv_temperature)
+    s = tl.sum(t, 1)
+    v = sum_deviations(tl.where(valid, t - (s / C)[:, None], 0.0), C) / s
+    small = needs_care(v)
+    if any_of(small):
+        r = log_mean_exp(m, s, C, inv_temperature)
+        q = tl.sum(tl.where(valid, expm1((z - r[:, None]) * inv_temperature), 0.0), 1)
+        r = centred_again(r, q, C, inv_temperature)
+        e = tl.where(valid, expm1((z - r[:, None]) * inv_temperature), 0.0)
+        q = tl.sum(e, 1)
+        careful = sum_deviations(tl.where(valid, e - (q / C)[:, None], 0.0), C) / (C + q)
+        v = tl.where(small, careful, v)
+    return m, s, v

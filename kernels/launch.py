@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import triton
 
-from .targets import INTERPRETED, Config
+from .config import Config
+from .device import INTERPRETED
 
 # The versions whose compiled kernels take these arguments. Others, and AMD's (which also looks at how much memory is
 # behind a pointer), go through the binder every time.
@@ -15,40 +16,45 @@ KNOWN = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 10) a
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
-def launch(
-    kernel: Any,
-    programs: int,
-    config: Config,
-    arguments: tuple[Any, ...],
-    constants: dict[str, Any],
-    cooperative: bool = False,
-) -> None:
+def launch(kernel: Any, programs: int, config: Config, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
     """kernel[(programs,)](*arguments, **constants), the constants being the kernel's last parameters, in its order."""
     if INTERPRETED:
         kernel[(programs,)](*arguments, **constants)
         return
-    if KNOWN:
+    direct = KNOWN and not _observed()
+    if direct:
         active = triton.runtime.driver.active
         device = active.get_current_device()
-        key = (id(kernel), device, config, cooperative, *constants.values(), *map(_kind, arguments))
+        key = (id(kernel), device, config, *constants.values(), *map(_specialization, arguments))
         again = _compiled.get(key)
-        if again is not None and not triton.knobs.runtime.launch_enter_hook.calls:  # hooks are a profiler's
+        if again is not None:
             again.run(
                 programs, 1, 1, active.get_current_stream(device), again.function, again.packed_metadata,
                 None, None, None, *arguments, *constants.values(),
             )  # fmt: skip
             return
     options: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    if cooperative:
-        options["launch_cooperative_grid"] = True
     if config.num_ctas > 1:
         options["num_ctas"] = config.num_ctas
     compiled = kernel[(programs,)](*arguments, **constants, **options, enable_fp_fusion=True)
-    if KNOWN:
+    if direct:
         _compiled[key] = compiled
 
 
-def _kind(argument: Any) -> object:
+def _observed() -> bool:
+    """Whether somebody watches launches, or has kernels compiled in another way: a profiler, a debugger."""
+    runtime = triton.knobs.runtime
+    return bool(
+        # a chain of hooks, or, as in Triton 3.4, a function or None
+        getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook)
+        or getattr(runtime.launch_exit_hook, "calls", runtime.launch_exit_hook)
+        or runtime.debug
+        or getattr(runtime, "add_stages_inspection_hook", None)
+        or getattr(triton.knobs.compilation, "instrumentation_mode", "")
+    )
+
+
+def _specialization(argument: Any) -> object:
     """All that Triton compiles anew for: dtype and alignment, being 1, a multiple of 16 or more than 32 bits."""
     if isinstance(argument, torch.Tensor):
         return argument.dtype, argument.data_ptr() & 15 == 0

@@ -1,55 +1,72 @@
 """GradNorm scores from the library's matmul: z = x·Wᵀ in float32 (or float64) to a bounded workspace, then rows.py.
 
-Traffic: the matmul's own; 4·B·C bytes of logits written and read; the features once more, for ‖x‖₁. Rows come in chunks
-that keep the workspace at 64 MiB (`Config.workspace`), or at MIN_ROWS rows where those are more.
-
-For float64, and for float32 by exact products: the vendor's kernels for those are far ahead of `tl.dot`. For halves it
-needs a matmul that returns float32 (torch 2.8, CUDA).
+Traffic: the matmul's own; 8·B·C bytes of logits, written and read; the features once more, for ‖x‖₁. Rows come in
+chunks that keep the workspace at 64 MiB (`Config.workspace`), or at MIN_ROWS rows where those are more. For halves the
+library must return float32 from half operands: torch 2.8 on CUDA, tried once per device and dtype.
 """
+
+from __future__ import annotations
 
 import torch
 
-from .problem import copies as copies
-from .rows import score_rows
-from .targets import Config, cdiv
+from .config import Config, cdiv
+from .problem import Problem, Scores, copies
+from .rows import Workspace, score_rows
 
 MIN_ROWS = 512
 CONFIGURATION = Config(0, 0, 0, 0, 0)  # there is only a workspace to choose
 HALF_TO_FLOAT32 = "dtype_out" in torch.ops.aten.mm.overloads()
+_tried: dict[tuple[torch.device, torch.dtype], str] = {}
 
 
-def fits(features: torch.Tensor) -> bool:
-    """Whether the library multiplies these into float32 or float64."""
-    return features.dtype.itemsize > 2 or (HALF_TO_FLOAT32 and features.device.type == "cuda")
+def why_not(problem: Problem, arch: str) -> str:
+    """Why this way does not take the problem; empty where it does."""
+    x, w = problem.features, problem.weight
+    if w is None:
+        return "takes a weight, not logits"
+    if x.dtype != torch.float64 and (copies(x) or copies(w)):
+        return "would copy a matrix of which neither rows nor columns are contiguous"
+    return "" if x.dtype.itemsize > 2 else why_not_halves(x.device, x.dtype)
 
 
-def score_library(
-    features: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-    prediction: torch.Tensor | None,
-    temperature: float,
-    scale: float,
-    bias_norm: float,
-    config: Config | None = None,
-) -> None:
-    """Scores of features (B, D) under the head weight (C, D), bias (C,), into out (1, B), or (6, B) with prediction.
+def why_not_halves(device: torch.device, dtype: torch.dtype) -> str:
+    """Why the library's matmul of halves cannot be used on this device; empty where it can."""
+    if not HALF_TO_FLOAT32 or device.type not in ("cuda", "meta"):
+        return "needs torch 2.8 and CUDA to multiply halves into float32"
+    if device.type == "cuda" and (device, dtype) not in _tried:
+        if torch.cuda.is_current_stream_capturing():
+            return "has not been tried on this device before the CUDA graph's capture"
+        _tried[device, dtype] = _try_halves(device, dtype)
+    return _tried.get((device, dtype), "")
 
-    ValueError where `fits` says no.
-    """
-    if not fits(features):
-        raise ValueError(f"library takes float32 and float64 and, on CUDA with torch 2.8, halves; got {features.dtype}")
-    b, c = len(features), len(weight)
+
+def _try_halves(device: torch.device, dtype: torch.dtype) -> str:
+    """Multiply small integers, exact in any order, into padded float32 rows, as `score_library` does."""
+    a = torch.arange(24 * 40, device=device).remainder(7).view(24, 40).to(dtype)
+    w = torch.arange(20 * 40, device=device).remainder(5).view(20, 40).to(dtype)
+    out = torch.full((24, 32), -1.0, device=device)
+    try:
+        torch.mm(a, w.t(), out=out[:, :20], out_dtype=torch.float32)
+    except (RuntimeError, TypeError) as error:
+        return f"failed to multiply {dtype} into float32 here: {str(error).splitlines()[0]}"
+    right = torch.equal(out[:, :20], a.float() @ w.float().t()) and bool((out[:, 20:] == -1.0).all())
+    return "" if right else f"multiplied {dtype} into padded float32 rows wrongly here"
+
+
+def score_library(problem: Problem, scores: Scores, config: Config | None = None) -> None:
+    """Scores of features (B, D) under the head's weight (C, D) and bias (C,). ValueError for halves where
+    `why_not_halves` says so."""
+    features, w, out = problem.features, problem.weight, scores.out
+    half = features.dtype.itemsize == 2
+    if w is None or (half and (reason := why_not_halves(features.device, features.dtype))):
+        raise ValueError(f"library {'takes a weight, not logits' if w is None else reason}")
+    b, c = len(features), len(w)
     cfg, width = config or CONFIGURATION, cdiv(c, 16) * 16
     chunk = min(b, max(MIN_ROWS, cfg.workspace * 2**20 // (out.itemsize * width) // MIN_ROWS * MIN_ROWS))
-    logits = torch.empty((chunk, width), dtype=out.dtype, device=features.device)
-    options = {"out_dtype": torch.float32} if features.dtype.itemsize == 2 else {}
+    logits = torch.empty((1, chunk, width), dtype=out.dtype, device=features.device)
+    options = {"out_dtype": torch.float32} if half else {}
     for start in range(0, b, chunk):
-        stop = min(start + chunk, b)
-        x, z = features[start:stop], logits[: stop - start, :c]
-        torch.mm(x, weight.t(), out=z, **options)
-        score_rows(
-            x, z, out[:, start:stop], None if prediction is None else prediction[start:stop],
-            temperature, scale, bias_norm, bias, padded=True,
-        )  # fmt: skip
+        rows = problem.rows(start, start + chunk)
+        z = logits[:, : len(rows.features)]
+        torch.mm(rows.features, w.t(), out=z[0, :, :c], **options)
+        score_rows(rows, scores.rows(start, start + chunk), workspace=Workspace(z, c))

@@ -1,90 +1,124 @@
-"""GradNorm scores where all classes fit one tile (C <= 256): one launch, one read of features and weight.
+"""GradNorm scores where all classes fit one tile (C <= 256): one launch.
 
     z = x·Wᵀ + b,   score = (‖x‖₁ + bias_norm)·Σ_c |p_c − 1/C|·scale/T,   p = softmax(z/T)
 
-A program owns BLOCK_B rows. Features pass through it once and feed both the matmul and ‖x‖₁; logits never leave its
-registers. Traffic: B·D features + C·D weights (from L2 after the first program) + 4·B bytes of scores, so for
-C <= 256 the kernel is bound by the read of the features.
+A program owns BLOCK_B rows; logits never leave its registers. Traffic: B·D features + C·D weights (from L2 after the
+first program) + 4·B bytes of scores: for few classes the kernel is bound by the read of the features. Where the matmul
+instructions are synchronous, one read of x feeds both the product and ‖x‖₁; where they are not, ‖x‖₁ reads x again,
+from L2 (`READ_TWICE`): Triton gives x one buffer fewer than w once x also goes to registers, and refills the buffer
+that the last product may still be reading.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .deviation import deviation_of_rows, first_at, store_scores
+from .config import ANY, Config, Line, Table, cdiv, choose, for_vector
+from .deviation import deviation_of_rows, first_at
+from .device import architecture, asynchronous_products, dot_precision, upcast, vector
 from .launch import launch
-from .targets import ANY, Choice, Config, Table, architecture, cdiv, choose, dot_precision, upcast
+from .output import store_scores
+from .problem import Problem, Scores
+from .tile import logits_tile, norm_share
 
 MAX_CLASSES = 256
 
 
 @triton.jit(do_not_specialize=["B", "stride_o"])
 def one_tile_kernel(
-    X, W, BIAS, OUT, PREDICTION,
+    X,  # (B, D), row stride stride_xb * VEC
+    W,  # (C, D), row stride stride_wc * VEC
+    BIAS,  # (C,)
+    OUT,  # (1, B), or (6, B) with ALL_FIELDS
+    PREDICTION,  # (B,) int64, with ALL_FIELDS
     B, C, D,
     inv_temperature, scale, bias_norm,
     stride_xb, stride_xd, stride_wc, stride_wd, stride_b, stride_o,
-    HAS_BIAS: tl.constexpr, HEAD: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    VEC: tl.constexpr, HAS_BIAS: tl.constexpr, ALL_FIELDS: tl.constexpr, EVEN_D: tl.constexpr,
+    READ_TWICE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    """D, stride_xb and stride_wc come divided by VEC."""
+    D = D * VEC
+    stride_xb = tl.cast(stride_xb, tl.int64) * VEC
+    stride_wc = tl.cast(stride_wc, tl.int64) * VEC
+    row = tl.program_id(0).to(tl.int64) * BLOCK_B
+    rows = row + tl.arange(0, BLOCK_B)
     classes = tl.arange(0, BLOCK_C)
     columns = tl.arange(0, BLOCK_D)
-    x_rows = X + rows[:, None] * stride_xb
-    w_rows = W + classes[None, :].to(tl.int64) * stride_wc
 
-    # 1. logits and ‖x‖₁ from one read of the features
-    z = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
-    norm = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
-    for d in range(0, D, BLOCK_D):
-        x_mask = (rows < B)[:, None]
-        w_mask = (classes < C)[None, :]
-        if not EVEN_D:
-            x_mask = x_mask & (columns < D - d)[None, :]
-            w_mask = w_mask & (columns < D - d)[:, None]
-        step = (d + columns).to(tl.int64)
-        x = tl.load(x_rows + step[None, :] * stride_xd, mask=x_mask, other=0.0)  # (BLOCK_B, BLOCK_D)
-        w = tl.load(w_rows + step[:, None] * stride_wd, mask=w_mask, other=0.0)  # (BLOCK_D, BLOCK_C)
-        if UPCAST:
-            x = x.to(tl.float32)
-            w = w.to(tl.float32)
-        z = tl.dot(x, w, z, input_precision=PRECISION)
-        norm += tl.abs(x.to(tl.float32))
-    if HAS_BIAS:
-        z += tl.load(BIAS + classes.to(tl.int64) * stride_b, mask=classes < C, other=0.0).to(tl.float32)[None, :]
+    # 1. logits and ‖x‖₁
+    if READ_TWICE:
+        z = logits_tile(
+            X, W, BIAS, row, tl.cast(0, tl.int64),
+            B, C, 0, D, stride_xb, stride_xd, stride_wc, stride_wd, stride_b,
+            HAS_BIAS, EVEN_D, False, PRECISION, UPCAST, BLOCK_B, BLOCK_C, BLOCK_D,
+        )  # fmt: skip
+        norm = norm_share(X, row, B, 0, D, BLOCK_D, stride_xb, stride_xd, BLOCK_B, BLOCK_D, STAGES)
+    else:
+        x_rows = X + rows[:, None] * stride_xb
+        w_rows = W + classes[None, :].to(tl.int64) * stride_wc
+        z = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
+        norms = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
+        for d in range(0, D, BLOCK_D):
+            x_mask = (rows < B)[:, None]
+            w_mask = (classes < C)[None, :]
+            if not EVEN_D:
+                x_mask = x_mask & (columns < D - d)[None, :]
+                w_mask = w_mask & (columns < D - d)[:, None]
+            step = (d + columns).to(tl.int64)
+            x = tl.load(x_rows + step[None, :] * stride_xd, mask=x_mask, other=0.0)  # (BLOCK_B, BLOCK_D)
+            w = tl.load(w_rows + step[:, None] * stride_wd, mask=w_mask, other=0.0)  # (BLOCK_D, BLOCK_C)
+            if UPCAST:
+                x = x.to(tl.float32)
+                w = w.to(tl.float32)
+            z = tl.dot(x, w, z, input_precision=PRECISION)
+            norms += tl.abs(x.to(tl.float32))
+        norm = tl.sum(norms, 1)
+        if HAS_BIAS:
+            z += tl.load(BIAS + classes.to(tl.int64) * stride_b, mask=classes < C, other=0.0).to(tl.float32)[None, :]
 
     # 2. Σ|p − 1/C| on the logits in registers
     valid = (classes < C)[None, :]
     z = tl.where(valid, z, float("-inf"))
     m, s, deviation = deviation_of_rows(z, valid, C, inv_temperature)
-    index = first_at(z, m, classes[None, :]) if HEAD else 0
+    index = first_at(z, m, classes[None, :]) if ALL_FIELDS else 0
     store_scores(
         OUT, PREDICTION, rows, B, stride_o,
-        tl.sum(norm, 1), m, index, s, deviation,
+        norm, m, index, s, deviation,
         inv_temperature, scale, bias_norm,
-        HEAD,
+        ALL_FIELDS,
     )  # fmt: skip
 
 
-# Small row tiles while the batch is small, so that its features are read by more multiprocessors. float32 has no tensor
-# cores: a tile whose accumulators and operands fit the registers.
+# Small row tiles while the batch is small, so that its features are read by more multiprocessors. Up to 16 classes a
+# tile of 32 rows streams features as fast as memory delivers them. With more classes the weight, read from L2 for each
+# row tile, asks for larger ones. float32 has no tensor cores: a tile whose operands fit the registers.
 TABLE: Table = {
     "any": [
-        Choice("half", 1024, 16, Config(16, 16, 64, 4, 3)),
-        Choice("half", ANY, 16, Config(64, 16, 64, 4, 3)),
-        Choice("half", 1024, 128, Config(16, 128, 64, 8, 3)),
-        Choice("half", ANY, 128, Config(64, 128, 64, 8, 3)),
-        Choice("half", 1024, 256, Config(16, 256, 32, 8, 3)),
-        Choice("half", ANY, 256, Config(64, 256, 32, 8, 3)),
-        Choice("float32", 1024, 16, Config(16, 16, 32, 4, 2)),
-        Choice("float32", ANY, 16, Config(64, 16, 32, 4, 2)),
-        Choice("float32", 1024, 128, Config(16, 128, 32, 8, 2)),
-        Choice("float32", ANY, 128, Config(32, 128, 32, 4, 2)),
-        Choice("float32", ANY, 256, Config(16, 256, 32, 4, 2)),
+        Line("half", 1024, 16, Config(16, 16, 64, 4, 3)),
+        Line("half", ANY, 16, Config(32, 16, 128, 4, 3)),
+        Line("half", 1024, 128, Config(16, 128, 64, 8, 3)),
+        Line("half", 8192, 128, Config(32, 128, 64, 4, 3)),
+        Line("half", ANY, 128, Config(64, 128, 64, 8, 3)),
+        Line("half", 1024, 256, Config(16, 256, 32, 8, 3)),
+        Line("half", ANY, 256, Config(32, 256, 64, 8, 3)),
+        Line("float32", 1024, 16, Config(16, 16, 32, 4, 2)),
+        Line("float32", ANY, 16, Config(32, 16, 64, 4, 2)),
+        Line("float32", 1024, 128, Config(16, 128, 32, 8, 2)),
+        Line("float32", ANY, 128, Config(32, 128, 32, 4, 2)),
+        Line("float32", ANY, 256, Config(16, 256, 32, 4, 2)),
     ],
-    # 64 x 256 spills without warpgroup instructions, and with Blackwell's tensor memory
-    "sm_80": [Choice("half", ANY, 256, Config(16, 256, 32, 8, 3))],
-    "sm_100": [Choice("half", ANY, 256, Config(16, 256, 32, 8, 3))],
+    "sm_90": [
+        Line("half", 1024, 16, Config(16, 16, 64, 4, 3)),
+        Line("half", ANY, 16, Config(32, 16, 128, 4, 3)),
+        Line("half", 1024, 128, Config(16, 128, 64, 8, 3)),
+        Line("half", 8192, 128, Config(32, 128, 64, 4, 3)),
+        Line("half", ANY, 128, Config(128, 128, 64, 8, 3)),
+        Line("half", 1024, 256, Config(16, 256, 32, 8, 3)),
+        Line("half", 8192, 256, Config(32, 256, 64, 8, 3)),
+        Line("half", ANY, 256, Config(64, 256, 64, 8, 3)),
+    ],
 }
 
 
@@ -92,29 +126,37 @@ def configuration(b: int, c: int, d: int, dtype: torch.dtype, arch: str) -> Conf
     return choose(TABLE, b, c, dtype, arch)
 
 
-def score_one_tile(
-    features: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-    prediction: torch.Tensor | None,
-    temperature: float,
-    scale: float,
-    bias_norm: float,
-    config: Config | None = None,
-) -> None:
-    """Scores of features (B, D) under the head weight (C, D), bias (C,), into out (1, B), or (6, B) with prediction."""
-    (b, d), c = features.shape, weight.shape[0]
-    arch = architecture(features.device)
-    cfg = config or configuration(b, c, d, features.dtype, arch)
+def why_not(problem: Problem, arch: str) -> str:
+    """Why this kernel does not take the problem; empty where it does."""
+    dtype, c = problem.features.dtype, problem.classes
+    if problem.weight is None:
+        return "takes a weight, not logits"
+    if dtype == torch.float64:
+        return "takes float16, bfloat16 and float32, not float64"
+    if c > MAX_CLASSES:
+        return f"takes at most {MAX_CLASSES} classes, got {c}"
+    return ""
+
+
+def score_one_tile(problem: Problem, scores: Scores, config: Config | None = None) -> None:
+    """Scores of features (B, D) under the head's weight (C, D) and bias (C,). ValueError where `why_not` says so."""
+    x, w, bias = problem.features, problem.weight, problem.bias
+    arch = architecture(x.device)
+    if reason := why_not(problem, arch):
+        raise ValueError(f"one_tile {reason}")
+    assert w is not None
+    (b, d), c = x.shape, len(w)
+    vec = vector(d, x.stride(0), w.stride(0))
+    cfg = for_vector(vec, config or configuration(b, c, d, x.dtype, arch))
     launch(one_tile_kernel, cdiv(b, cfg.block_b), cfg, (
-        features, weight, features if bias is None else bias, out, out if prediction is None else prediction,
-        b, c, d,
-        1.0 / temperature, scale, bias_norm,
-        features.stride(0), features.stride(1), weight.stride(0), weight.stride(1),
-        0 if bias is None else bias.stride(0), out.stride(0),
+        x, w, x if bias is None else bias, scores.out, scores.out if scores.prediction is None else scores.prediction,
+        b, c, d // vec,
+        1.0 / problem.temperature, problem.scale, problem.bias_norm,
+        x.stride(0) // vec, x.stride(1), w.stride(0) // vec, w.stride(1),
+        0 if bias is None else bias.stride(0), scores.out.stride(0),
     ), dict(
-        HAS_BIAS=bias is not None, HEAD=prediction is not None, EVEN_D=d % cfg.block_d == 0,
-        PRECISION=dot_precision(features.dtype, arch, cfg.float32), UPCAST=upcast(features.dtype),
-        BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d,
+        VEC=vec, HAS_BIAS=bias is not None, ALL_FIELDS=scores.prediction is not None, EVEN_D=d % cfg.block_d == 0,
+        READ_TWICE=asynchronous_products(arch, cfg.block_b),
+        PRECISION=dot_precision(x.dtype, arch, cfg.float32), UPCAST=upcast(x.dtype),
+        BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d, STAGES=cfg.num_stages,
     ))  # fmt: skip

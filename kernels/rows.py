@@ -2,37 +2,49 @@
 
     score = (‖x‖₁ + bias_norm)·Σ_c |p_c − 1/C|·scale/T,   p = softmax(z/T)
 
-Rows of up to MAX_RESIDENT classes stay in registers. A longer row is read twice by the program that owns it: first for
-max, Σexp and Σexpm1, merged over blocks; then, from L2 where it fits, for the deviations. Traffic: one read of B·C
-logits and B·D features. This is also the second launch of `split.py`, whose features are the shares of ‖x‖₁ and whose
-tiles have left the statistics of a long row, so that it is read once.
+Rows of up to MAX_RESIDENT classes stay in registers. A longer row is read twice by the program that owns it: for m and
+S, then for the deviations; and three times more if it needs the careful form (deviation.py). Traffic: B·C logits and
+B·D features. This is also what follows a matmul (tiled.py, library.py): its `Workspace` may hold the logits in slices
+that are summed here, and m and S of a long row's tiles, which saves the first read.
 """
+
+from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 
+from .config import ANY, Config, Line, Table, cdiv, choose
 from .deviation import (
     any_of,
+    centred_again,
     deviation_of_rows,
     expm1,
     first_at,
+    log_mean_exp,
+    needs_care,
     shift_of,
+    sign_of,
     statistics_of_tile,
-    store_scores,
 )
+from .device import architecture
 from .launch import launch
-from .targets import ANY, Choice, Config, Table, architecture, cdiv, choose
-from .tile import merged_statistics
+from .output import store_scores
+from .problem import Problem, Scores
 
 MAX_RESIDENT = 8192
 TILES = 256  # class tiles whose statistics are read at a time
 
 
 @triton.jit
-def _logits(Z, BIAS, first, C, width, live, stride_zc, stride_b, HAS_BIAS: tl.constexpr, BLOCK_C: tl.constexpr, dtype):
-    """Of classes first, first + 1, ... of the rows at Z, −inf beyond C; and which are not.  # -> 2 x (B, BLOCK_C)"""
+def _logits(
+    Z, BIAS, first, C, width, live, stride_zc, stride_b,
+    HAS_BIAS: tl.constexpr, BLOCK_C: tl.constexpr, dtype,
+):  # fmt: skip
+    """Classes first, first + 1, ... of the rows at Z (B, 1), −inf beyond C; and which exist.  # -> 2 x (B, BLOCK_C)"""
     classes = tl.arange(0, BLOCK_C)[None, :]
     valid = classes < C - first
     at = (first + classes).to(tl.int64)
@@ -43,30 +55,98 @@ def _logits(Z, BIAS, first, C, width, live, stride_zc, stride_b, HAS_BIAS: tl.co
     return tl.where(live & valid, z, float("-inf")), valid
 
 
-@triton.jit(do_not_specialize=["B", "stride_o"])
-def rows_kernel(
-    X, Z, BIAS, STATISTICS, OUT, PREDICTION,
-    B, C, D, width,
-    inv_temperature, inv_temperature_low, scale, bias_norm,
-    stride_xb, stride_xd, stride_zb, stride_zc, stride_b, stride_o,
-    HAS_BIAS: tl.constexpr, HEAD: tl.constexpr, RESIDENT: tl.constexpr,
-    TILE_C: tl.constexpr, TILES: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+@triton.jit
+def _sum_of_expm1(
+    Z, BIAS, r, C, width, live, inv_temperature, stride_zc, stride_b,
+    HAS_BIAS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, dtype,
 ):  # fmt: skip
-    """width >= C: how many columns of logits may be read.
+    """Σ expm1((z − r)/T) of rows longer than a block.  # Z (B, 1), r (B,) -> (B,)"""
+    total = tl.zeros((BLOCK_B,), dtype)
+    for start in range(0, C, 16 * BLOCK_C):  # in two levels: long sums of equal terms round all one way
+        sums = tl.zeros((BLOCK_B, BLOCK_C), dtype)
+        for c in tl.range(start, tl.minimum(start + 16 * BLOCK_C, C), BLOCK_C, num_stages=STAGES):
+            z, valid = _logits(Z, BIAS, c, C, width, live, stride_zc, stride_b, HAS_BIAS, BLOCK_C, dtype)
+            sums += tl.where(valid, expm1((z - r[:, None]) * inv_temperature), 0.0)
+        total += tl.sum(sums, 1)
+    return total
 
-    TILE_C: of how many classes each are the tiles whose m, S and Q are in STATISTICS (3, B, tiles); 0 of none.
-    """
+
+@triton.jit
+def _deviations(
+    Z, BIAS, m, centre, mean, C, width, live, inv_temperature, stride_zc, stride_b,
+    CAREFUL: tl.constexpr, FIND: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, dtype,
+):  # fmt: skip
+    """With u = exp((z − centre)/T) − mean, or expm1 if CAREFUL, of rows longer than a block: Σ|u| − Σu·Σsign(u)/C and
+    Σu; and with FIND the first class whose logit is m.  # Z (B, 1), m, centre, mean (B,) -> 3 x (B,)"""
+    classes = tl.arange(0, BLOCK_C)[None, :]
+    index = tl.full((BLOCK_B,), 2147483647, tl.int32)
+    total = tl.zeros((BLOCK_B,), dtype)
+    delta = tl.zeros((BLOCK_B,), dtype)
+    sigma = tl.zeros((BLOCK_B,), dtype)
+    for start in range(0, C, 16 * BLOCK_C):
+        totals = tl.zeros((BLOCK_B, BLOCK_C), dtype)
+        deltas = tl.zeros((BLOCK_B, BLOCK_C), dtype)
+        sigmas = tl.zeros((BLOCK_B, BLOCK_C), dtype)
+        for c in tl.range(start, tl.minimum(start + 16 * BLOCK_C, C), BLOCK_C, num_stages=STAGES):
+            z, valid = _logits(Z, BIAS, c, C, width, live, stride_zc, stride_b, HAS_BIAS, BLOCK_C, dtype)
+            if FIND:
+                index = tl.minimum(index, first_at(z, m, c + classes))
+            d = (z - centre[:, None]) * inv_temperature
+            t = expm1(d) if CAREFUL else tl.exp(d)
+            u = tl.where(valid, t - mean[:, None], 0.0)
+            totals += tl.abs(u)
+            deltas += u
+            sigmas += sign_of(u)
+        total += tl.sum(totals, 1)
+        delta += tl.sum(deltas, 1)
+        sigma += tl.sum(sigmas, 1)
+    return total - delta * sigma / C, delta, index
+
+
+@triton.jit
+def _merged(STATISTICS, rows, B, tiles, inv_temperature, BLOCK_B: tl.constexpr, TILES: tl.constexpr):
+    """m and S of whole rows from their tiles'.  # STATISTICS (2, B, tiles), rows (BLOCK_B,) -> 2 x (BLOCK_B,)"""
+    at = STATISTICS + tl.where(rows < B, rows, 0)[:, None] * tiles
+    m = tl.full((BLOCK_B,), float("-inf"), tl.float32)
+    for j in range(0, tiles, TILES):
+        tile = j + tl.arange(0, TILES)[None, :]
+        m = tl.maximum(m, tl.max(tl.load(at + tile, mask=tile < tiles, other=float("-inf")), 1))
+    s = tl.zeros((BLOCK_B,), tl.float32)
+    for j in range(0, tiles, TILES):
+        tile = j + tl.arange(0, TILES)[None, :]
+        tile_m = tl.load(at + tile, mask=tile < tiles, other=float("-inf"))
+        tile_s = tl.load(at + tl.cast(B, tl.int64) * tiles + tile, mask=tile < tiles, other=0.0)
+        s += tl.sum(tile_s * tl.exp((tile_m - shift_of(m)[:, None]) * inv_temperature), 1)
+    return m, s
+
+
+@triton.jit(do_not_specialize=["B", "n_slices", "stride_o"])
+def rows_kernel(
+    X,  # (B, D): features, or shares of ‖x‖₁
+    Z,  # (B, C): logits; or (n_slices, B, width), to be summed
+    BIAS,  # (C,), added to the logits
+    STATISTICS,  # (2, B, tiles) of tiles of TILE_C classes: m and S; with TILE_C
+    OUT,  # (1, B), or (6, B) with ALL_FIELDS; its dtype, float32 or float64, is that of all sums
+    PREDICTION,  # (B,) int64, with ALL_FIELDS
+    B, C, D, width, n_slices,
+    inv_temperature, inv_temperature_low, scale, bias_norm,
+    stride_xb, stride_xd, stride_zs, stride_zb, stride_zc, stride_b, stride_o,
+    HAS_BIAS: tl.constexpr, ALL_FIELDS: tl.constexpr, RESIDENT: tl.constexpr, SLICED: tl.constexpr,
+    TILE_C: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """width >= C: how many columns of logits may be read."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     live = (rows < B)[:, None]
-    dtype = OUT.dtype.element_ty  # float32, or float64 for float64 logits
+    dtype = OUT.dtype.element_ty
     # float arguments are float32
     inv_temperature = tl.cast(inv_temperature, dtype) + tl.cast(inv_temperature_low, dtype)
 
     # 1. ‖x‖₁
     columns = tl.arange(0, BLOCK_D)
     norm = tl.zeros((BLOCK_B, BLOCK_D), dtype)
-    for start in range(0, D, BLOCK_D):
+    for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
         x = tl.load(
             X + rows[:, None] * stride_xb + (start + columns)[None, :].to(tl.int64) * stride_xd,
             mask=live & (columns < D - start)[None, :],
@@ -76,124 +156,126 @@ def rows_kernel(
 
     # 2. Σ|p − 1/C|
     z_rows = Z + rows[:, None] * stride_zb
-    classes = tl.arange(0, BLOCK_C)[None, :]
     if RESIDENT:
         z, valid = _logits(z_rows, BIAS, 0, C, width, live, stride_zc, stride_b, HAS_BIAS, BLOCK_C, dtype)
+        if SLICED:
+            for k in tl.range(1, n_slices, num_stages=STAGES):
+                z_slice = z_rows + tl.cast(k, tl.int64) * stride_zs
+                z += _logits(z_slice, BIAS, 0, C, width, live, stride_zc, stride_b, False, BLOCK_C, dtype)[0]
         m, s, deviation = deviation_of_rows(z, valid, C, inv_temperature)
-        index = first_at(z, m, classes) if HEAD else 0
+        index = first_at(z, m, tl.arange(0, BLOCK_C)[None, :]) if ALL_FIELDS else 0
     else:
         if TILE_C:
-            tiles = tl.cdiv(C, TILE_C)
-            at = STATISTICS + tl.where(rows < B, rows, 0) * tiles
-            kind = tl.cast(B, tl.int64) * tiles
-            m, near, mean = merged_statistics(at, kind, C, tiles, inv_temperature, TILE_C, TILES)
+            m, s = _merged(STATISTICS, rows, B, tl.cdiv(C, TILE_C), inv_temperature, BLOCK_B, TILES)
         else:  # a first read, merging as it goes
             m = tl.full((BLOCK_B,), float("-inf"), dtype)
             s = tl.zeros((BLOCK_B,), dtype)
-            q = tl.zeros((BLOCK_B,), dtype)
-            for c in range(0, C, BLOCK_C):
+            for c in tl.range(0, C, BLOCK_C, num_stages=STAGES):
                 z, valid = _logits(z_rows, BIAS, c, C, width, live, stride_zc, stride_b, HAS_BIAS, BLOCK_C, dtype)
-                n = tl.minimum(C - c, BLOCK_C)
-                block_m, block_s, block_q = statistics_of_tile(z, valid, n, inv_temperature)
-                shift = shift_of(tl.maximum(m, block_m))
-                d = (m - shift) * inv_temperature
-                delta = expm1(d, tl.exp(d))
-                block_d = (block_m - shift) * inv_temperature
-                block_delta = expm1(block_d, tl.exp(block_d))
-                s = s * (1.0 + delta) + block_s * (1.0 + block_delta)
-                q = q * (1.0 + delta) + c * delta + (block_q * (1.0 + block_delta) + n * block_delta)
-                m = tl.maximum(m, block_m)
-            near = s > 0.5 * C
-            mean = tl.where(near, q, s) / C
-        shift = shift_of(m)
-        some_near = any_of(near)
-        index = tl.full((BLOCK_B,), 2147483647, tl.int32)
-        total = tl.zeros((BLOCK_B,), dtype)
-        delta = tl.zeros((BLOCK_B,), dtype)
-        sigma = tl.zeros((BLOCK_B,), dtype)
-        for start in range(0, C, 16 * BLOCK_C):  # sums of many equal numbers round all one way: 16 blocks at a time
-            totals = tl.zeros((BLOCK_B, BLOCK_C), dtype)
-            deltas = tl.zeros((BLOCK_B, BLOCK_C), dtype)
-            sigmas = tl.zeros((BLOCK_B, BLOCK_C), dtype)
-            for c in range(start, tl.minimum(start + 16 * BLOCK_C, C), BLOCK_C):
-                z, valid = _logits(z_rows, BIAS, c, C, width, live, stride_zc, stride_b, HAS_BIAS, BLOCK_C, dtype)
-                if HEAD:
-                    index = tl.minimum(index, first_at(z, m, c + classes))
-                d = (z - shift[:, None]) * inv_temperature
-                t = tl.exp(d)
-                if some_near:
-                    t = tl.where(near[:, None], expm1(d, t), t)
-                u = tl.where(valid, t - mean[:, None], 0.0)
-                totals += tl.abs(u)
-                deltas += u
-                sigmas += tl.where(u > 0.0, 1.0, 0.0) - tl.where(u < 0.0, 1.0, 0.0)
-            total += tl.sum(totals, 1)
-            delta += tl.sum(deltas, 1)
-            sigma += tl.sum(sigmas, 1)
-        s = mean * C + delta + tl.where(near, C, 0)  # Σt once more, now without the many merges
-        deviation = (total - delta * sigma / C) / s
+                block_m, block_s = statistics_of_tile(z, inv_temperature)
+                new = tl.maximum(m, block_m)
+                shift = shift_of(new)
+                s = s * tl.exp((m - shift) * inv_temperature) + block_s * tl.exp((block_m - shift) * inv_temperature)
+                m = new
+        total, delta, index = _deviations(
+            z_rows, BIAS, m, shift_of(m), s / C, C, width, live, inv_temperature, stride_zc, stride_b,
+            False, ALL_FIELDS, HAS_BIAS, BLOCK_B, BLOCK_C, STAGES, dtype,
+        )  # fmt: skip
+        s += delta  # Σt once more, now without the many merges
+        deviation = total / s
+        small = needs_care(deviation)
+        if any_of(small):
+            r = log_mean_exp(m, s, C, inv_temperature)
+            q = _sum_of_expm1(
+                z_rows, BIAS, r, C, width, live, inv_temperature, stride_zc, stride_b,
+                HAS_BIAS, BLOCK_B, BLOCK_C, STAGES, dtype,
+            )  # fmt: skip
+            r = centred_again(r, q, C, inv_temperature)
+            q = _sum_of_expm1(
+                z_rows, BIAS, r, C, width, live, inv_temperature, stride_zc, stride_b,
+                HAS_BIAS, BLOCK_B, BLOCK_C, STAGES, dtype,
+            )  # fmt: skip
+            total, delta, _ = _deviations(
+                z_rows, BIAS, m, r, q / C, C, width, live, inv_temperature, stride_zc, stride_b,
+                True, False, HAS_BIAS, BLOCK_B, BLOCK_C, STAGES, dtype,
+            )  # fmt: skip
+            deviation = tl.where(small, total / (C + q), deviation)
     store_scores(
         OUT, PREDICTION, rows, B, stride_o,
         tl.sum(norm, 1), m, index, s, deviation,
         inv_temperature, scale, bias_norm,
-        HEAD,
+        ALL_FIELDS,
     )  # fmt: skip
 
 
-# About 16 logits to a thread: enough loads in flight to stream, few enough to stay in registers.
+# About 16 logits to a thread: enough loads in flight to stream, few enough to stay in registers. A few rows get a
+# program each.
 TABLE: Table = {
     "any": [
-        Choice("any", ANY, 16, Config(64, 16, 32, 4, 2)),
-        Choice("any", ANY, 128, Config(8, 128, 256, 4, 2)),
-        Choice("any", ANY, 1024, Config(2, 1024, 1024, 4, 2)),
-        Choice("float64", ANY, 2048, Config(1, 2048, 1024, 8, 2)),
-        Choice("float64", ANY, ANY, Config(1, 1024, 256, 8, 2)),
-        Choice("any", ANY, 4096, Config(1, 4096, 2048, 8, 2)),
-        Choice("any", ANY, MAX_RESIDENT, Config(1, 8192, 2048, 16, 2)),
-        Choice("any", ANY, ANY, Config(1, 1024, 256, 8, 2)),
+        Line("float64", ANY, 16, Config(32, 16, 32, 4, 2)),
+        Line("float64", ANY, 128, Config(4, 128, 256, 4, 2)),
+        Line("float64", ANY, 1024, Config(1, 1024, 512, 4, 2)),
+        Line("float64", ANY, 2048, Config(1, 2048, 1024, 8, 2)),
+        Line("float64", ANY, ANY, Config(1, 1024, 256, 8, 2)),
+        Line("any", ANY, 16, Config(64, 16, 32, 4, 2)),
+        Line("any", 64, 512, Config(1, 512, 512, 4, 3)),
+        Line("any", ANY, 128, Config(8, 128, 256, 4, 3)),
+        Line("any", 64, 1024, Config(1, 1024, 512, 4, 3)),
+        Line("any", ANY, 1024, Config(2, 1024, 1024, 4, 2)),
+        Line("any", ANY, 4096, Config(1, 4096, 2048, 8, 2)),
+        Line("any", ANY, MAX_RESIDENT, Config(1, 8192, 2048, 16, 2)),
+        Line("any", ANY, ANY, Config(1, 1024, 2048, 8, 3)),
     ],
-    "sm_80": [Choice("float64", ANY, ANY, Config(1, 1024, 256, 4, 2))],
 }
 
 
 def configuration(b: int, c: int, dtype: torch.dtype, arch: str) -> Config:
+    """For scores of this dtype."""
     return choose(TABLE, b, c, dtype, arch)
 
 
+class Workspace(NamedTuple):
+    """Logits as a matmul leaves them."""
+
+    logits: torch.Tensor  #: (slices, B, width), to be summed; the first `classes` columns count
+    classes: int
+    statistics: torch.Tensor | None = None  #: m and S of each tile of long rows: (2, B, tiles)
+    tile_c: int = 0  #: classes of such a tile
+
+
+def why_not(problem: Problem, arch: str) -> str:
+    """Why this kernel does not take the problem; empty where it does."""
+    return "" if problem.logits is not None else "takes logits, not a weight"
+
+
 def score_rows(
-    features: torch.Tensor,
-    logits: torch.Tensor,
-    out: torch.Tensor,
-    prediction: torch.Tensor | None,
-    temperature: float,
-    scale: float,
-    bias_norm: float,
-    bias: torch.Tensor | None = None,
-    statistics: torch.Tensor | None = None,
-    tile_c: int = 0,
-    padded: bool = False,
-    config: Config | None = None,
+    problem: Problem, scores: Scores, config: Config | None = None, workspace: Workspace | None = None
 ) -> None:
-    """Scores of features (B, D) with logits (B, C), into out (1, B), or (6, B) with prediction.
+    """Scores of features (B, D) with the problem's logits (B, C), or with the workspace's plus the problem's bias.
 
-    bias (C,) is added to the logits where those are still without. Padded logits have rows of logits.stride(0) columns,
-    of which the first C count.
-
-    A row of more than MAX_RESIDENT classes is read once if m, S and Q of its tiles of tile_c classes are in statistics
-    (3, B, tiles), else twice.
+    ValueError where there is neither.
     """
-    (b, d), c = features.shape, logits.shape[1]
-    cfg = config or configuration(b, c, out.dtype, architecture(logits.device))
-    high = float(np.float32(1.0 / temperature))
+    x, bias, out = problem.features, problem.bias, scores.out
+    if workspace is not None:
+        z, c, width = workspace.logits, workspace.classes, workspace.logits.shape[2]
+    elif problem.logits is not None:
+        z, c, width = problem.logits[None], problem.classes, problem.classes
+    else:
+        raise ValueError("rows takes logits, not a weight")
+    b, d = x.shape
+    statistics, tile_c = (None, 0) if workspace is None else workspace[2:]
+    # Only slices tell of a batch that is small: the bits of other rows do not depend on the batch.
+    cfg = config or configuration(b if len(z) > 1 else ANY, c, out.dtype, architecture(x.device))
+    high = float(np.float32(1.0 / problem.temperature))
     launch(rows_kernel, cdiv(b, cfg.block_b), cfg, (
-        features, logits, logits if bias is None else bias, out if statistics is None else statistics,
-        out, out if prediction is None else prediction,
-        b, c, d, logits.stride(0) if padded else c,
-        high, 1.0 / temperature - high, scale, bias_norm,
-        features.stride(0), features.stride(1), logits.stride(0), logits.stride(1),
+        x, z, z if bias is None else bias, out if statistics is None else statistics,
+        out, out if scores.prediction is None else scores.prediction,
+        b, c, d, width, len(z),
+        high, 1.0 / problem.temperature - high, problem.scale, problem.bias_norm,
+        x.stride(0), x.stride(1), z.stride(0) if len(z) > 1 else 0, z.stride(1), z.stride(2),
         0 if bias is None else bias.stride(0), out.stride(0),
     ), dict(
-        HAS_BIAS=bias is not None, HEAD=prediction is not None, RESIDENT=c <= cfg.block_c,
-        TILE_C=0 if statistics is None else tile_c, TILES=TILES,
-        BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d,
+        HAS_BIAS=bias is not None, ALL_FIELDS=scores.prediction is not None,
+        RESIDENT=c <= cfg.block_c, SLICED=len(z) > 1, TILE_C=0 if statistics is None else tile_c, TILES=TILES,
+        BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d, STAGES=cfg.num_stages,
     ))  # fmt: skip

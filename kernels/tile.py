@@ -1,13 +1,11 @@
-"""A tile of logits, a share of ‖x‖₁, and how CTAs that hold tiles of the same rows put together what they know.
+"""A tile of logits, and a share of ‖x‖₁.
 
-A class tile's share of ‖x‖₁ is read again (from L2) in a loop of its own: taking it out of the main loop's operands
-would make each matmul instruction wait for the one before.
+A share is read again (from L2) in a loop of its own: if the same x fed both the matmul and ‖x‖₁, each warpgroup
+instruction would wait for the one before, or, worse, Triton would refill x while one still reads it.
 """
 
 import triton
 import triton.language as tl
-
-from .deviation import expm1, shift_of
 
 
 @triton.jit
@@ -19,7 +17,8 @@ def logits_tile(
 ):  # fmt: skip
     """z = x·Wᵀ + b over features first ... last - 1, of rows from row and classes from klass on (int64).
 
-    With TMA, X and W are tensor descriptors with blocks (BLOCK_B, BLOCK_D) and (BLOCK_C, BLOCK_D).
+    X: (B, D), W: (C, D), BIAS: (C,); with TMA, X and W are tensor descriptors of blocks (BLOCK_B, BLOCK_D) and
+    (BLOCK_C, BLOCK_D). The bias is added by the program that has first = 0.
     # -> (BLOCK_B, BLOCK_C)
     """
     columns = tl.arange(0, BLOCK_D)
@@ -51,20 +50,21 @@ def logits_tile(
                 w = w.to(tl.float32)
             z = tl.dot(x, w, z, input_precision=PRECISION)
     if HAS_BIAS:
-        z += tl.load(BIAS + classes * stride_b, mask=classes < C, other=0.0).to(tl.float32)[None, :]
+        mask = (classes < C) & (first == 0)
+        z += tl.load(BIAS + classes * stride_b, mask=mask, other=0.0).to(tl.float32)[None, :]
     return z
 
 
 @triton.jit
 def norm_share(
     X, row, B, first, last, step, stride_xb, stride_xd,
-    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Σ|x| over the blocks of BLOCK_D features at first, first + step, ..., below last.  # -> (BLOCK_B,)"""
+    """Σ|x| over the blocks of BLOCK_D features at first, first + step, ..., below last.  # X (B, D) -> (BLOCK_B,)"""
     rows = row + tl.arange(0, BLOCK_B)
     columns = tl.arange(0, BLOCK_D)
     norm = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
-    for d in range(first, last, step):
+    for d in tl.range(first, last, step, num_stages=STAGES):  # without a dot, Triton overlaps only what it is told to
         x = tl.load(
             X + rows[:, None] * stride_xb + (d + columns).to(tl.int64)[None, :] * stride_xd,
             mask=(rows < B)[:, None] & (columns < last - d)[None, :],
@@ -72,40 +72,3 @@ def norm_share(
         )
         norm += tl.abs(x.to(tl.float32))
     return tl.sum(norm, 1)
-
-
-@triton.jit
-def read_statistics(AT, first, n_class_tiles, other, TILES: tl.constexpr):
-    """What class tiles first, first + 1, ... stored of each row, past the L1 cache.  # AT (B,) -> (B, TILES)"""
-    tiles = first + tl.arange(0, TILES)
-    at = AT[:, None] + tiles[None, :]
-    return tl.load(at, mask=(tiles < n_class_tiles)[None, :], other=other, cache_modifier=".cg")
-
-
-@triton.jit
-def merged_statistics(AT, kind, C, n_class_tiles, inv_temperature, BLOCK_C: tl.constexpr, TILES: tl.constexpr):
-    """m, near and mean of whole rows from m_j, S_j, Q_j at AT, AT + kind, AT + 2·kind; deviation.py has the merge."""
-    m = tl.max(read_statistics(AT, 0, n_class_tiles, float("-inf"), TILES), 1)
-    for j in range(TILES, n_class_tiles, TILES):
-        m = tl.maximum(m, tl.max(read_statistics(AT, j, n_class_tiles, float("-inf"), TILES), 1))
-    s = tl.zeros_like(m)
-    q = tl.zeros_like(m)
-    for j in range(0, n_class_tiles, TILES):
-        d = (read_statistics(AT, j, n_class_tiles, float("-inf"), TILES) - shift_of(m)[:, None]) * inv_temperature
-        delta = expm1(d, tl.exp(d))
-        n = tl.minimum(tl.maximum(C - (j + tl.arange(0, TILES)) * BLOCK_C, 0), BLOCK_C).to(tl.float32)[None, :]
-        s += tl.sum(read_statistics(AT + kind, j, n_class_tiles, 0.0, TILES) * (1.0 + delta), 1)
-        q += tl.sum(read_statistics(AT + 2 * kind, j, n_class_tiles, 0.0, TILES) * (1.0 + delta) + n * delta, 1)
-    near = s > 0.5 * C
-    return m, near, tl.where(near, q, s) / C
-
-
-@triton.jit
-def barrier(COUNTER, target):
-    """Wait until the counter has `target` arrivals, this program's among them; what others stored before can be read
-    after. Only in a cooperative launch, whose programs are all resident."""
-    tl.debug_barrier()
-    tl.atomic_add(COUNTER, 1, sem="acq_rel")
-    while tl.atomic_add(COUNTER, 0, sem="acquire") < target:
-        pass
-    tl.debug_barrier()

@@ -7,3 +7,5 @@ import torch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+
+pytest_plugins = ["command_line"]  # the fixtures of the command line's tests

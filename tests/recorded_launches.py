@@ -1,4 +1,4 @@
-"""Run kernels as on an H100 that is not there: compiled for it, launched into a record. Not in the interpreter.
+"""Launch kernels on an H100 that is not there: compiled for it, recorded in place of run. Not in the interpreter.
 
 Prints, as JSON, per call what was launched by Triton's binder, and what the first and second time by `launch`.
 With --time: instead, microseconds per call by the binder and by `launch`, the record left out.
@@ -9,11 +9,14 @@ import sys
 import time
 
 import torch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from gradnorm_fast.kernels import cluster, cooperative, few_rows, launch, one_tile, rows, split
-from gradnorm_fast.kernels.targets import Config
+from gradnorm_fast.kernels import launch, one_tile, tiled
+from gradnorm_fast.kernels.config import Config
+from gradnorm_fast.kernels.experimental import cluster
+from gradnorm_fast.kernels.problem import Problem, Scores
 
 MEMORY = torch.zeros(2**20, dtype=torch.bfloat16)
 launches: list[list[object]] = []
@@ -31,12 +34,10 @@ class Utils:
 
 
 class Launcher:
-    def __init__(self, source, metadata):
-        self.cooperative = metadata.launch_cooperative_grid
+    def __init__(self, source, metadata): ...
 
     def __call__(self, x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments):
-        shown = [self.shown(a) for a in arguments]
-        launches.append([x, y, z, stream, function, self.cooperative, str(packed), *shown])
+        launches.append([x, y, z, stream, function, str(packed), *map(self.shown, arguments), (enter, leave)])
 
     def shown(self, argument):
         """Tensors by dtype and by where they are in MEMORY; workspaces are elsewhere, anew in each call."""
@@ -62,29 +63,30 @@ class Driver:
 
 
 driver.set_active(Driver())
+FACTS = {"architecture": lambda device: "sm_90", "multiprocessors": lambda device: 132}
+for name, module in list(sys.modules.items()):
+    if name.startswith("gradnorm_fast.kernels."):
+        vars(module).update({fact: value for fact, value in FACTS.items() if hasattr(module, fact)})
 
-for module in (cluster, cooperative, few_rows, one_tile, rows, split):
-    module.architecture = lambda device: "sm_90"
-    if hasattr(module, "multiprocessors"):
-        module.multiprocessors = lambda device: 132
+
+def problem(rows, depth, classes, offset=0):
+    x = MEMORY[offset : offset + rows * depth].view(rows, depth)
+    return Problem(x, MEMORY[2**19 : 2**19 + classes * depth].view(classes, depth), MEMORY[:classes])
 
 
 def calls():
     small, wide = Config(64, 64, 64, 4, 3), Config(64, 128, 64, 4, 3, tma=True)
-    for head in (False, True):
-        for b, d, c, offset, score, config in (
+    for all_fields in (False, True):
+        for rows, depth, classes, offset, score, config in (
             (64, 64, 10, 0, one_tile.score_one_tile, None), (1, 64, 10, 0, one_tile.score_one_tile, None),
             (64, 64, 10, 1, one_tile.score_one_tile, None), (64, 63, 10, 0, one_tile.score_one_tile, None),
-            (3, 256, 300, 0, few_rows.score_few_rows, None), (70, 64, 300, 0, split.score_split, small),
-            (70, 64, 300, 0, split.score_split, wide), (70, 64, 300, 0, cooperative.score_cooperative, small),
-            (70, 64, 300, 0, cluster.score_cluster, None),
+            (3, 256, 300, 0, tiled.score_tiled, None), (70, 64, 300, 0, tiled.score_tiled, small),
+            (70, 64, 300, 0, tiled.score_tiled, wide), (70, 64, 300, 0, cluster.score_cluster, None),
         ):  # fmt: skip
-            if score is cluster.score_cluster and not cluster.CLUSTERS:
-                continue
-            x = MEMORY[offset : offset + b * d].view(b, d)
-            weight, bias = MEMORY[2**19 : 2**19 + c * d].view(c, d), MEMORY[:c]
-            out, prediction = torch.zeros(6, b), torch.zeros(b, dtype=torch.int64) if head else None
-            yield lambda a=(x, weight, bias, out, prediction, 1.0, 1.0, 0.0, config), f=score: f(*a)
+            if score is not cluster.score_cluster or cluster.CLUSTERS:
+                scores = Scores(torch.zeros(6, rows), torch.zeros(rows, dtype=torch.int64) if all_fields else None)
+                arguments = problem(rows, depth, classes, offset), scores, config
+                yield lambda f=score, a=arguments: f(*a)
 
 
 def recorded(call):
@@ -106,16 +108,15 @@ def microseconds(call):
 
 if "--time" in sys.argv:
     Launcher.__call__ = lambda self, *arguments: None
-    x, bias = MEMORY[: 64 * 256].view(64, 256), MEMORY[:300]
-    for score, rows_, classes in (
-        (one_tile.score_one_tile, 64, 10), (few_rows.score_few_rows, 1, 300), (split.score_split, 64, 300),
+    for score, rows, classes in (
+        (one_tile.score_one_tile, 64, 10), (tiled.score_tiled, 1, 300), (tiled.score_tiled, 64, 300),
     ):  # fmt: skip
-        weight, out = MEMORY[2**19 : 2**19 + classes * 256].view(classes, 256), torch.zeros(1, rows_)
-        arguments = (x[:rows_], weight, bias[:classes], out, None, 1.0, 1.0, 0.0)
+        arguments = problem(rows, 256, classes), Scores(torch.zeros(1, rows), None)
         for launch.KNOWN in (False, True):
             score(*arguments)
             how = "launch" if launch.KNOWN else "binder"
-            print(f"{score.__name__:15} by {how}: {microseconds(lambda f=score, a=arguments: f(*a)):.1f} µs")
+            times = microseconds(lambda f=score, a=arguments: f(*a))
+            print(f"{score.__name__:14} {rows:2} rows by {how}: {times:.1f} µs")
     sys.exit()
 
 result = []
@@ -124,4 +125,31 @@ for call in calls():
     by_binder = recorded(call)
     launch.KNOWN = True
     result.append([by_binder, recorded(call), recorded(call)])
-print(json.dumps(result))
+
+# Hooks of a profiler, set in every way Triton allows: how many of three launches each sees.
+runtime, one = knobs.runtime, next(calls())
+before, hooked = (runtime.launch_enter_hook, runtime.launch_exit_hook), {}
+for way in ("chain", "exit only", "function", "none"):
+    seen: list[object] = []
+    runtime.launch_enter_hook, runtime.launch_exit_hook = before
+    if way == "chain":
+        runtime.launch_enter_hook.add(seen.append)
+    elif way == "exit only":
+        runtime.launch_exit_hook.add(seen.append)
+    elif way == "function":
+        runtime.launch_enter_hook = seen.append
+    else:
+        runtime.launch_enter_hook = runtime.launch_exit_hook = None
+    for _ in range(3):
+        launches.clear()
+        one()
+        for hook in launches[0][-1]:
+            if hook is not None:
+                hook(None)
+    for chain in before:
+        chain.calls.clear()
+    hooked[way] = len(seen)
+for recording in (r for of_call in result for r in of_call):
+    for record in recording:
+        record.pop()
+print(json.dumps({"calls": result, "hooked": hooked}))

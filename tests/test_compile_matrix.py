@@ -1,79 +1,114 @@
-"""Every configuration a launcher can choose compiles, offline, into what it should be."""
+"""What real heads launch compiles, offline, into what it should be."""
 
+import contextlib
+import functools
+import itertools
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradnorm_fast.kernels import cluster, cooperative, few_rows, one_tile, rows, split
+from gradnorm_fast.kernels import config, one_tile, rows, tiled
+from gradnorm_fast.kernels.experimental import cluster
 
 import compile_matrix
 
 
-def test_every_configuration_compiles_without_problems(tmp_path):
+def matrix(*arguments):
     """In a process of its own: this one may be interpreting, and that cannot compile."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = (sys.executable, compile_matrix.__file__, *arguments)
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+TESTED = ("sm_80", "sm_90", "gfx942")  #: one of each way to multiply and to copy; `make kernels` compiles for all
+
+
+def test_every_configuration_compiles_without_problems(tmp_path):
     table = tmp_path / "matrix.json"
-    command = (sys.executable, Path(compile_matrix.__file__), "--json", table)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = matrix("--quick", "--arch", *TESTED, "--json", table)
     assert done.returncode == 0, done.stdout + done.stderr
     outcomes = json.loads(table.read_text())
-    assert len(outcomes) == sum(len(compile_matrix.entries(arch)) for arch in compile_matrix.SHARED_LIMIT)
+    assert {outcome["arch"] for outcome in outcomes} == set(TESTED)
     assert all(outcome["registers"] > 0 and not outcome["problems"] for outcome in outcomes)
+    hopper = {operand for outcome in outcomes if outcome["arch"] == "sm_90" for operand in outcome["operands"]}
+    assert hopper and all(operand.endswith("sound") for operand in hopper)
 
 
-def test_the_matrix_lists_few_rows_in_two_launches_and_in_one():
-    found = (dict(e.constexprs) for e in compile_matrix.entries("sm_90") if e.kernel == "few_rows")
-    assert {of["STEP"] for of in found} == {1, 2, few_rows.BOTH}
+@settings(max_examples=500, deadline=None)
+@given(
+    st.sampled_from(list(compile_matrix.ARCHITECTURES)),
+    st.sampled_from(compile_matrix.DTYPES),
+    st.integers(1, 2**40) | st.integers(1, 5000) | st.integers(1, 70),
+    st.integers(1, 300_000) | st.integers(1, 5000),
+)
+def test_every_line_of_the_kernels_tables_is_in_the_matrix(arch, dtype, b, c):
+    for kernel in (one_tile, tiled, rows, cluster):
+        with contextlib.suppress(ValueError):  # the kernel takes no such problem
+            assert config.choose(kernel.TABLE, b, c, dtype, arch) in of_the_matrix(kernel, arch, dtype)
 
 
-@pytest.fixture(scope="module")
-def listed():
-    """Of each architecture: (kernel, dtype, tile, warps, stages) of all that the matrix lists."""
+@functools.cache
+def of_the_matrix(kernel, arch, dtype):
+    """The configurations that its problems take."""
+    found = set()
+    for b, (c, _) in itertools.product(compile_matrix.BATCHES, compile_matrix.HEADS):
+        with contextlib.suppress(ValueError):
+            found.add(config.choose(kernel.TABLE, b, c, dtype, arch))
+    return found
 
-    def key(e):
-        blocks = dict(e.constexprs)
-        return (e.kernel, e.dtype, *(blocks[f"BLOCK_{x}"] for x in "BCD"), e.num_warps, e.num_stages)
 
-    return {arch: {key(e) for e in compile_matrix.entries(arch)} for arch in compile_matrix.SHARED_LIMIT}
+def test_a_process_that_interprets_is_refused(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(sys, "argv", ["compile_matrix.py"])
+    with pytest.raises(SystemExit):
+        compile_matrix.main()
 
 
-def test_the_matrix_lists_every_configuration_a_launcher_can_choose(listed):
-    @settings(max_examples=2000, deadline=None)
-    @given(
-        st.sampled_from(sorted(listed)),
-        st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
-        st.integers(1, 2**40) | st.integers(1, 5000) | st.integers(1, 70),
-        st.integers(1, 300_000) | st.integers(1, 5000),
-        st.integers(1, 10_000),
-    )
-    def check(arch, dtype, b, c, d):
-        def is_listed(kernel, config, dtype=dtype):
-            return (kernel, compile_matrix.TYPE[dtype], *config[:5]) in listed[arch]
+PTX = """
+	mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %f1 };
+	ld.global.b16 { %rs0 }, [ %rd0 + 0 ];
+$L__BB0_1:
+	ld.global.v4.b16 { %rs1 }, [ %rd1 + 0 ];
+	cp.async.cg.shared.global [ %r1 + 0 ], [ %rd2 + 0 ], 0x10, %r2;
+	@%p2 ld.global.b16 { %rs1 }, [ %rd1 + 0 ];
+	mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %f1 };
+	@%p1 bra $L__BB0_1;
+$L__BB0_2:
+	ld.global.b16 { %rs2 }, [ %rd3 + 0 ];
+	@%p1 bra $L__BB0_2;
+"""
+AMD = """
+.LBB0_1:
+	buffer_load_ushort v11, v11, s[76:79], 0 offen
+	buffer_load_dwordx4 v[0:3], v11, s[76:79], 0 offen
+	v_mfma_f32_32x32x8_bf16_1k a[0:15], v[0:1], v[2:3], a[0:15]
+	s_cbranch_scc1 .LBB0_1
+	buffer_load_ushort v11, v11, s[76:79], 0 offen
+"""
 
-        if c <= one_tile.MAX_CLASSES:
-            assert is_listed("one_tile", one_tile.configuration(b, c, d, dtype, arch))
-        else:
-            assert is_listed("logits", split.configuration(b, c, d, dtype, arch))
-            assert is_listed("cooperative", cooperative.configuration(b, c, d, dtype, arch))
-            if b <= few_rows.MAX_ROWS and c <= few_rows.MAX_CLASSES:
-                config = few_rows.configuration(b, c, d, dtype, arch, compile_matrix.PROCESSORS[arch])
-                assert is_listed("few_rows", config)
-                assert is_listed("few_rows", config._replace(block_b=1, block_c=1, block_d=1))
-            if arch in ("sm_90", "sm_100") and cluster.CLUSTERS and dtype != torch.float32:
-                fits = c <= cluster.MAX_CLASSES.get(arch, 4096)
-                assert not fits or is_listed("cluster", cluster.configuration(b, c, d, dtype, arch))
-        for given_dtype in (dtype, torch.float64):
-            wide = torch.promote_types(given_dtype, torch.float32)
-            assert is_listed("rows", rows.configuration(b, c, wide, arch), given_dtype)
 
-    check()
+@pytest.mark.parametrize("assembly", [PTX, AMD])
+def test_loads_of_two_bytes_count_where_a_loop_multiplies(assembly):
+    assert compile_matrix.narrow_loads(assembly) == 1
+    assert compile_matrix.narrow_loads(assembly.replace("mma", "add").replace("mfma", "add")) == 0
+
+
+def test_the_tensor_core_instruction_follows_from_the_product():
+    def expected(arch, shape, options="", warps=4):
+        ttir = f"%z = tt.dot %x, %w, %a{options} : tensor<{shape}> * tensor<64x16xf16> -> tensor<64x16xf32>"
+        return compile_matrix.tensor_core_instruction(arch, warps, ttir)
+
+    assert expected("sm_80", "64x64xf16") == expected("sm_120", "64x64xbf16") == "mma.sync"
+    assert expected("sm_90", "64x64xf16") == "wgmma" and expected("sm_90", "32x64xf16") == "mma.sync"
+    assert expected("sm_103", "128x64xf16") == "tcgen05.mma" and expected("gfx942", "16x64xf16") == "mfma"
+    assert expected("sm_90", "64x32xf32") is None
+    assert expected("sm_90", "64x32xf32", ", inputPrecision = tf32") == "wgmma"
+    assert compile_matrix.tensor_core_instruction("sm_90", 4, "no product") is None
 
 
 SPLIT = """#shared = #ttg.nvmma_shared<{swizzlingByteWidth = 128, elementBitWidth = 16, CGALayout = [[1, 0]]}>

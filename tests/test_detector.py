@@ -1,188 +1,18 @@
-"""The detector on real architectures: the head it finds, the scores, the threshold, and the model left as it was."""
+"""The detector: scores, threshold, threads, loaders, and the model left as it was."""
 
+import collections
 import copy
-import json
-import weakref
+import threading
+import warnings
 
 import pytest
 import torch
-import torchvision
+from classifiers import images, loader, small, truth
 from torch import nn
 
-from gradnorm_fast import GradNorm, fast_gradnorm, heads
-from gradnorm_fast.reference import autograd_gradnorm
+from gradnorm_fast import GradNorm, fast_gradnorm
 
 from conftest import DEVICE
-
-
-class Small(nn.Module):
-    def __init__(self, bias=True, output=lambda z: z):
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-        )
-        self.fc = nn.Linear(8, 8, bias=bias)
-        self.output = output
-
-    def forward(self, x):
-        return self.output(self.fc(self.body(x)))
-
-
-def small(**options):
-    torch.manual_seed(0)
-    return Small(**options).to(DEVICE).eval()
-
-
-def images(n=6, seed=1, size=12):
-    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-
-
-def truth(model, x, **options):
-    features = model.body(x).double()
-    bias = None if model.fc.bias is None else model.fc.bias.double()
-    return autograd_gradnorm(features, model.fc.weight.double(), bias, **options)
-
-
-CLASSIFIERS = torchvision.models.list_models(torchvision.models)
-CONVOLUTION_HEADS = ("squeezenet1_0", "squeezenet1_1")
-
-
-def test_there_are_eighty_torchvision_classifiers():
-    assert len(CLASSIFIERS) >= 80
-
-
-@pytest.fixture
-def regnets_on_meta(monkeypatch):
-    """Their constructor reads values of a few small tensors: those are made on the CPU."""
-    made = torchvision.models.regnet.BlockParams.from_init_params
-
-    def on_cpu(*args, **kwargs):
-        with torch.device("cpu"):
-            return made(*args, **kwargs)
-
-    monkeypatch.setattr(torchvision.models.regnet.BlockParams, "from_init_params", on_cpu)
-
-
-@pytest.mark.parametrize("name", [n for n in CLASSIFIERS if n not in CONVOLUTION_HEADS])
-def test_the_head_of_every_torchvision_classifier(name, regnets_on_meta):
-    """Without values (meta device): the head is found, has the right shape, and a score comes out per image."""
-    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    with torch.device("meta"):
-        model = torchvision.models.get_model(name, weights=None, **options)
-        batch = torch.empty(2, 3, 299 if name == "inception_v3" else 224, 299 if name == "inception_v3" else 224)
-    detector = GradNorm(model)
-    assert detector.score(batch).shape == (2,)
-    head = dict(model.named_modules())[detector.head_name]
-    assert isinstance(head, nn.Linear) and head.out_features == 1000
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "aux" not in n.lower()]
-    assert detector.head_name == linear[-1]
-
-
-@pytest.mark.parametrize("name", CONVOLUTION_HEADS)
-def test_a_convolution_before_the_pooling_is_refused_with_the_reason(name):
-    model = torchvision.models.get_model(name, weights=None, num_classes=5).to(DEVICE)
-    with pytest.raises(ValueError, match="sum of outer products over positions"):
-        GradNorm(model).score(images(size=64))
-
-
-@pytest.mark.parametrize(
-    "name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "efficientnet_b0", "vit_b_32"]
-)
-def test_scores_of_torchvision_classifiers_against_autograd(name):
-    """The gradient of the whole model's loss with respect to its head, by autograd through the model itself."""
-    torch.manual_seed(0)
-    model = torchvision.models.get_model(name, weights=None, num_classes=7).to(DEVICE).eval()
-    x = images(2, size=224)
-    detector = GradNorm(model)
-    scores = detector.score(x)
-    head = dict(model.named_modules())[detector.head_name]
-    for image, score in zip(x, scores, strict=True):
-        loss = -torch.log_softmax(model(image[None]), 1).mean()
-        (gradient,) = torch.autograd.grad(loss, head.weight)
-        assert torch.isclose(gradient.abs().sum(), score, rtol=2e-4)  # a batch of one rounds differently
-
-
-def test_named_heads_and_convolution_heads():
-    model, x = small(), images()
-    expected = GradNorm(model).score(x)
-    for head in ("fc", model.fc):
-        assert torch.equal(GradNorm(model, head).score(x), expected)
-    torch.testing.assert_close(expected.double(), truth(model, x), rtol=1e-5, atol=0.0)
-    convolution = nn.Conv2d(8, 8, 1).to(DEVICE)
-    convolution.weight.data = model.fc.weight.data[:, :, None, None]
-    convolution.bias.data = model.fc.bias.data
-    pooled = nn.Sequential(*list(model.body)[:-1], convolution, nn.Flatten())
-    detector = GradNorm(pooled)
-    torch.testing.assert_close(detector.score(x), expected)
-    assert detector.head_name == "4"
-
-
-@pytest.mark.parametrize(
-    ("head", "message"),
-    [("nothing", "no module 'nothing'.*fc"), ("body.0", "expected a linear layer"), (3, "expected a module's name")],
-)
-def test_heads_that_do_not_fit(head, message):
-    with pytest.raises((ValueError, TypeError), match=message):
-        GradNorm(small(), head).score(images())
-
-
-def test_a_head_that_is_not_the_last_layer_is_refused():
-    model = nn.Sequential(nn.Flatten(), nn.Linear(432, 8), nn.ReLU(), nn.Linear(8, 4)).to(DEVICE)
-    with pytest.raises(ValueError, match="is not the model's logits"):
-        GradNorm(model, "1").score(images())
-    with pytest.raises(ValueError, match="ends in a softmax"):
-        GradNorm(small(output=lambda z: z.softmax(1))).score(images())
-    with pytest.raises(ValueError, match="no part of the model"):
-        GradNorm(model, nn.Linear(8, 4))
-
-
-class Cosine(nn.Linear):
-    def forward(self, x):
-        return 10 * nn.functional.linear(nn.functional.normalize(x), nn.functional.normalize(self.weight))
-
-
-class Calls(Small):
-    """Calls its head in another way."""
-
-    def __init__(self, call):
-        super().__init__()
-        self.call = call
-
-    def forward(self, x):
-        return self.call(self.fc, self.body(x))
-
-
-def test_a_head_that_is_no_product_or_called_twice_is_refused():
-    model = small()
-    model.fc = Cosine(8, 8).to(DEVICE)
-    for head in (None, "fc"):
-        with pytest.raises(ValueError, match=r"'fc', a Cosine, does not compute x·Wᵀ \+ b"):
-            GradNorm(model, head).score(images())
-    with pytest.raises(ValueError, match="expected one call of it in a pass, the model made 2"):
-        GradNorm(Calls(lambda fc, x: fc(fc(x))).to(DEVICE)).score(images())
-    named = Calls(lambda fc, x: fc(input=x)).to(DEVICE).eval()
-    torch.testing.assert_close(GradNorm(named).score(images()).double(), truth(named, images()), rtol=1e-5, atol=0.0)
-
-
-def test_finding_the_head_keeps_no_activations():
-    """A ViT's tokens or a ResNet's maps, all of them at once, are gigabytes."""
-    kept, alive = [], []
-
-    class Tokens(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers, self.fc = nn.ModuleList(nn.Linear(12, 12) for _ in range(3)), nn.Linear(12, 5)
-
-        def forward(self, x):
-            x = x.flatten(1, 2)
-            for layer in self.layers:
-                x = layer(x)
-                kept.append(weakref.ref(x))
-            alive.append(sum(r() is not None for r in kept))
-            return self.fc(x.mean(1))
-
-    GradNorm(Tokens().to(DEVICE)).score(images())
-    assert alive[0] == 1
 
 
 def test_the_model_is_left_as_it_was():
@@ -213,18 +43,6 @@ def test_the_model_is_left_as_it_was():
 def test_wrappers(wrap):
     model, x = small(), images()
     assert torch.equal(GradNorm(wrap(model)).score(x), GradNorm(model).score(x))
-
-
-def test_what_is_compiled_is_called_and_has_no_head():
-    class Blocks(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blocks, self.top = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]), nn.Sequential(nn.ReLU())
-            self.top.append(nn.Linear(4, 2))
-
-    model, compiled = Blocks(), []
-    heads.compile_backbone(model, model.top[1], compiled.append)
-    assert compiled == [*model.blocks, model.top[0]]
 
 
 def test_distributed_data_parallel():
@@ -265,10 +83,6 @@ def test_options_reach_the_score():
     )
     with pytest.raises(ValueError, match="temperature"):
         GradNorm(model, temperature=0)
-
-
-def loader(n, seed, batch=8):
-    return [(part, torch.zeros(len(part))) for part in images(n, seed).split(batch)]
 
 
 def test_threshold_and_p_values_are_conformal():
@@ -320,40 +134,13 @@ def test_refusals_of_fit():
         GradNorm(fast_gradnorm)
 
 
-def test_save_and_load(tmp_path):
-    model = small()
-    detector = GradNorm(model, temperature=2.0).fit(loader(50, 3), progress=False)
-    detector.save(tmp_path / "d.json")
-    loaded = GradNorm.load(tmp_path / "d.json", model)
-    assert loaded.threshold == detector.threshold and loaded.temperature == 2.0 and loaded.head_name == "fc"
-    for a, b in zip(loaded.predict(images()), detector.predict(images()), strict=True):
-        assert torch.equal(a, b)
-    other = small()
-    other.fc.weight.data[0, 0] += 1
-    with pytest.raises(ValueError, match="other weights"):
-        GradNorm.load(tmp_path / "d.json", other)
-    (tmp_path / "x.json").write_text("not json")
-    with pytest.raises(ValueError, match="expected a detector saved"):
-        GradNorm.load(tmp_path / "x.json", model)
-    state = json.loads((tmp_path / "d.json").read_text())
-    del state["calibration"]
-    (tmp_path / "x.json").write_text(json.dumps(state))
-    with pytest.raises(ValueError, match="expected a detector saved"):
-        GradNorm.load(tmp_path / "x.json", model)
-    other.fc = nn.Sequential(other.fc)
-    with pytest.raises(ValueError, match="'fc' is a Sequential"):
-        GradNorm.load(tmp_path / "d.json", other)
-    with pytest.raises(ValueError, match="head is not known yet"):
-        GradNorm(model).save(tmp_path / "y.json")
-
-
 def test_loaders_of_any_batches_and_numpy():
     detector, x = GradNorm(small()), images()
     expected = detector.score(x).cpu()
     for batches in ([x], [(x, 0)], [{"pixel_values": x}], [{"image": x}]):
         assert torch.equal(detector.score_loader(batches, progress=False), expected)
     assert (detector.score_loader([x], progress=False, numpy=True) == expected.numpy()).all()
-    with pytest.raises(TypeError, match="pixel_values or image, got words"):
+    with pytest.raises(TypeError, match=r"pixel_values, .* or input_ids, got words"):
         detector.score_loader([{"words": x}], progress=False)
 
 
@@ -387,11 +174,212 @@ def test_diagnosis():
     assert report.n_id == 20 and set(report.auroc) >= {"gradnorm", "msp", "energy"}
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "mobilenetv3_small_050", "convnext_atto"])
-def test_timm(name):
-    timm = pytest.importorskip("timm")
-    with torch.device("meta"):
-        model = timm.create_model(name, pretrained=False)
+# Threads
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_threads_share_a_detector_and_a_model(training):
+    """Each thread gets the scores of its own images, in evaluation mode; the model's mode and hooks are put back."""
+    model = small().train(training)
+    model.body[1].eval()
+    batches = [images(4, seed) for seed in range(8)]
+    detector, second = GradNorm(model), GradNorm(model, "fc", score="energy")
+    expected = [(GradNorm(model).score(x), GradNorm(model, score="energy").score(x)) for x in batches]
+    modes = [m.training for m in model.modules()]
+    wrong, start = [], threading.Barrier(8)
+
+    def work(i):
+        start.wait()
+        for _ in range(25):
+            try:
+                got = detector.score(batches[i]), second.score(batches[i])
+                if not all(map(torch.equal, got, expected[i])):
+                    wrong.append(got)
+            except Exception as error:
+                wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and modes == [m.training for m in model.modules()]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_pass_within_a_pass_keeps_modes_and_calls_apart():
+    """A model that scores by another detector of its own parts, as an ensemble might."""
+    inner = GradNorm(small(), "fc")
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part, self.fc = inner.model, nn.Linear(9, 3).to(DEVICE)
+
+        def forward(self, x):
+            return self.fc(torch.cat([self.part.body(x), inner.score(x)[:, None]], 1))
+
+    model = Outer().train()
+    assert GradNorm(model).score(images()).isfinite().all()
+    assert all(m.training for m in model.modules()) and not model.fc._forward_hooks
+
+
+def test_a_module_with_a_train_of_its_own_is_told_of_both_changes():
+    """As LoRA layers that merge their weights for evaluation."""
+    told = []
+
+    class Merging(nn.Linear):
+        def train(self, mode=True):
+            told.append(mode)
+            return super().train(mode)
+
+    model = small()
+    model.fc = Merging(8, 8).to(DEVICE)
+    GradNorm(model.train()).score(images())
+    assert told[-2:] == [False, True] and model.fc.training
+    told.clear()
+    GradNorm(model.eval()).score(images())
+    assert told == [False]  # of model.eval() itself
+
+
+def test_training_goes_on_after_scoring():
+    """What a forward pass leaves in the model, a cached buffer or the parameters of a lazy layer, can be trained."""
+
+    class Caching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.fc = nn.LazyLinear(8), nn.LazyLinear(5)
+            self.register_buffer("cache", None)
+
+        def forward(self, x):
+            h = self.body(x.flatten(1)).relu()
+            if self.cache is None:
+                self.cache = h.mean(0)
+            return self.fc(h * self.cache)
+
+    model = Caching().to(DEVICE)
+    assert "'fc'" in repr(GradNorm(model, "fc"))
+    assert GradNorm(model, "fc").score(images()).isfinite().all()
+    model(images()).sum().backward()
+    assert model.fc.weight.grad is not None and not model.cache.is_inference()
+
+
+# Other scores
+
+
+@pytest.mark.parametrize("name", ["msp", "energy", "max_logit", "feature_norm", "output_norm"])
+def test_any_score_of_the_pass_can_be_the_gate(name):
+    detector = GradNorm(small(), score=name).fit(loader(99, 2), 0.9, progress=False)
+    field = getattr(detector.head_scores(images()), name)
+    labels, scores, is_ood = detector.predict(images())
+    assert torch.equal(detector.score(images()), field) and torch.equal(scores, field)
+    assert torch.equal(is_ood, field < detector.threshold) and torch.equal(labels, detector.model(images()).argmax(1))
+    calibration = getattr(detector.head_scores_loader(loader(99, 2), progress=False), name)
+    assert torch.equal(detector.score_loader(loader(99, 2), progress=False), calibration)
+    assert detector.threshold == GradNorm(small()).fit_scores(calibration, 0.9).threshold
+
+
+def test_options_of_the_detector_that_do_not_fit():
+    for wrong in ("odin", "prediction", None, 3):
+        with pytest.raises(ValueError, match="score: expected one of gradnorm, feature_norm"):
+            GradNorm(small(), score=wrong)
+    with pytest.raises(TypeError, match="include_bias: expected a bool"):
+        GradNorm(small(), include_bias="yes")
+
+
+def test_repr_tells():
+    detector = GradNorm(small(), temperature=2)
+    assert repr(detector) == (
+        "GradNorm(Small, head found on the first batch, score='gradnorm', temperature=2, reduction='mean', "
+        "include_bias=False; not fitted; preprocessing unknown)"
+    )
+    detector.fit(loader(30, 1), 0.9, progress=False)
+    assert "head 'fc' (8, 8)" in repr(detector)
+    assert f"threshold {detector.threshold:.6g} from 30 images at tpr 0.9" in repr(detector)
+
+
+# Loaders
+
+
+def test_a_dataset_in_place_of_a_loader():
+    x = images(70)
+    data = torch.utils.data.TensorDataset(x, torch.arange(70))
+    detector = GradNorm(small())
+    batched = torch.utils.data.DataLoader(data, 64)
+    expected = detector.score_loader(batched, progress=False)
+    assert torch.equal(detector.score_loader(data, progress=False), expected)
+    assert detector.fit(data, progress=False).threshold == detector.fit(batched, progress=False).threshold
+
+    class Pictures(torch.utils.data.Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, i):
+            return object(), 0
+
+    with pytest.raises(TypeError, match=r"items of this dataset, the first a object, .* a transform to tensors"):
+        detector.fit(Pictures(), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (torch.ones(4, 3, 12, 12), r"got a tensor \(4, 3, 12, 12\); give tensor.split"),
+        (3, "expected an iterable of batches, as a DataLoader, got int"),
+        ({"image": torch.ones(4, 3, 12, 12)}, r"got one dict; give \[batch\]"),
+        ("folder", "got one str"),
+        ([{"label": torch.ones(4)}], "one of the keys pixel_values, image, images, data or input_ids, got label"),
+    ],
+)
+def test_loaders_that_are_none(loader, message):
+    with pytest.raises(TypeError, match="loader: .*" + message):
+        GradNorm(small()).fit(loader, progress=False)
+
+
+class Text(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.fc = nn.Embedding(20, 8), nn.Linear(8, 3)
+
+    def forward(self, input_ids, attention_mask=None):
+        h = self.embedding(input_ids)
+        m = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return {"logits": self.fc((h * m[..., None]).sum(1) / m.sum(1, keepdim=True))}
+
+
+def test_text_is_passed_as_keywords():
+    torch.manual_seed(0)
+    model = Text().to(DEVICE)
+    ids, mask = torch.randint(0, 20, (5, 7)), torch.ones(5, 7, dtype=torch.int64).tril()
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.zeros(5), "text": ["a"] * 5}
     detector = GradNorm(model)
-    assert detector.score(torch.empty(2, 3, 224, 224, device="meta")).shape == (2,)
-    assert dict(model.named_modules())[detector.head_name] is model.get_classifier()
+    scores = detector.score_loader([batch, collections.UserDict(batch)], progress=False)
+    h = (model.embedding(ids.to(DEVICE)) * mask.to(DEVICE)[..., None]).sum(1) / mask.sum(1, keepdim=True).to(DEVICE)
+    expected = fast_gradnorm(h, model.fc.weight, model.fc.bias).cpu()
+    torch.testing.assert_close(scores, torch.cat([expected, expected]))
+    assert not torch.allclose(detector.score({"input_ids": ids}).cpu(), expected)
+    assert detector.score({"input_ids": ids[:0]}).shape == (0,)
+    with pytest.raises(TypeError, match=r"expected a mapping to tensors \(B, \.\.\.\), got text: list"):
+        detector.score({"input_ids": ids, "text": ["a"]})
+    with pytest.raises(TypeError, match="got an empty one"):
+        detector.score({})
+
+
+def test_nan_scores_are_counted():
+    detector = GradNorm(small())
+    x = images()
+    x[1:3] = torch.nan
+    with pytest.warns(UserWarning, match="2 of 6 scores are NaN"):
+        assert detector.score_loader([x], progress=False).isnan().sum() == 2
+    with pytest.warns(UserWarning, match="2 of 6 scores are NaN"):
+        detector.head_scores_loader([x], progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match="2 not finite; are the model's weights and the preprocessing finite"):
+            detector.fit([x], progress=False)
+        assert detector.score_loader([images()], progress=False).isfinite().all()
+    broken = small()
+    broken.body[0].weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="6 not finite"):
+        GradNorm(broken).fit([images()], progress=False)
+    assert GradNorm(broken).fit_scores(torch.rand(30)).predict(images()).is_ood.all()

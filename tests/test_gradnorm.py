@@ -214,7 +214,7 @@ def test_extreme_temperatures_and_overflow(backend, classes):
 
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch has one setting only")
 def test_both_of_torchs_precision_settings():
-    from gradnorm_fast.kernels.targets import dot_precision
+    from gradnorm_fast.kernels.device import dot_precision
 
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision

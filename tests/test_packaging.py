@@ -10,18 +10,23 @@ from pathlib import Path
 
 import pytest
 
+import gradnorm_fast
+
 ROOT = Path(__file__).parents[1]
 USE = """
 import importlib.util, os, sys, torch
-import gradnorm_fast, gradnorm_fast.kernels.split as split
+import gradnorm_fast, gradnorm_fast.kernels.tiled as tiled
 import kernels
+assert sys.modules["gradnorm_fast.kernels"] is gradnorm_fast.kernels and gradnorm_fast.kernels.tiled is tiled
+for sibling in ("setup", "tests", "benchmarks", "build"):
+    assert importlib.util.find_spec("gradnorm_fast." + sibling) is None, sibling
 assert os.path.basename(os.path.dirname(kernels.__file__)) == "kernels" and hasattr(kernels, "get_kernel"), kernels
 x, w = torch.ones(2, 3), torch.arange(12.0).reshape(4, 3)
 expected = gradnorm_fast.fast_gradnorm(x, w, backend="torch")
 os.environ["TRITON_INTERPRET"] == "1" and torch.testing.assert_close(
     gradnorm_fast.fast_gradnorm(x, w, backend="triton"), expected)
 print(gradnorm_fast.__file__)
-print(split.__file__)
+print(tiled.__file__)
 """
 
 
@@ -76,27 +81,31 @@ def test_the_wheel_has_one_top_level_name(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"gradnorm_fast"}
-    files = {f"gradnorm_fast/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
+    files = {f"gradnorm_fast/kernels/{p.relative_to(ROOT / 'kernels')}" for p in (ROOT / "kernels").rglob("*.py")}
     files |= {f"gradnorm_fast/{p.relative_to(ROOT / 'gradnorm_fast')}" for p in (ROOT / "gradnorm_fast").rglob("*.py")}
     assert files | {"gradnorm_fast/py.typed"} <= set(names)
+
+
+def test_the_version_is_the_same_everywhere(wheel):
+    assert wheel.name.split("-")[1] == gradnorm_fast.__version__
 
 
 def test_wheel(environment, wheel, tmp_path):
     python = environment(wheel)
     package, kernel = use(python, tmp_path)
-    assert kernel == package.parent / "kernels/split.py" and tmp_path in package.parents
+    assert kernel == package.parent / "kernels/tiled.py" and tmp_path in package.parents
 
 
 @pytest.mark.parametrize("mode", ["lenient", "strict", "compat"])
 def test_editable(environment, source, mode, tmp_path):
     python = environment("--config-settings", f"editable_mode={mode}", "--editable", source)
     package, kernel = use(python, tmp_path)
-    assert package.samefile(source / "gradnorm_fast/__init__.py") and kernel.samefile(source / "kernels/split.py")
+    assert package.samefile(source / "gradnorm_fast/__init__.py") and kernel.samefile(source / "kernels/tiled.py")
 
 
 def test_repository_root():
     package, kernel = use(sys.executable, ROOT)
-    assert package == ROOT / "gradnorm_fast/__init__.py" and kernel == ROOT / "kernels/split.py"
+    assert package == ROOT / "gradnorm_fast/__init__.py" and kernel == ROOT / "kernels/tiled.py"
 
 
 def test_without_triton(tmp_path):
@@ -118,6 +127,7 @@ def test_importing_the_package_imports_no_triton_and_touches_no_gpu(tmp_path):
 import sys, torch
 before = "triton" in sys.modules
 import gradnorm_fast
-print(torch.cuda.is_initialized(), ("triton" in sys.modules) != before, "gradnorm_fast.kernels" in sys.modules)
+kernels = [name for name in sys.modules if name.startswith("gradnorm_fast.kernels.")]
+print(torch.cuda.is_initialized(), ("triton" in sys.modules) != before, bool(kernels))
 """
     assert run(sys.executable, "-c", code, cwd=tmp_path).split() == ["False"] * 3

@@ -1,65 +1,88 @@
-"""GradNorm as a detector of pytorch-ood: its interface, sign and scaling. One line changes; docs/migration.md."""
+"""GradNorm as a detector of pytorch-ood 0.4: its interface, sign and scaling. One line changes; docs/migration.md."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import heads
-from ..functional import _check_options, fast_gradnorm
+from ..functional import _check_options, gradnorm_from_logits
+from ..layers import layer_gradnorms
 
 try:
-    from pytorch_ood.api import Detector, ModelNotSetException  # type: ignore
+    from pytorch_ood import api  # type: ignore
 except ImportError as error:
     raise ImportError("gradnorm_fast.integrations.pytorch_ood needs pytorch-ood: pip install pytorch-ood") from error
 
+# Before 0.4, pytorch-ood had no class of its own for detectors that need gradients, and no record of each detector.
+_Base: Any = getattr(api, "GradientDetector", api.Detector)
 
-class GradNorm(Detector):
-    """The scores of pytorch-ood's own GradNorm with `param_filter` on the head's parameters, from one forward pass.
 
-    The loss is averaged over classes and the score negated: larger = more out-of-distribution. The model is scored in
-    evaluation mode, whatever mode it is in, and left as it was.
+class GradNorm(_Base):
+    """Drop-in for pytorch-ood's detector of that name: the same scores, those of the head from one forward pass.
+
+    The loss is averaged over classes and the score negated: larger = more out-of-distribution. Where `param_filter`
+    selects weight, bias or both of the layer that makes the logits, as in the paper, the gradient has a closed form and
+    nothing is stored per sample. Any other selection goes to `gradnorm_fast.layers`. The model is scored in evaluation
+    mode, whatever mode it is in, and left as it was.
 
     Args:
         model: a classifier that returns logits (B, C).
-        head: the last linear layer (or 1x1 convolution after pooling), by name or as the module. None: found on the
-            first batch, as the last one whose output is the model's.
+        param_filter: says of a parameter's name whether its gradient counts. None: every parameter's does.
+        micro_batch_size: the most samples at once where the selection goes beyond the head; the head's scores need no
+            such bound.
         temperature: T > 0, divides the logits.
-        include_bias: count the gradient of the head's bias, if it has one, as a filter like
-            `lambda name: name.startswith("fc.")` does. False is `lambda name: name == "fc.weight"`, the paper's score.
 
     Raises:
         ModelNotSetException: model is None.
         TypeError, ValueError: an argument that does not fit.
     """
 
+    if hasattr(api, "DetectorInfo"):
+        info = api.DetectorInfo(
+            paper=api.Paper(
+                title="On the Importance of Gradients for Detecting Distributional Shifts in the Wild",
+                venue="NeurIPS",
+                year=2021,
+                url="https://arxiv.org/abs/2110.00218",
+                code="https://github.com/deeplearning-wisc/gradnorm_ood",
+            ),
+            tasks={api.Task.CLASSIFICATION},
+        )
+
     def __init__(
         self,
         model: nn.Module,
-        head: str | nn.Module | None = None,
-        *,
+        param_filter: Callable[[str], bool] | None = None,
+        micro_batch_size: int = 32,
         temperature: float = 1.0,
-        include_bias: bool = True,
     ) -> None:
         if model is None:
-            raise ModelNotSetException("model: expected a torch.nn.Module, got None")
+            raise api.ModelNotSetException("model: expected a torch.nn.Module, got None")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        self.model = heads.unwrap(model)
+        if param_filter is not None and not callable(param_filter):
+            raise TypeError(
+                f"param_filter: expected a function of a parameter's name, got {type(param_filter).__name__}"
+            )
+        if isinstance(micro_batch_size, bool) or not isinstance(micro_batch_size, int):
+            raise TypeError(f"micro_batch_size: expected an int, got {type(micro_batch_size).__name__}")
+        if micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size: expected at least 1, got {micro_batch_size}")
+        self.model = model
+        self.param_filter = param_filter or (lambda name: True)
+        self.micro_batch_size = micro_batch_size
         self.temperature = _check_options(torch.empty(0), temperature, "mean", "auto")
-        self.include_bias = include_bias
-        self.head: Any = None
-        self._name = ""
-        self._verified = False
-        if head is not None:
-            self._name, self.head = heads.module_named(self.model, head)
+        self._batches = 0  # scored so far: says which row of the next one is held against the head
 
     def fit(self, data_loader: Any = None, **kwargs: Any) -> GradNorm:
         """Nothing to fit; returns the detector."""
         return self
 
+    @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """Outlier scores of a batch of inputs.
 
@@ -67,32 +90,62 @@ class GradNorm(Detector):
             x: (B, ...), moved to the model's device.
 
         Returns:
-            (B,) without gradient on the model's device, float32, or float64 for a float64 head.
+            (B,) without gradient on the model's device, float32, or float64 for a float64 model.
 
         Raises:
-            ValueError: no head found, or the named one does not make the logits; both on the first batch.
+            ModelNotSetException: the model has been taken away.
+            ValueError: `param_filter` selects no parameter.
         """
-        x = x.to(self.device)
-        if len(x) == 0:  # nothing to know the head by
+        if self.model is None:
+            raise api.ModelNotSetException("model: expected a torch.nn.Module, got None")
+        selected = {id(p) for name, p in self.model.named_parameters() if self.param_filter(name)}
+        if not selected:
+            raise ValueError("param_filter: expected it to select a parameter of the model, it selects none")
+        x = x.to(next(self.model.parameters()).device)
+        if len(x) == 0:
             return torch.empty(0, device=x.device)
-        with heads.evaluating(self.model):
-            if not self._verified and self.head is None:
-                self._name, self.head = heads.find_head(self.model, x)
-            elif not self._verified:
-                heads.check_head(self.model, self._name, self.head, x)
-            self._verified = True
-            features, _ = heads.features_and_logits(self.model, self.head, x)
-        return self.predict_features(features)
+        model = heads.unwrap(self.model)
+        norms = self._head_norms(model, selected, x)
+        if norms is None:
+            norms = torch.cat([self._layer_norms(model, selected, part) for part in x.split(self.micro_batch_size)])
+        return -norms
 
-    @torch.no_grad()
-    def predict_features(self, x: Tensor) -> Tensor:
-        """Outlier scores of features (B, D), what the head multiplies; returns what `predict` does.
+    def _head_norms(self, model: nn.Module, selected: set[int], x: Tensor) -> Tensor | None:
+        """By the closed form, if the selected parameters are weight, bias or both of the head, and no other layer's.
 
-        Raises:
-            ValueError: the head is not known yet, or does not fit x.
+        None where they are not, or where that layer does not make the logits of one row of this batch: layers may have
+        been replaced, and logits scaled.
         """
-        if self.head is None:
-            raise ValueError("head: expected its name or module where features come before the first predict, got None")
-        weight, bias = self.head.weight, self.head.bias
-        include_bias = self.include_bias and bias is not None
-        return -fast_gradnorm(x.to(weight), weight, bias, temperature=self.temperature, include_bias=include_bias)
+        owners = [
+            (name, module)
+            for name, module in model.named_modules()
+            if any(id(p) in selected for p in module.parameters(recurse=False))
+        ]
+        if len(owners) != 1:
+            return None
+        name, head = owners[0]
+        if not heads.is_linear(head) or selected - {id(head.weight), id(head.bias)}:
+            return None
+        try:
+            with heads.evaluating(model):
+                features, logits = heads.features_and_logits(model, head, x)
+            verification = heads.check_row(name, head, features, logits, self._batches % len(x))
+        except ValueError:  # not called, more than once, on positions or tokens, or not with the logits' shape
+            return None
+        self._batches += 1
+        if verification is not None and verification.failed:
+            return None
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        features, logits = features.to(dtype), logits.flatten(1).to(dtype)
+        if id(head.weight) not in selected:  # the gradient of the bias is that of a weight on a feature that is 1
+            features = torch.ones_like(features[:, :1])
+        include_bias = {id(head.weight), id(head.bias)} <= selected
+        return gradnorm_from_logits(features, logits, temperature=self.temperature, include_bias=include_bias)
+
+    def _layer_norms(self, model: nn.Module, selected: set[int], x: Tensor) -> Tensor:
+        with heads.evaluating(model):
+            norms = layer_gradnorms(
+                model, x, layers=lambda name, parameter: id(parameter) in selected, temperature=self.temperature
+            )
+        assert isinstance(norms, Tensor)
+        return norms

@@ -1,0 +1,293 @@
+"""What makes tables of scores: a model from images, a head from features, or files that have them already."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from .. import gate, heads
+from ..detector import GradNorm
+from ..models import default_transform, device_of, load_model
+from .features import load_array, score_features
+from .images import Preprocessing, first_readable, score_images, transformed
+from .inputs import find_inputs, with_folder_labels
+from .options import MODEL_OPTIONS, SCORE_OPTIONS, layers_of, score_options
+from .parsing import refuse
+from .run_log import rank_and_world
+from .tables import FIELDS, Table, check_format, read_table
+
+Kind = Literal["images", "features", "scores"]
+
+
+class Scorer(Protocol):
+    """Scores sets of inputs."""
+
+    @property
+    def detector(self) -> GradNorm | None:
+        """None where the scores were there already."""
+        ...
+
+    def table(self, name: str, sources: list[str], out: Path, features: Path | None = None) -> Table | None:
+        """The scores of a set, kept in the parts of `out` as they come; None in all processes but the first."""
+        ...
+
+    def description(self) -> dict[str, Any]:
+        """What is needed to repeat it, as JSON knows it."""
+        ...
+
+
+def scorer(args: argparse.Namespace, sets: dict[str, list[str]]) -> Scorer:
+    """Of the kind that all sets are of; ValueError where they differ, or options are missing or do not fit."""
+    kinds = {name: kind_of(sources) for name, sources in sets.items()}
+    (name, kind), *others = kinds.items()
+    for other, its in others:
+        if its != kind:
+            raise ValueError(f"{other}: expected {kind}, as {name}, got {its}")
+    if kind == "images":
+        return ModelScorer(args, sets)
+    return HeadScorer(args) if kind == "features" else FileScorer(args)
+
+
+def kind_of(sources: list[str]) -> Kind:
+    """What a set is made of: images unless it is a .npy file of features, or a file that `score` wrote."""
+    kinds = {_kind(Path(source)) for source in sources}
+    if len(kinds) > 1 or (len(sources) > 1 and "images" not in kinds):
+        raise ValueError(f"expected images, or one file of features or scores, got {' '.join(sources)}")
+    return kinds.pop()
+
+
+def _kind(source: Path) -> Kind:
+    if source.suffix in (".csv", ".parquet"):
+        return "scores"
+    if source.suffix != ".npy":
+        return "images"
+    try:
+        return "scores" if np.load(source, mmap_mode="r", allow_pickle=False).dtype.names else "features"
+    except (OSError, ValueError, EOFError):
+        return "features"  # where it is refused by name
+
+
+class ModelScorer:
+    """The detector of --model on --device, its head verified on the first image that can be read."""
+
+    def __init__(self, args: argparse.Namespace, sets: dict[str, list[str]]) -> None:
+        refuse(args, "images", "weight", "bias")
+        self.args = args
+        self.inputs = {name: find_inputs(sources, args.root) for name, sources in sets.items()}
+        if getattr(args, "folder_labels", False):
+            if len(args.id) != 1 or not os.path.isdir(args.id[0]):
+                raise ValueError("folder-labels: expected one folder in --id, with a folder for each class")
+            self.inputs["id"] = with_folder_labels(self.inputs["id"], args.id[0])
+        model, transform = _load_model(args)
+        self.preprocessing = Preprocessing(transform, not args.no_exif, args.resize or 256)
+        firsts = [first_readable(inputs, self.preprocessing) for inputs in self.inputs.values()]
+        described = gate.describe_preprocessing(transform)
+        if args.no_exif and described is not None:
+            described += ", EXIF orientation ignored"
+        saved = getattr(args, "detector", None)
+        if saved is None:
+            options = score_options(args)
+            self.detector = GradNorm(model, args.head, layers=layers_of(args), preprocessing=described, **options)
+        else:
+            self.detector = _load_gate(saved, model, described, args.force)
+        name, image = firsts[0]
+        self.detector.score(transformed(image, transform, name)[None])
+        if args.compile:
+            if self.detector._head is None:
+                raise ValueError("compile: gradients of layers are computed without it")
+            heads.compile_backbone(self.detector.model, self.detector._head, lambda module: module.compile())
+
+    def table(self, name: str, sources: list[str], out: Path, features: Path | None = None) -> Table | None:
+        module, own, _ = self.args.model.partition(":")
+        return score_images(
+            self.detector,
+            self.inputs[name],
+            self.preprocessing,
+            out,
+            batch_size=self.args.batch_size,
+            workers=self.args.workers,
+            amp=self.args.amp,
+            strict=self.args.strict,
+            resume=self.args.resume,
+            content=self.args.content_hash,
+            progress=not self.args.quiet,
+            features=features,
+            module=module if own and module != "timm" else None,
+        )
+
+    def description(self) -> dict[str, Any]:
+        return {
+            "device": str(next(self.detector.model.parameters()).device),
+            "preprocessing": str(self.preprocessing),
+            **_detector_description(self.detector),
+        }
+
+
+def _load_model(args: argparse.Namespace) -> tuple[nn.Module, Any]:
+    """The model of --model on --device, and its preprocessing."""
+    if args.model is None:
+        raise ValueError("model: expected --model NAME (torchvision), timm:NAME or module:function")
+    if find_spec("torchvision") is None:
+        raise ImportError('images need torchvision: pip install "gradnorm_fast[eval]"')
+    if args.std is not None and min(args.std) <= 0:
+        raise ValueError(f"std: expected three numbers above 0, got {' '.join(map(str, args.std))}")
+    device = device_of(args.device)
+    model, transform = load_model(args.model, args.weights, args.checkpoint, args.classes)
+    known = ":" not in args.model or args.model.startswith("timm:")
+    if known and args.weights is None and args.checkpoint is None and rank_and_world()[0] == 0:
+        print("note: no --weights and no --checkpoint: the model's weights are random", file=sys.stderr)
+    if transform is None or args.resize is not None or args.mean is not None or args.std is not None:
+        given = {"mean": args.mean, "std": args.std}
+        size = None if args.resize == 0 else args.resize
+        if args.resize is None and known:
+            size = 224
+        transform = default_transform(size, **{k: v for k, v in given.items() if v is not None})
+    return model.to(device), transform
+
+
+class HeadScorer:
+    """The head of --weight and --bias."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        refuse(args, "features", *MODEL_OPTIONS)
+        self.args, self.device = args, device_of(args.device)
+        self.weight, self.bias = _load_head(args)
+        if getattr(args, "detector", None) is None:
+            self.detector = _detector_of(args, self.weight, self.bias)
+        else:
+            self.detector = _gate_of_head(args.detector, self.weight, self.bias)
+
+    def table(self, name: str, sources: list[str], out: Path, features: Path | None = None) -> Table | None:
+        return score_features(
+            sources[0],
+            self.weight,
+            self.bias,
+            out,
+            batch_size=max(self.args.batch_size, 1024),
+            resume=self.args.resume,
+            content=self.args.content_hash,
+            progress=not self.args.quiet,
+            device=self.device,
+            **{name: getattr(self.detector, name) for name in SCORE_OPTIONS},
+        )
+
+    def description(self) -> dict[str, Any]:
+        return {"device": str(self.device), **_detector_description(self.detector)}
+
+
+class FileScorer:
+    """Files that `score` wrote; the model or head that they are from, where `fit` is to save a detector."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.fields: tuple[str, ...] = FIELDS
+        if hasattr(args, "tpr") and args.score != "auto":  # fit needs no other
+            self.fields = (args.score or "gradnorm",)
+        self.detector: GradNorm | None = None
+        if args.model is not None:
+            if args.head is None and args.layers is None:
+                raise ValueError(
+                    "head: expected --head MODULE with --model and a file of scores: there is no image to find it by"
+                )
+            self.detector = GradNorm(_load_model(args)[0], args.head, layers=layers_of(args), **score_options(args))
+        elif args.weight is not None:
+            self.detector = _detector_of(args, *_load_head(args))
+
+    def table(self, name: str, sources: list[str], out: Path, features: Path | None = None) -> Table | None:
+        check_format(Path(sources[0]))
+        return read_table(Path(sources[0]), self.fields) if rank_and_world()[0] == 0 else None
+
+    def description(self) -> dict[str, Any]:
+        return {}
+
+
+def _load_head(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if args.weight is None:
+        raise ValueError("weight: expected --weight W.npy with features")
+    weight = torch.from_numpy(np.array(load_array("weight", args.weight)))
+    bias = None if args.bias is None else torch.from_numpy(np.array(load_array("bias", args.bias)))
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected shape (C, D) in {args.weight}, got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected shape ({len(weight)},) in {args.bias}, got {tuple(bias.shape)}")
+    return weight, None if bias is None else bias.to(weight.dtype)
+
+
+def _detector_description(detector: GradNorm) -> dict[str, Any]:
+    options = {name: getattr(detector, name) for name in SCORE_OPTIONS}
+    if detector.layers is not None:
+        return options | {"layers": detector.layers}
+    return options | {"head": detector.head_name, "fingerprint": detector._fingerprint()}
+
+
+def _load_gate(path: str, model: nn.Module, preprocessing: str | None, force: bool) -> GradNorm:
+    """A saved detector for the model; what it warns of in a line each."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            detector = GradNorm.load(path, model, preprocessing=preprocessing, force=force)
+        except ValueError as error:
+            raise ValueError(str(error).replace("load with force=True", "give --force")) from None
+    if rank_and_world()[0] == 0:
+        for warning in caught:
+            print(f"warning: {warning.message}", file=sys.stderr)
+    return detector
+
+
+def _detector_of(args: argparse.Namespace, weight: torch.Tensor, bias: torch.Tensor | None) -> GradNorm:
+    name = args.head or "head"
+    return GradNorm(_model_of(name, weight, bias), name, **score_options(args))
+
+
+def _gate_of_head(path: str, weight: torch.Tensor, bias: torch.Tensor | None) -> GradNorm:
+    """A saved detector for features: of the model that it was fitted to, the head alone is compared."""
+    saved = gate.read(path)
+    if saved.head is None:
+        raise ValueError(f"{path}: fitted to gradients of layers, which take images and the model; give --images")
+    model = _model_of(saved.head, weight, bias)
+    if saved.tensors is None:
+        same = gate.head_digest(weight, bias) == saved.head_digest
+    else:
+        of_head = {name: entry for name, entry in saved.tensors.items() if name.startswith(f"{saved.head}.")}
+        same = not gate.differences(of_head, model)[0]
+    if not same:
+        raise ValueError(f"{path}: fitted to another head than that of --weight and --bias; fit it again")
+    detector = GradNorm(model, saved.head, **saved.options)
+    return detector if saved.calibration is None else detector.fit_scores(np.array(saved.calibration), saved.tpr)
+
+
+def save_gate(detector: GradNorm, path: Path) -> None:
+    """`GradNorm.save`, but of a head without its model as what it is."""
+    if not isinstance(detector.model, _HeadAlone):
+        detector.save(path)
+        return
+    assert detector.head_name is not None and detector._calibration is not None
+    options = {name: getattr(detector, name) for name in SCORE_OPTIONS} | {"score": detector.score_name}
+    calibration, digest = detector._calibration.tolist(), detector._fingerprint()
+    gate.write(gate.Gate(detector.head_name, options, detector.tpr, calibration, None, None, digest), path)
+
+
+class _HeadAlone(nn.Module):
+    """A model of which only the head is known."""
+
+
+def _model_of(name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+    """A model that is nothing but its head, under that name, so that a gate fitted to it fits the model it is of."""
+    head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    head.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        head.bias = nn.Parameter(bias, requires_grad=False)
+    model: nn.Module = head
+    for part in reversed(name.split(".")):
+        outer = _HeadAlone()
+        outer.add_module(part, model)
+        model = outer
+    return model

@@ -1,0 +1,338 @@
+"""Gradient norms of any layers of a model, each sample's own, from one forward and one backward pass of the batch."""
+
+from __future__ import annotations
+
+import math
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .. import heads
+from ..functional import _check_options
+from .layout import Layout, find_layout
+from .logit_gradient import loss_gradient, target_gradient
+from .norms import combined, norm_dtype, p_norm
+from .selection import Layers, selected_parameters
+from .trace import Names, Stale, Trace, Use, forget_derived
+
+GRADIENT_BYTES = 8 * 2**20  #: of gradients at a time, at least those of one sample
+
+#: Layouts of a model's operations, by selected parameters and kind of input; they do not depend on values.
+_layouts: weakref.WeakKeyDictionary[nn.Module, dict[Any, list[Layout | None]]] = weakref.WeakKeyDictionary()
+#: Of each model: a pass runs it with stand-ins for its parameters, which another thread must not take away.
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+
+
+class LayerNorms(dict[str, Tensor]):
+    """The norms (B,) of each parameter, by its name.
+
+    Attributes:
+        logits: (B, C), the model's output in the same pass, without gradient; (0, 0) for an empty batch.
+        one_by_one: names of the parameters for which no rule was known, so that the model ran once for each sample.
+    """
+
+    def __init__(self, norms: dict[str, Tensor], logits: Tensor, one_by_one: tuple[str, ...] = ()) -> None:
+        super().__init__(norms)
+        self.logits, self.one_by_one = logits, one_by_one
+
+
+def layer_gradnorms(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    layers: Layers = "all",
+    target: str | Tensor = "uniform",
+    p: float = 1.0,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    per_layer: bool = False,
+    loss: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor | LayerNorms:
+    """p-norm of each sample's gradient with respect to any of the model's parameters, biases included.
+
+    GradNorm (Huang, Geng & Li, NeurIPS 2021) of all layers, as in the paper's ablation, is layers="all"; for the last
+    layer alone `fast_gradnorm` needs no backward pass. The model is left as it was: mode, gradients, flags, hooks.
+    Threads may share it, and wait for one another.
+
+        layer_gradnorms(model, images)                                    # all parameters together, (B,)
+        layer_gradnorms(model, images, layers=["layer4", "fc"], p=2.0)
+        layer_gradnorms(model, images, layers=lambda name, parameter: parameter.dim() > 1, per_layer=True)
+
+    Args:
+        model: a classifier; its output is logits (B, C), or an object with `.logits`. It runs in the mode it has.
+        images: (B, ...), whatever the model takes; moved to its device and, if floating point, to its dtype.
+        layers: "all"; "head", the layer whose output is the logits, or becomes them by pooling; names of modules, each
+            with all the parameters in it; or a predicate on (parameter name, parameter).
+        target: of the cross entropy: "uniform", "predicted" (the lowest class of the maximum), or int64 labels (B,),
+            where -100 gives 0. Other labels outside 0 … C − 1 are a ValueError on a CPU, NaN on a GPU.
+        p: 0.1 … 64, or inf. Several parameters' norm is that of their concatenation.
+        temperature: T > 0; it divides the logits and so, by the chain rule, the gradient.
+        reduction: "mean" over classes, as in the paper, or "sum", C times that; for the uniform target only.
+        per_layer: return the norm of each parameter by itself.
+        loss: logits (B, C) to one loss per sample (B,), in place of target, temperature and reduction.
+
+    Returns:
+        (B,), float32 or, for a float64 model, float64; with per_layer a dict of these by parameter name, in the order
+        of model.named_parameters(). Parameters that the logits do not depend on have norm 0. Where a parameter is used
+        in a way for which no rule is known, the model runs once for each sample: a warning names it, and so does the
+        dict's `one_by_one`.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; a model with dropout or batch statistics in training mode.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    model = heads.unwrap(model)
+    images = _placed(model, images)
+    p = _check_p(p)
+    if loss is None:
+        temperature = _check_options(torch.empty(0), temperature, reduction, "auto")
+        _check_target(target, len(images), reduction)
+    elif not (isinstance(target, str) and target == "uniform" and temperature == 1.0 and reduction == "mean"):
+        raise ValueError("loss: expected it alone, got target, temperature or reduction beside it")
+    elif not callable(loss):
+        raise TypeError(f"loss: expected a callable, got {type(loss).__name__}")
+    _check_modes(model)
+
+    def logit_gradient(logits: Tensor, rows: slice) -> Tensor:
+        if logits.dim() != 2 or len(logits) != len(range(*rows.indices(len(images)))):
+            raise ValueError(f"model: expected logits (B, C) for {len(images)} images, got {tuple(logits.shape)}")
+        if loss is not None:
+            return loss_gradient(logits, loss)
+        if isinstance(target, Tensor):
+            _check_labels(target, logits.shape[1])
+            return target_gradient(logits, target[rows], temperature, 1.0)
+        return target_gradient(logits, target, temperature, logits.shape[1] if reduction == "sum" else 1.0)
+
+    with (
+        _locks.setdefault(model, threading.RLock()),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        if images.is_inference():
+            images = images.clone()
+        names = selected_parameters(model, images, layers)
+        if not len(images):
+            zeros = images.new_zeros(0, dtype=norm_dtype(images.dtype))
+            norms = LayerNorms(dict.fromkeys(names, zeros), images.new_zeros(0, 0))
+        else:
+            batch = _Pass(model, images, names, p)
+            try:
+                norms = batch.norms(logit_gradient)
+            finally:
+                forget_derived(model, batch.parameters)
+    if norms.one_by_one:
+        warnings.warn(
+            f"layer_gradnorms: no rule for the use of {', '.join(norms.one_by_one)}; ran the model sample by sample",
+            stacklevel=2,
+        )
+    return norms if per_layer else combined(list(norms.values()), p)
+
+
+class _Pass:
+    """One batch: its forward and backward pass, and the norms that come out of them."""
+
+    def __init__(self, model: nn.Module, images: Tensor, names: list[str], p: float) -> None:
+        self.model, self.images, self.p = model, images, p
+        everything = {name: t.detach() for name, t in model.named_parameters()}
+        self.parameters = {name: everything[name].requires_grad_() for name in names}
+        self.rest = {name: t for name, t in everything.items() if name not in self.parameters}
+        self.uses: dict[str, list[Use]] = {name: [] for name in names}
+        self.found: dict[str, Tensor] = {}
+        self.logits: list[Tensor] = []  #: of the whole batch, or of each image
+        self.one_by_one: set[str] = set()
+
+    def norms(self, logit_gradient: Callable[[Tensor, slice], Tensor]) -> LayerNorms:
+        key = (tuple(self.parameters), self.images.shape[1:], self.images.dtype)
+        known = _layouts.setdefault(self.model, {})
+        if key in known:
+            try:
+                scale = self._run(known[key], logit_gradient)
+            except Stale:
+                del known[key]
+                forget_derived(self.model, self.parameters)
+                return type(self)(self.model, self.images, list(self.parameters), self.p).norms(logit_gradient)
+        else:
+            layouts = self._learn_layouts()
+            try:
+                scale = self._run(layouts, logit_gradient)
+                known[key] = layouts
+            except Stale:  # the operations depend on the values of the images
+                self.one_by_one |= self.parameters.keys()
+                scale = self.images.new_ones(len(self.images))
+        norms = {name: self._norm(name) * scale for name in self.parameters if name not in self.one_by_one}
+        if self.one_by_one:
+            norms |= self._each(logit_gradient)
+        one_by_one = tuple(name for name in self.parameters if name in self.one_by_one)
+        return LayerNorms({name: norms[name] for name in self.parameters}, torch.cat(self.logits), one_by_one)
+
+    def _call(self, images: Tensor) -> Tensor:
+        """The logits; images are copied, for a model may normalise them in place."""
+        return heads.logits_of(functional_call(self.model, {**self.parameters, **self.rest}, (images.clone(),)))
+
+    def _trace(self, samples: int, **options: Any) -> Trace:
+        return Trace(self.parameters, [*self.rest.values(), *self.model.buffers()], samples, **options)
+
+    def _learn_layouts(self) -> list[Layout | None]:
+        """Of each operation in which a parameter meets samples, from a batch of two and the second alone."""
+        one = self.images[-1:]
+        other = torch.randn(one.shape, generator=torch.Generator().manual_seed(0)) if one.is_floating_point() else None
+        other = one.flip(-1) if other is None else other.to(one)
+        seen = []
+        for batch in (torch.cat([one, other]), other):
+            with self._trace(len(batch)) as trace:
+                self._call(batch)
+            seen.append(trace.seen)
+        two, one_alone = seen
+        if [s.operation for s in two] != [s.operation for s in one_alone]:
+            return []
+        return [
+            None if a.output is None or b.output is None else find_layout(a.output, b.output)
+            for a, b in zip(two, one_alone, strict=True)
+        ]
+
+    def _run(self, layouts: list[Layout | None], logit_gradient: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        """Forward and backward; the norms found are still to be multiplied by what is returned."""
+        with self._trace(len(self.images), layouts=layouts, use=self._use) as trace:
+            logits = self._call(self.images)
+        if len(trace.seen) != len(layouts):
+            raise Stale
+        self.expected = trace.expected
+        gradient = logit_gradient(logits, slice(None))
+        self.logits = [logits.detach()]
+        # The gradients of a confident row may be too small for squares, or for halves: all are linear in this one.
+        scale = gradient.abs().amax(1)
+        unit = torch.where(scale > 0, scale, 1.0)
+        if logits.requires_grad:
+            gradient = (gradient / unit[:, None]).to(logits.dtype)
+            inputs = [*self.parameters.values(), *trace.sources]
+            reached = torch.autograd.grad(logits, inputs, gradient, allow_unused=True)
+            unseen = zip(self.parameters, reached, strict=False)  # used where the trace does not see it
+            self.one_by_one |= {name for name, g in unseen if g is not None}
+        return unit
+
+    def _use(self, names: Names, use: Use | None) -> None:
+        """Keep one use; with the last one of a parameter compute its norms and let go of what they are made of."""
+        for name in names:
+            if use is None:
+                self.one_by_one.add(name)
+            if name in self.one_by_one:
+                self.uses[name].clear()
+                continue
+            assert use is not None
+            self.uses[name].append(use)
+            if len(self.uses[name]) == self.expected[name]:
+                self.found[name] = self._norm_of(name)
+                self.uses[name].clear()
+
+    def _norm(self, name: str) -> Tensor:
+        return self.found[name] if name in self.found else self._norm_of(name)  # some use did not reach the logits
+
+    def _norm_of(self, name: str) -> Tensor:
+        uses, parameter, samples = self.uses[name], self.parameters[name], len(self.images)
+        if not uses:
+            return parameter.new_zeros(samples, dtype=norm_dtype(parameter.dtype))
+        if len(uses) == 1 and uses[0].tensor is parameter and (norms := uses[0].gradients.norm(self.p)) is not None:
+            return norms
+        step = max(1, GRADIENT_BYTES // max(1, max(u.gradients.sample_bytes for u in uses)))
+        parts = []
+        for start in range(0, samples, step):
+            here = slice(start, min(start + step, samples))
+            total = None
+            for use in uses:
+                gradient = _pulled_back(use, parameter, here)
+                total = gradient if total is None else total + gradient
+            assert total is not None
+            parts.append(p_norm(total.reshape(len(total), -1), self.p))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _each(self, logit_gradient: Callable[[Tensor, slice], Tensor]) -> dict[str, Tensor]:
+        """The norms of parameters without a rule: the model runs on one sample after another."""
+        names = [name for name in self.parameters if name in self.one_by_one]
+        for name in self.parameters.keys() - names:
+            self.parameters[name].requires_grad_(False)
+        rows: list[list[Tensor]] = []
+        each: list[Tensor] = []
+        for i in range(len(self.images)):
+            here = slice(i, i + 1)
+            logits = self._call(self.images[here])
+            gradient = logit_gradient(logits, here)
+            each.append(logits.detach())
+            scale = gradient.abs().amax()
+            unit = torch.where(scale > 0, scale, 1.0)
+            leaves = [self.parameters[name] for name in names]
+            gradients = torch.autograd.grad(
+                logits, leaves, (gradient / unit).to(logits.dtype), allow_unused=True, materialize_grads=True
+            )
+            rows.append([p_norm(g.reshape(1, -1), self.p)[0] * unit for g in gradients])
+        self.logits = self.logits or each
+        return {name: torch.stack([row[j] for row in rows]) for j, name in enumerate(names)}
+
+
+def _pulled_back(use: Use, parameter: Tensor, samples: slice) -> Tensor:
+    """The gradients of a parameter from those of what was derived from it.  # (n, *shape of the parameter)"""
+    gradients = use.gradients.of(samples)
+    if use.tensor is parameter:
+        return gradients
+    return torch.stack(
+        [torch.autograd.grad(use.tensor, parameter, g.to(use.tensor.dtype), retain_graph=True)[0] for g in gradients]
+    )
+
+
+def _placed(model: nn.Module, images: Tensor) -> Tensor:
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images: expected a torch.Tensor of shape (B, ...), got {type(images).__name__}")
+    if images.dim() < 2:
+        raise ValueError(f"images: expected a batch of shape (B, ...), got shape {tuple(images.shape)}")
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if parameter is None:
+        raise ValueError("model: expected floating-point parameters, it has none")
+    return images.detach().to(parameter.device, parameter.dtype if images.is_floating_point() else None)
+
+
+def _check_modes(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            raise ValueError(
+                f"model: {name!r} normalises by the statistics of the batch, so that a sample has no gradient of its "
+                "own; call model.eval()" + ("" if module.training else ", and keep running statistics in it")
+            )
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+            raise ValueError(
+                f"model: {name!r} is dropout in training mode, whose gradients are random; call model.eval()"
+            )
+
+
+def _check_p(p: object) -> float:
+    if isinstance(p, bool) or not isinstance(p, (int, float, np.floating, np.integer)):
+        raise TypeError(f"p: expected a number, got {type(p).__name__}")
+    if not (0.1 <= p <= 64.0 or p == math.inf):
+        raise ValueError(f"p: expected 0.1 … 64, or inf, got {p!r}")
+    return float(p)
+
+
+def _check_target(target: object, samples: int, reduction: str) -> None:
+    if isinstance(target, Tensor):
+        if target.dtype != torch.int64:
+            raise TypeError(f"target: expected labels of dtype int64, got {target.dtype}")
+        if target.shape != (samples,):
+            raise ValueError(f"target: expected labels of shape ({samples},), got {tuple(target.shape)}")
+    elif not isinstance(target, str):
+        raise TypeError(f'target: expected "uniform", "predicted" or int64 labels, got {type(target).__name__}')
+    elif target not in ("uniform", "predicted"):
+        raise ValueError(f'target: expected "uniform", "predicted" or int64 labels, got {target!r}')
+    if reduction == "sum" and not (isinstance(target, str) and target == "uniform"):
+        raise ValueError('reduction: "sum" over classes is defined for the uniform target only; leave it out')
+
+
+def _check_labels(labels: Tensor, classes: int) -> None:
+    if labels.device.type == "cpu" and bool((((labels < 0) | (labels >= classes)) & (labels != -100)).any()):
+        raise ValueError(f"target: expected labels 0 … {classes - 1}, or -100 to ignore a row, got others")

@@ -1,0 +1,94 @@
+"""A fitted detector as an nn.Module without hooks or modes: for torch.export, torch.compile and threads.
+
+A process that loads an exported detector imports this module before, which registers its operators and types.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from . import heads
+from .capture import Inputs, call
+from .functional import head_scores
+
+if TYPE_CHECKING:
+    from .detector import GradNorm
+
+
+class Prediction(NamedTuple):
+    """What `GradNorm.predict` returns, each of shape (B,)."""
+
+    labels: Tensor  #: int64, the model's class
+    scores: Tensor  #: float32, larger = more in-distribution
+    is_ood: Tensor  #: bool
+
+
+# torch.export saves a program that returns a Prediction only if it knows the type by name.
+_pytree._register_namedtuple(Prediction, serialized_type_name="gradnorm_fast.Prediction")
+
+
+class ServedModel(nn.Module):
+    """Images (B, ...), or a mapping of keyword arguments, to `Prediction(labels, scores, is_ood)`.
+
+    The head is taken out of a copy of the model, which thus returns the features; labels and scores come from one
+    product of them with the head's weight. So it costs less than the model and a score. The copy shares memory with the
+    model, needs no gradients, and stays in evaluation mode. It verifies nothing: score some batches with the
+    detector first. Inputs have to be on the module's device and in its dtype.
+
+    Example:
+        >>> gate = GradNorm.load("gate.json", model).module()
+        >>> program = torch.export.export(gate, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    """
+
+    def __init__(self, detector: GradNorm) -> None:
+        super().__init__()
+        model, head = detector.model, detector._head
+        assert head is not None
+        shared: dict[int, Any] = {id(head): nn.Identity()}
+        for parameter in model.parameters():
+            shared[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+        for buffer in model.buffers():
+            shared[id(buffer)] = buffer.detach()
+        self.backbone: nn.Module = copy.deepcopy(model, shared)
+        weight, bias = detector._weights()
+        self.weight = nn.Parameter(weight.flatten(1), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.threshold = detector.threshold  # no buffer: half() would round it
+        self.score_name = detector.score_name
+        self.options: dict[str, Any] = {
+            "temperature": detector.temperature,
+            "reduction": detector.reduction,
+            "include_bias": detector.include_bias,
+        }
+        self.eval()
+
+    def train(self, mode: bool = True) -> ServedModel:
+        """Stays in evaluation mode."""
+        super().train(False)
+        return self
+
+    def forward(self, images: Inputs) -> Prediction:
+        features = heads.logits_of(call(self.backbone, images)).flatten(1)
+        if features.shape[1] != self.weight.shape[1]:
+            raise ValueError(
+                f"model: expected features (B, {self.weight.shape[1]}) of it without its head, got "
+                f"{tuple(features.shape)}: it does more with the head's output than return it"
+            )
+        features = features.to(self.weight.dtype)
+        if torch.is_autocast_enabled(features.device.type):
+            with torch.autocast(features.device.type, enabled=False):
+                return self._prediction(features)
+        return self._prediction(features)
+
+    def _prediction(self, features: Tensor) -> Prediction:
+        scores = head_scores(features, self.weight, self.bias, **self.options)
+        chosen = getattr(scores, self.score_name).float()
+        return Prediction(scores.prediction, chosen, ~(chosen >= self.threshold))
+
+    def extra_repr(self) -> str:
+        return f"score={self.score_name!r}, threshold={self.threshold:.6g}"

@@ -1,0 +1,94 @@
+"""What the device can do: its architecture, how it multiplies, and whether TMA can read a matrix."""
+
+from __future__ import annotations
+
+from functools import cache
+from math import gcd
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+# Triton's interpreter runs kernels on CPU tensors; TRITON_INTERPRET=1 chooses it, for good, when triton is imported.
+INTERPRETED = not isinstance(tl.sum, triton.JITFunction)
+
+try:  # Triton 3.4
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    TensorDescriptor = None
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """ "sm_90", "gfx942", ...; the interpreter runs the kernels as on sm_80, the oldest architecture they support."""
+    if device.type != "cuda":
+        return "sm_80"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many there are; in the interpreter a number that gives tests several slices of the features."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
+
+
+def family(arch: str) -> str:
+    """The architecture whose tables and tensor cores this one has."""
+    return {"sm_103": "sm_100"}.get(arch, arch)
+
+
+def dot_precision(dtype: torch.dtype, arch: str, exact: str = "ieee") -> str:
+    """How `tl.dot` multiplies float32: exactly, unless torch's settings permit tf32 and the architecture has it."""
+    if dtype != torch.float32 or not (arch.startswith("sm_") or arch == "gfx942"):
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    new = hasattr(matmul, "fp32_precision")  # the old query raises where the user has set the new one
+    if matmul.fp32_precision == "tf32" if new else matmul.allow_tf32:
+        return "tf32"
+    return exact if arch.startswith("sm_") else "ieee"
+
+
+def asynchronous_products(arch: str, rows: int) -> bool:
+    """Whether a tile of so many rows may multiply by warpgroup instructions, which read shared memory on their own
+    while the program goes on (sm_90: 64 rows or more)."""
+    return arch == "sm_90" and rows >= 64
+
+
+def upcast(dtype: torch.dtype) -> bool:
+    """Whether operands must be float32 before `tl.dot`: the interpreter multiplies the bits of bfloat16 as integers."""
+    return INTERPRETED and dtype == torch.bfloat16
+
+
+def vector(depth: int, *strides: int) -> int:
+    """The largest of 8, 4, 2, 1 that divides the depth and the row strides.
+
+    Triton compiles for integers that are multiples of 16, and for any. Passed divided by this and multiplied back in
+    the kernel, depth and strides keep loads of 16 bytes for every multiple of 8.
+    """
+    return gcd(depth, *strides, 8)
+
+
+def has_tma(arch: str) -> bool:
+    """Whether kernels can read by tensor descriptors here."""
+    return TensorDescriptor is not None and (INTERPRETED or family(arch) in ("sm_90", "sm_100"))
+
+
+def tma_reads(arch: str, *matrices: torch.Tensor) -> bool:
+    """Whether TMA can read these matrices: contiguous rows, 16-byte aligned."""
+    return has_tma(arch) and all(
+        m.stride(1) == 1
+        and m.stride(0) * m.element_size() % 16 == 0
+        and m.stride(0) >= m.shape[1]
+        and m.data_ptr() % 16 == 0
+        and max(m.shape) < 2**31
+        for m in matrices
+    )
+
+
+def descriptor(matrix: torch.Tensor, rows: int, columns: int) -> Any:
+    """Of blocks (rows, columns) of the matrix."""
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])

@@ -1,0 +1,92 @@
+"""Which kernel and configuration a problem takes.
+
+    C <= 256                                    one_tile; halves of odd D: library where it takes them
+    B <= 64, 256 < C <= 4096                    tiled, in slices of the features
+    the rest, and float64                       library where it takes the problem, else tiled
+
+Every kernel says itself what it does not take and why (`why_not`); this module only says what is preferred. With
+batch_invariant every batch takes the configuration of a large one and no library: then the bits of a
+row's score do not depend on the rows beside it, at the price of few programs where the batch is small. (float64 is the
+exception: its matmul is always the library's.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from . import library, one_tile, rows, tiled
+from .config import ANY, Config
+from .device import architecture, multiprocessors
+from .problem import Problem, Scores
+
+
+class Kernel(NamedTuple):
+    name: str
+    score: Callable[[Problem, Scores, Config | None], None]
+    why_not: Callable[[Problem, str], str]  #: of a problem and an architecture: "" where the kernel takes it
+
+
+KERNELS = {
+    kernel.name: kernel
+    for kernel in (
+        Kernel("one_tile", one_tile.score_one_tile, one_tile.why_not),
+        Kernel("tiled", tiled.score_tiled, tiled.why_not),
+        Kernel("library", library.score_library, library.why_not),
+        Kernel("rows", rows.score_rows, rows.why_not),
+    )
+}
+
+
+class Choice(NamedTuple):
+    """A kernel, by its name in KERNELS, and its configuration."""
+
+    kernel: str
+    config: Config
+
+
+def choose(problem: Problem, batch_invariant: bool = False) -> Choice:
+    """The default for this problem, on the device of its tensors."""
+    x, c = problem.features, problem.classes
+    (b, d), device = x.shape, x.device
+    if problem.logits is not None:
+        return Choice(
+            "rows", _configuration("rows", ANY, c, d, torch.promote_types(x.dtype, problem.logits.dtype), device)
+        )
+    kernel = preferred(problem, architecture(device), batch_invariant)
+    return Choice(kernel, _configuration(kernel, ANY if batch_invariant else b, c, d, x.dtype, device))
+
+
+def preferred(problem: Problem, arch: str, batch_invariant: bool = False) -> str:
+    """The name of the first kernel in the order of preference that takes the problem."""
+    x, c = problem.features, problem.classes
+    narrow = x.dtype.itemsize == 2 and x.shape[1] % 2 == 1  # rows that only loads of two bytes can read
+    few = not batch_invariant and len(x) <= tiled.FEW_ROWS and one_tile.MAX_CLASSES < c <= tiled.FEW_ROWS_CLASSES
+    order: tuple[str, ...]
+    if batch_invariant and x.dtype != torch.float64:
+        order = ("one_tile", "tiled")
+    elif narrow:
+        order = ("library", "one_tile", "tiled")
+    else:
+        order = ("one_tile", "tiled", "library") if few else ("one_tile", "library", "tiled")
+    return next(name for name in order if not KERNELS[name].why_not(problem, arch))
+
+
+def score(problem: Problem, scores: Scores, batch_invariant: bool = False) -> None:
+    """Scores by the default kernel."""
+    kernel, config = choose(problem, batch_invariant)
+    KERNELS[kernel].score(problem, scores, config)
+
+
+@lru_cache(4096)
+def _configuration(kernel: str, b: int, c: int, d: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """By the kernel's table: a pure function of shape, dtype and device."""
+    arch = architecture(device)
+    if kernel == "one_tile":
+        return one_tile.configuration(b, c, d, dtype, arch)
+    if kernel == "tiled":
+        return tiled.configuration(b, c, d, dtype, arch, multiprocessors(device))
+    return rows.configuration(b, c, dtype, arch) if kernel == "rows" else library.CONFIGURATION

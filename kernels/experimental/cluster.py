@@ -1,0 +1,124 @@
+"""GradNorm scores of 256 < C <= 4096 in one launch by thread block clusters: several CTAs hold a row's logits together.
+
+    z = x·Wᵀ + b,   score = (‖x‖₁ + bias_norm)·Σ_c |p_c − 1/C|·scale/T,   p = softmax(z/T)
+
+The program of one_tile.py with a tile of up to 16 x 256 classes: the compiler gives each CTA of the cluster a slice of
+the classes, and the sums over classes cross them through distributed shared memory. Traffic: features and weight once
+per row block, no logits. Needs half precision, sm_90 or sm_100, TMA, and a compiler that reduces across CTAs (Triton
+3.8). Only tests and benchmarks reach it: it has not run on a GPU.
+
+The operands come by tensor descriptors, x for ‖x‖₁ by pointers once more: if one value fed both, the compiler would
+split x over the CTAs by rows while it splits the classes, and the product would be silently wrong
+(`benchmarks/compile_matrix.py` checks the compiled layout).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..config import ANY, Config, Line, Table, cdiv, choose
+from ..deviation import deviation_of_rows, first_at
+from ..device import INTERPRETED, architecture, descriptor, family, tma_reads, upcast, vector
+from ..launch import launch
+from ..output import store_scores
+from ..problem import Problem, Scores
+from ..tile import logits_tile, norm_share
+
+# Whether the compiler reduces across the CTAs of a cluster. Triton 3.6 cannot.
+CLUSTERS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+MAX_CLASSES = {"sm_100": 2048}  # 4096 on other architectures
+
+
+@triton.jit(do_not_specialize=["B", "stride_o"])
+def cluster_kernel(
+    XT,  # features (B, D): a descriptor of blocks (BLOCK_B, BLOCK_D)
+    WT,  # weight (C, D): a descriptor of blocks (BLOCK_C, BLOCK_D)
+    X,  # (B, D), row stride stride_xb * VEC
+    BIAS,  # (C,)
+    OUT,  # (1, B), or (6, B) with ALL_FIELDS
+    PREDICTION,  # (B,) int64, with ALL_FIELDS
+    B, C, D,
+    inv_temperature, scale, bias_norm,
+    stride_xb, stride_xd, stride_b, stride_o,
+    VEC: tl.constexpr, HAS_BIAS: tl.constexpr, ALL_FIELDS: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """D and stride_xb come divided by VEC."""
+    D = D * VEC
+    stride_xb = tl.cast(stride_xb, tl.int64) * VEC
+    row = tl.program_id(0).to(tl.int64) * BLOCK_B
+    classes = tl.arange(0, BLOCK_C)[None, :]
+    z = logits_tile(
+        XT, WT, BIAS, row, tl.cast(0, tl.int64),
+        B, C, 0, D, 0, 0, 0, 0, stride_b,
+        HAS_BIAS, True, True, "ieee", UPCAST, BLOCK_B, BLOCK_C, BLOCK_D,
+    )  # fmt: skip
+    norm = norm_share(X, row, B, 0, D, BLOCK_D, stride_xb, stride_xd, BLOCK_B, BLOCK_D, STAGES)
+    valid = classes < C
+    z = tl.where(valid, z, float("-inf"))
+    m, s, deviation = deviation_of_rows(z, valid, C, inv_temperature)
+    index = first_at(z, m, classes) if ALL_FIELDS else 0
+    store_scores(
+        OUT, PREDICTION, row + tl.arange(0, BLOCK_B), B, stride_o,
+        norm, m, index, s, deviation,
+        inv_temperature, scale, bias_norm,
+        ALL_FIELDS,
+    )  # fmt: skip
+
+
+# 128 x 128 logits a CTA: 128 x 256 spills, and so does 64 x 256 beside Blackwell's tensor memory.
+TABLE: Table = {
+    "any": [
+        Line("half", ANY, 512, Config(128, 512, 64, 8, 4, tma=True, num_ctas=4)),
+        Line("half", ANY, 1024, Config(128, 1024, 64, 8, 4, tma=True, num_ctas=8)),
+        Line("half", ANY, 2048, Config(128, 2048, 64, 8, 4, tma=True, num_ctas=16)),
+        Line("half", ANY, 4096, Config(64, 4096, 64, 8, 3, tma=True, num_ctas=16)),
+    ],
+    "sm_100": [
+        Line("half", ANY, 512, Config(64, 512, 64, 8, 3, tma=True, num_ctas=4)),
+        Line("half", ANY, 1024, Config(64, 1024, 64, 8, 3, tma=True, num_ctas=8)),
+        Line("half", ANY, 2048, Config(64, 2048, 64, 8, 3, tma=True, num_ctas=16)),
+    ],
+}
+
+
+def configuration(b: int, c: int, d: int, dtype: torch.dtype, arch: str) -> Config:
+    return choose(TABLE, b, c, dtype, arch)
+
+
+def why_not(problem: Problem, arch: str) -> str:
+    """Why this kernel does not take the problem; empty where it does."""
+    x, w, most = problem.features, problem.weight, MAX_CLASSES.get(family(arch), 4096)
+    if w is None:
+        return "takes a weight, not logits"
+    if x.dtype.itemsize != 2:
+        return f"takes halves, not {x.dtype}"
+    if len(w) > most:
+        return f"takes at most {most} classes on {arch}, got {len(w)}"
+    if not (CLUSTERS or INTERPRETED):
+        return f"needs Triton 3.8, this is {triton.__version__}"
+    if not tma_reads(arch, x, w):
+        return f"needs matrices that TMA can read on sm_90 or sm_100; got strides {x.stride()}, {w.stride()} on {arch}"
+    return ""
+
+
+def score_cluster(problem: Problem, scores: Scores, config: Config | None = None) -> None:
+    """Scores of features (B, D) under the head's weight (C, D) and bias (C,). ValueError where `why_not` says so."""
+    x, w, bias = problem.features, problem.weight, problem.bias
+    arch = architecture(x.device)
+    if reason := why_not(problem, arch):
+        raise ValueError(f"cluster {reason}")
+    assert w is not None
+    (b, d), c = x.shape, len(w)
+    cfg = config or configuration(b, c, d, x.dtype, arch)
+    vec = vector(d, x.stride(0))
+    launch(cluster_kernel, cdiv(b, cfg.block_b), cfg, (
+        descriptor(x, cfg.block_b, cfg.block_d), descriptor(w, cfg.block_c, cfg.block_d),
+        x, x if bias is None else bias, scores.out, scores.out if scores.prediction is None else scores.prediction,
+        b, c, d // vec,
+        1.0 / problem.temperature, problem.scale, problem.bias_norm,
+        x.stride(0) // vec, x.stride(1), 0 if bias is None else bias.stride(0), scores.out.stride(0),
+    ), dict(
+        VEC=vec, HAS_BIAS=bias is not None, ALL_FIELDS=scores.prediction is not None, UPCAST=upcast(x.dtype),
+        BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d, STAGES=cfg.num_stages,
+    ))  # fmt: skip

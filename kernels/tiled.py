@@ -1,0 +1,193 @@
+"""GradNorm scores where the classes do not fit one tile: logits to a bounded workspace, then rows.py reads them.
+
+    launch 1    z_k = x_k·W_kᵀ (+ b in slice 0) by tiles (BLOCK_B rows x BLOCK_C classes) and slices k of the features;
+                each program's share of ‖x‖₁; of rows too long for launch 2 to hold, each tile's m and S (deviation.py)
+    launch 2    rows.py: z = Σ_k z_k in the order of the slices, and ‖x‖₁ = ‖(share_1, share_2, ...)‖₁
+
+For a few rows reading W is all the work: tiles are narrow, and slices go on until every multiprocessor has programs.
+Traffic: B·D features and C·D weights per chunk of rows; 8·B·C bytes of logits per slice, written and read. Chunks keep
+the workspace at 64 MiB (`Config.workspace`), or at MIN_ROWS rows where those are more.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .config import ANY, Config, Line, Table, cdiv, choose, for_vector
+from .deviation import statistics_of_tile
+from .device import (
+    architecture,
+    descriptor,
+    dot_precision,
+    multiprocessors,
+    tma_reads,
+    upcast,
+    vector,
+)
+from .launch import launch
+from .problem import Problem, Scores
+from .rows import MAX_RESIDENT, Workspace, score_rows
+from .tile import logits_tile, norm_share
+
+MIN_ROWS = 512
+FEW_ROWS = 64  # up to which the features are sliced
+FEW_ROWS_CLASSES = 4096  # up to which few rows go here and not to the library
+MAX_SLICES = 16
+GROUP = 8  # row tiles that share a weight tile while it is in L2
+
+
+@triton.jit(do_not_specialize=["B", "n_class_tiles"])
+def logits_kernel(
+    XT,  # features as `logits_tile` takes them: the pointer X, or a descriptor
+    WT,  # weight (C, D), likewise
+    X,  # (B, D), row stride stride_xb * VEC
+    BIAS,  # (C,)
+    Z,  # (slices, B, stride_zb): logits of each slice, in the first C columns
+    SHARES,  # (B, slices, n_class_tiles) of ‖x‖₁
+    STATISTICS,  # (2, B, n_class_tiles): m and S of each tile, with LONG
+    B, C, D, n_class_tiles, slice_d,
+    inv_temperature,
+    stride_xb, stride_xd, stride_wc, stride_wd, stride_b, stride_zb, stride_zs,
+    VEC: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, LONG: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """D, stride_xb and stride_wc come divided by VEC. Slices have slice_d features, a multiple of BLOCK_D."""
+    D = D * VEC
+    stride_xb = tl.cast(stride_xb, tl.int64) * VEC
+    stride_wc = tl.cast(stride_wc, tl.int64) * VEC
+
+    # 1. this program's slice and tile: groups of GROUP row tiles, inside a group row tiles first
+    n_row_tiles = tl.cdiv(B, BLOCK_B)
+    pid = tl.program_id(0) % (n_row_tiles * n_class_tiles)
+    k = tl.program_id(0) // (n_row_tiles * n_class_tiles)
+    group = pid // (GROUP * n_class_tiles)
+    height = tl.minimum(n_row_tiles - group * GROUP, GROUP)
+    row = (group * GROUP + pid % (GROUP * n_class_tiles) % height).to(tl.int64) * BLOCK_B
+    class_tile = pid % (GROUP * n_class_tiles) // height
+    klass = class_tile.to(tl.int64) * BLOCK_C
+    rows = row + tl.arange(0, BLOCK_B)
+    classes = klass + tl.arange(0, BLOCK_C)
+    first = k * slice_d
+    last = tl.minimum(first + slice_d, D)
+
+    # 2. logits
+    z = logits_tile(
+        XT, WT, BIAS, row, klass,
+        B, C, first, last, stride_xb, stride_xd, stride_wc, stride_wd, stride_b,
+        HAS_BIAS, EVEN_D, TMA, PRECISION, UPCAST, BLOCK_B, BLOCK_C, BLOCK_D,
+    )  # fmt: skip
+    live = rows < B
+    # Into the padding of the rows too: stride_zb is known to be a multiple of 16, C is not, and so this is one store of
+    # four logits in place of four stores.
+    z_rows = Z + tl.cast(k, tl.int64) * stride_zs + rows[:, None] * stride_zb
+    tl.store(z_rows + classes[None, :], z, mask=live[:, None] & (classes < stride_zb)[None, :])
+    if LONG:
+        m, s = statistics_of_tile(tl.where((classes < C)[None, :], z, float("-inf")), inv_temperature)
+        at = STATISTICS + rows * n_class_tiles + class_tile
+        tl.store(at, m, mask=live)
+        tl.store(at + tl.cast(B, tl.int64) * n_class_tiles, s, mask=live)
+
+    # 3. this program's share of ‖x‖₁: blocks of the slice in turn with the other class tiles
+    share = norm_share(
+        X, row, B, first + class_tile * BLOCK_D, last, n_class_tiles * BLOCK_D, stride_xb, stride_xd,
+        BLOCK_B, BLOCK_D, STAGES,
+    )  # fmt: skip
+    n_slices = tl.num_programs(0) // (n_row_tiles * n_class_tiles)
+    tl.store(SHARES + (rows * n_slices + k) * n_class_tiles + class_tile, share, mask=live)
+
+
+# The larger the tile, the less its operands take from L2 (128 x 256: 85 operations a byte); the fewer rows, the more
+# tiles it takes to give every multiprocessor one.
+TABLE: Table = {
+    "any": [
+        Line("half", 16, ANY, Config(16, 32, 128, 4, 4)),
+        Line("half", 32, ANY, Config(32, 32, 128, 4, 4)),
+        Line("half", 64, ANY, Config(64, 32, 128, 4, 4)),
+        Line("half", 256, 4096, Config(64, 64, 64, 4, 3)),
+        Line("half", 1024, 4096, Config(64, 128, 64, 4, 3)),
+        Line("half", ANY, ANY, Config(128, 128, 64, 8, 3)),
+        Line("float32", 16, ANY, Config(16, 32, 64, 4, 4)),
+        Line("float32", 32, ANY, Config(32, 32, 64, 4, 4)),
+        Line("float32", 64, ANY, Config(64, 32, 32, 4, 3)),
+        Line("float32", ANY, ANY, Config(64, 128, 32, 8, 3)),
+    ],
+    "sm_90": [
+        Line("half", 16, ANY, Config(16, 32, 128, 4, 4)),
+        Line("half", 32, ANY, Config(32, 32, 128, 4, 4)),
+        Line("half", 64, ANY, Config(64, 32, 128, 4, 4)),
+        Line("half", 256, 4096, Config(64, 64, 64, 4, 3)),
+        Line("half", 1024, 4096, Config(64, 128, 64, 4, 3)),
+        Line("half", 2048, 4096, Config(128, 128, 64, 8, 3)),
+        Line("half", ANY, MAX_RESIDENT, Config(128, 256, 64, 8, 3)),
+        Line("half", ANY, ANY, Config(128, 128, 64, 8, 3)),  # the statistics of longer rows' tiles spill at 128 x 256
+    ],
+}
+
+
+def configuration(b: int, c: int, d: int, dtype: torch.dtype, arch: str, processors: int) -> Config:
+    config, slices = choose(TABLE, b, c, dtype, arch), 1
+    tiles = cdiv(c, config.block_c)
+    if b <= FEW_ROWS and c <= MAX_RESIDENT:
+        # Two programs a multiprocessor hide one another's latency.
+        while slices < MAX_SLICES and slices * tiles <= processors and 2 * slices * config.block_d <= d:
+            slices *= 2
+    return config._replace(slices=slices)
+
+
+def why_not(problem: Problem, arch: str) -> str:
+    """Why this kernel does not take the problem; empty where it does."""
+    if problem.weight is None:
+        return "takes a weight, not logits"
+    if problem.features.dtype == torch.float64:
+        return "takes float16, bfloat16 and float32, not float64"
+    return ""
+
+
+def score_tiled(problem: Problem, scores: Scores, config: Config | None = None) -> None:
+    """Scores of features (B, D) under the head's weight (C, D) and bias (C,). ValueError where `why_not` says so, or
+    for a config that slices more than it may."""
+    features, w, bias = problem.features, problem.weight, problem.bias
+    device = features.device
+    arch = architecture(device)
+    if reason := why_not(problem, arch):
+        raise ValueError(f"tiled {reason}")
+    assert w is not None
+    (batch, d), c = features.shape, len(w)
+    vec = vector(d, features.stride(0), w.stride(0))
+    cfg = for_vector(vec, config or configuration(batch, c, d, features.dtype, arch, multiprocessors(device)))
+    long = c > MAX_RESIDENT
+    if cfg.slices > 1 and (long or cfg.tma):
+        raise ValueError(f"config: expected one slice for {c} classes or TMA, got {cfg}")
+    tiles = cdiv(c, cfg.block_c)
+    width = cdiv(c, 16) * 16
+    slice_d = cdiv(cdiv(d, cfg.slices), cfg.block_d) * cfg.block_d
+    row_bytes = 4 * (cfg.slices * (width + tiles) + (2 * tiles if long else 0))
+    chunk = min(batch, max(MIN_ROWS, cfg.workspace * 2**20 // row_bytes // MIN_ROWS * MIN_ROWS))
+    logits = torch.empty(cfg.slices * chunk * width, dtype=torch.float32, device=device)
+    shares = torch.empty(chunk * cfg.slices * tiles, dtype=torch.float32, device=device)
+    statistics = torch.empty(2 * chunk * tiles, dtype=torch.float32, device=device) if long else None
+    tma = cfg.tma and tma_reads(arch, features, w)
+    for start in range(0, batch, chunk):
+        x = features[start : start + chunk]
+        b = len(x)
+        launch(logits_kernel, cdiv(b, cfg.block_b) * tiles * cfg.slices, cfg, (
+            descriptor(x, cfg.block_b, cfg.block_d) if tma else x,
+            descriptor(w, cfg.block_c, cfg.block_d) if tma else w,
+            x, x if bias is None else bias, logits, shares, shares if statistics is None else statistics,
+            b, c, d // vec, tiles, slice_d,
+            1.0 / problem.temperature,
+            x.stride(0) // vec, x.stride(1), w.stride(0) // vec, w.stride(1),
+            0 if bias is None else bias.stride(0), width, b * width,
+        ), dict(
+            VEC=vec, HAS_BIAS=bias is not None, EVEN_D=d % cfg.block_d == 0, TMA=tma,
+            PRECISION=dot_precision(x.dtype, arch, cfg.float32), UPCAST=upcast(x.dtype), LONG=long, GROUP=GROUP,
+            BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d, STAGES=cfg.num_stages,
+        ))  # fmt: skip
+        n = cfg.slices * tiles
+        score_rows(
+            problem._replace(features=shares[: b * n].view(b, n), weight=None, bias=None),
+            scores.rows(start, start + b),
+            None,
+            Workspace(logits[: cfg.slices * b * width].view(cfg.slices, b, width), c, statistics, cfg.block_c),
+        )  # fmt: skip

@@ -1,0 +1,237 @@
+"""What arithmetic and warp-wide instructions compute.
+
+add, sub, mul, div and sqrt round as IEEE says. fma.f32 goes through float64 and fma.f64 through 80-bit longdouble, so
+both round twice and may be off in the last bit in rare ties. ex2, lg2, rcp, rsqrt .approx and div.full are the exact
+function, rounded, plus the error that `ERRORS` asks for. mma and wgmma add a step's exact products and the accumulator
+in float64 and round to float32 once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .ptx import Array, Mask
+
+if TYPE_CHECKING:
+    from .machine import Batch
+
+
+@dataclass
+class Errors:
+    """By how much hardware may be off where IEEE does not bind it."""
+
+    ulp: int = 0  # units in the last place of the approximate functions
+    lg2: float = 0.0  # absolute error of lg2 for arguments in (1/2, 2), where the result is near 0
+    truncate: bool = False  # tensor cores round their sums towards zero
+
+
+ERRORS = Errors()
+
+
+def flush(x: Array) -> Array:
+    return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
+
+
+def fma32(a: Array, b: Array, c: Array) -> Array:
+    return (np.multiply(a, b, dtype=np.float64) + c).astype(np.float32)
+
+
+def fma64(a: Array, b: Array, c: Array) -> Array:
+    return (np.multiply(a, b, dtype=np.longdouble) + c).astype(np.float64)
+
+
+def _mixed(x: Array) -> Array:
+    """Numbers that look random, the same for the same float32: an error must be repeatable, as in hardware."""
+    return (x.view(np.uint32) * np.uint32(2654435761)) >> np.uint32(13)
+
+
+def approximate(exact: Array) -> Array:
+    x = exact.astype(np.float32)
+    if not ERRORS.ulp:
+        return x
+    units = (_mixed(x) % np.uint32(2 * ERRORS.ulp + 1)).astype(np.float32) - np.float32(ERRORS.ulp)
+    return np.where(np.isfinite(x) & (x != 0) & (x != 1), x + units * np.spacing(x), x)  # ex2(0) is 1
+
+
+def ex2_f32(a: Array) -> Array:
+    return approximate(np.exp2(a.astype(np.float64)))
+
+
+def lg2_f32(a: Array) -> Array:
+    x = approximate(np.log2(a.astype(np.float64)))
+    sign = np.where(_mixed(x) & np.uint32(1), np.float32(1), np.float32(-1))
+    near = (a > 0.5) & (a < 2) & (a != 1)
+    return np.where(near, x + sign * np.float32(ERRORS.lg2), x)
+
+
+def rcp_f32(a: Array) -> Array:
+    return approximate(1.0 / a.astype(np.float64))
+
+
+def rsqrt_f32(a: Array) -> Array:
+    return approximate(1.0 / np.sqrt(a.astype(np.float64)))
+
+
+def div_f32(a: Array, b: Array) -> Array:
+    return approximate(np.divide(a, b, dtype=np.float32))
+
+
+def rcp_f64(a: Array) -> Array:
+    """rcp.approx.ftz.f64 gives the upper 32 bits of the result only."""
+    return ((1.0 / a).view(np.uint64) & np.uint64(0xFFFFFFFF00000000)).view(np.float64)
+
+
+def to_bf16(x: Array) -> Array:
+    u = x.view(np.uint32)
+    rounded = ((u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FFF), rounded)
+
+
+def to_f16(x: Array) -> Array:
+    return x.astype(np.float16).view(np.uint16)
+
+
+def to_tf32(u: Array) -> Array:
+    special = (u & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
+    return np.where(special, u, (u + np.uint32(0x1000)) & np.uint32(0xFFFFE000))
+
+
+def to_integer(x: Array, dtype: np.dtype[Any]) -> Array:
+    limits = np.iinfo(dtype)
+    return np.clip(np.nan_to_num(x.astype(np.longdouble)), limits.min, limits.max).astype(dtype)
+
+
+def from_halves(u: Array, kind: str) -> Array:
+    """uint16 bits of f16 or bf16 numbers as float64."""
+    if kind == "f16":
+        return u.view(np.float16).astype(np.float64)
+    return (u.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
+
+
+def pairs(u: Array, kind: str) -> Array:
+    """Registers that hold two halves each as float64 (..., 2)."""
+    halves = np.stack([u & np.uint32(0xFFFF), u >> np.uint32(16)], -1).astype(np.uint16)
+    return from_halves(halves, kind)
+
+
+def shifted(a: Array, n: Array, width: int, left: bool) -> Array:
+    n = np.broadcast_to(n, a.shape)
+    limited = np.minimum(n, width - 1).astype(a.dtype)
+    result = a << limited if left else a >> limited
+    return result if a.dtype.kind == "i" and not left else np.where(n >= width, a.dtype.type(0), result)
+
+
+def permute_bytes(a: Array, b: Array, selector: Array) -> Array:
+    a, b, selector = np.broadcast_arrays(a, b, selector)
+    source = a.astype(np.uint64) | (b.astype(np.uint64) << np.uint64(32))
+    out = np.zeros(a.shape, np.uint32)
+    for i in range(4):
+        s = (selector >> np.uint32(4 * i)) & np.uint32(0xF)
+        byte = (source >> ((s & np.uint32(7)).astype(np.uint64) * np.uint64(8))).astype(np.uint32) & np.uint32(0xFF)
+        sign = np.where(byte & np.uint32(0x80), np.uint32(0xFF), np.uint32(0))
+        out |= np.where(s & np.uint32(8), sign, byte) << np.uint32(8 * i)
+    return out
+
+
+def lop3(a: Array, b: Array, c: Array, table: int) -> Array:
+    a, b, c = np.broadcast_arrays(a, b, c)
+    out = np.zeros(a.shape, np.uint32)
+    for i in range(8):
+        if table >> i & 1:
+            out |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
+    return out
+
+
+def divide(batch: Batch, q: Mask, d: Array, a: Array, b: Array, remainder: bool) -> None:
+    a, b = np.broadcast_arrays(a, b)
+    if ((b == 0) & q).any():
+        batch.fail("integer division by zero")
+    b = np.where(b == 0, b.dtype.type(1), b)
+    quotient = np.floor_divide(np.abs(a), np.abs(b)) * (np.sign(a) * np.sign(b)) if a.dtype.kind == "i" else a // b
+    np.copyto(d, a - quotient * b if remainder else quotient, where=q)
+
+
+def whole_warps(batch: Batch, q: Mask) -> None:
+    """Fails for a mask that parts the lanes of a warp, which a .sync instruction for all lanes must not see."""
+    if q is not True:
+        by_warp = q.reshape(-1, 32)
+        if (by_warp.all(1) != by_warp.any(1)).any():
+            batch.fail("a warp-wide instruction reached by part of a warp")
+
+
+def butterfly(batch: Batch, q: Mask, d: Array, a: Array, mask: int) -> None:
+    """shfl.bfly across whole warps, which most shuffles are."""
+    whole_warps(batch, q)
+    np.copyto(d, a.take(batch.butterflies[mask]), where=q)
+
+
+def shuffle(batch: Batch, q: Mask, d: Array, valid: Array | None, how: str, a: Array, b: Array, c: Array) -> None:
+    whole_warps(batch, q)
+    lane = batch.lane
+    b = np.broadcast_to(b, lane.shape).astype(np.int64) & 31
+    c = np.broadcast_to(c, lane.shape).astype(np.int64)
+    clamp, segment = c & 31, (c >> 8) & 31
+    least = lane & segment
+    most = least | (clamp & ~segment)
+    source = {"up": lane - b, "down": lane + b, "bfly": lane ^ b, "idx": least | (b & ~segment)}[how]
+    good = source >= most if how == "up" else source <= most
+    source = np.where(good, source, lane)
+    np.copyto(d, np.broadcast_to(a, lane.shape)[batch.first_lane + source], where=q)
+    if valid is not None:
+        np.copyto(valid, good, where=q)
+
+
+def reduce_warp(batch: Batch, q: Mask, d: Array, a: Array, how: str) -> None:
+    whole_warps(batch, q)
+    by_warp = np.broadcast_to(a, d.shape).reshape(-1, 32)
+    np.copyto(d, np.repeat(by_warp.min(1) if how == "min" else by_warp.max(1), 32), where=q)
+
+
+def elect(batch: Batch, q: Mask, leader: Array, predicate: Array) -> None:
+    whole_warps(batch, q)
+    np.copyto(leader, 0, where=q)
+    np.copyto(predicate, batch.lane == 0, where=q)
+
+
+def rounded_sum(x: Array) -> Array:
+    """float64 sums of a tensor core as the float32 that it gives."""
+    y = x.astype(np.float32)
+    if ERRORS.truncate:
+        y = np.where(np.abs(y.astype(np.float64)) > np.abs(x), np.nextafter(y, np.float32(0)), y)
+    return y
+
+
+LANE = np.arange(32)
+G, T = LANE // 4, LANE % 4  # the rows and columns of a fragment that a lane holds
+
+
+def mma(
+    batch: Batch, q: Mask, k: int, kind: str, d: list[Array], a: list[Array], b: list[Array], c: list[Array]
+) -> None:
+    """d = a·b + c by one warp, 16 x 8: registers (uint32) to matrices and back."""
+    whole_warps(batch, q)
+    warps = batch.size // 32
+    left, right = np.empty((warps, 16, k)), np.empty((warps, k, 8))
+    va, vb, vc = (np.stack(x, -1).reshape(warps, 32, len(x)) for x in (a, b, c))
+    if kind == "tf32":
+        va, vb = ((v & np.uint32(0xFFFFE000)).view(np.float32) for v in (va, vb))  # hardware ignores the low 13 bits
+        for i in range(len(a)):
+            left[:, G + 8 * (i % 2), T + 4 * (i // 2)] = va[:, :, i]
+        for i in range(len(b)):
+            right[:, T + 4 * i, G] = vb[:, :, i]
+    else:
+        va, vb = pairs(va, kind), pairs(vb, kind)
+        for h in range(2):
+            for i in range(len(a)):
+                left[:, G + 8 * (i % 2), 2 * T + h + 8 * (i // 2)] = va[:, :, i, h]
+            for i in range(len(b)):
+                right[:, 2 * T + h + 8 * i, G] = vb[:, :, i, h]
+    total = np.matmul(left, right)
+    for i in range(4):
+        total[:, G + 8 * (i // 2), 2 * T + i % 2] += vc[:, :, i].view(np.float32)
+    out = rounded_sum(total)
+    for i in range(4):
+        np.copyto(d[i].view(np.float32), out[:, G + 8 * (i // 2), 2 * T + i % 2].reshape(-1), where=q)

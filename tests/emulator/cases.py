@@ -1,0 +1,312 @@
+"""Calls of the project's kernels to execute, and what they must give."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import traceback
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+from unittest import mock
+
+import torch
+
+from gradnorm_fast.kernels import dispatch, library, one_tile, tiled
+from gradnorm_fast.kernels.config import Config, for_vector
+from gradnorm_fast.kernels.device import vector
+from gradnorm_fast.kernels.experimental import cluster
+from gradnorm_fast.kernels.problem import FIELDS, Problem, Scores
+
+from . import own_kernels
+from .driver import PROCESSORS
+from .execution import Edit, Emulator
+from .machine import Options
+from families import deviation
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call; the defaults are what most of them have."""
+
+    kernel: str
+    dtype: str
+    b: int
+    d: int
+    c: int
+    rows: str = "normal"  # or near (uniform), saturated, nan; exact, near exact, bulk: with logits that float32 holds
+    bias: str = "normal"  # or none, masked (every third class −inf); of "bulk": its level, and one class above that
+    above: float = 0.8  # of "bulk": by how much one class stands above the others
+    level: float = 0.0  # of "bulk": around which logit those are
+    layout: str = "plain"  # or offset (by one element), strided, transposed
+    fields: bool = True  # all of them and the prediction, or the score alone
+    temperature: float = 1.0
+    as_if: int = 0  # takes the configuration of so many rows; 0: b
+    tma: str = ""  # tiled by tensor descriptors, of so many rows x classes
+    processors: int = 0  # multiprocessors of the device; 0: the architecture's
+    tf32: bool = False
+    quick: bool = False  # part of `make test`
+
+    def __str__(self) -> str:
+        usual = {f.name: f.default for f in fields(self)}
+        more = {name: value for name, value in asdict(self).items() if value != usual[name]}
+        shape = f"{more.pop('b')}x{more.pop('d')}x{more.pop('c')}"
+        more.pop("quick", None)
+        rest = " ".join(f"{name}={value}" for name, value in list(more.items())[2:])
+        return f"{self.kernel} {self.dtype} {shape} {rest}".rstrip()
+
+
+ROWS: dict[str, dict[str, Any]] = {
+    "near": dict(rows="near", bias="none"),
+    "near, hot": dict(rows="near", bias="none", temperature=1000.0),
+    "saturated": dict(rows="saturated", temperature=0.5),
+    "nan": dict(rows="nan", bias="masked"),
+    "exact": dict(rows="exact", temperature=20.0),
+    "near exact": dict(rows="near exact", bias="none"),
+    "bulk": dict(rows="bulk"),
+    "bulk at 5": dict(rows="bulk", level=5.0, above=3.0, fields=False),
+    "bulk, hot": dict(rows="bulk", above=800.0, temperature=1000.0),
+    "bulk at -300, hot": dict(rows="bulk", level=-300.0, above=-8.0, temperature=1e6),
+}
+
+
+def cases(arch: int) -> list[Case]:
+    """Every kernel and tile, every kind of row, bias and layout; shapes one off the tiles."""
+    found: list[Case] = []
+
+    def add(kernel: str, dtype: str, b: int, d: int, c: int, quick: bool = False, **more: Any) -> None:
+        found.append(Case(kernel, dtype, b, d, c, quick=quick, **more))
+
+    def add_rows(kernel: str, dtype: str, b: int, d: int, c: int, quick: str = "", **more: Any) -> None:
+        for name, kind in ROWS.items():
+            add(kernel, dtype, b, d, c, quick=name == quick, **kind, **more)
+
+    for dtype in ("float16", "bfloat16", "float32"):
+        half, f16 = dtype != "float32", dtype == "float16"
+        for c, d in ((16, 64), (17, 96), (129, 64), (255, 96)):
+            add("one_tile", dtype, 17, d, c, quick=f16 and c == 129)
+        for as_if in (5000, 50000):
+            for c in (9, 127, 200):
+                add("one_tile", dtype, 65, 160, c, as_if=as_if, quick=f16 and arch == 90 and as_if > 5000 and c == 200)
+        add_rows("one_tile", dtype, 18, 64, 12, quick="nan" if not half and arch == 80 else "")
+        add_rows("one_tile", dtype, 66, 96, 190, as_if=50000)
+        add("one_tile", dtype, 33, 67, 100, fields=False, bias="none")
+        for d in (342, 440, 1000) if half else ():  # vectors of 2 and 8 elements
+            add("one_tile", dtype, 65, d, 100, as_if=50000 if d == 440 else 0)
+        for layout in ("offset", "strided", "transposed"):
+            add("one_tile", dtype, 18, 64, 20, layout=layout)
+            add("one_tile", dtype, 65, 96, 130, layout=layout, as_if=50000)
+        # tiled: slices of the features for a few rows, the table's other tiles, rows too long for a program to hold
+        for b, d, c in ((1, 256, 257), (17, 300, 300), (33, 128, 289), (64, 256, 320)):
+            add("tiled", dtype, b, d, c, processors=40)
+        add_rows("tiled", dtype, 9, 256, 258, processors=20, quick="bulk, hot" if f16 else "")
+        for as_if in (200, 900, 2000, 50000):
+            add("tiled", dtype, 65, 160, 300, as_if=as_if, quick=f16 and as_if == 50000)
+        for d in (342, 440, 1000) if half else ():
+            add("tiled", dtype, 6, d, 300, processors=30, quick=f16 and arch == 90 and d == 1000)
+            add("tiled", dtype, 18, d, 300, as_if=50000)
+        if dtype != "bfloat16":
+            add_rows("tiled", dtype, 18, 64, 300, as_if=50000)
+            add_rows("tiled", dtype, 3, 16, 8225, as_if=900)
+        for layout in ("offset", "strided", "transposed"):
+            add("tiled", dtype, 6, 67, 300, layout=layout, processors=20, fields=False)
+            add("tiled", dtype, 66, 64, 300, layout=layout, as_if=50000)
+        if arch == 90 and half:
+            for tma in ("128x256", "128x128", "64x256"):
+                add("tiled", dtype, 130, 136, 300, tma=tma, quick=f16 and tma == "128x128")
+            add("tiled", dtype, 66, 64, 300, tma="128x256", rows="nan", bias="masked")
+            for c in (257, 600, 1100, 2100):
+                add("cluster", dtype, 65, 136, c)
+                add("cluster", dtype, 66, 64, c, rows="bulk", above=3.0)
+            add("cluster", dtype, 66, 1000, 300)
+            add_rows("cluster", dtype, 66, 320, 300, quick="bulk" if f16 else "")
+    quick = (("float16", 1025), ("float64", 100))[: 2 if arch == 80 else 1]
+    for dtype in ("float16", "float32", "float64"):
+        for c in (15, 100, 513, 1025, 2049, 4097, 8193):
+            b = 9 if c < 600 else 2
+            add("library", dtype, b, 40, c, rows="bulk", bias="none", quick=(dtype, c) in quick)
+            add("rows", dtype, b, 33, c, rows="near", quick=dtype == "float16" and c == 8193)
+            add("rows", dtype, b, 33, c, layout="offset" if c % 2 else "strided", temperature=2.0)
+        add_rows("library", dtype, 9, 40, 300)
+        add_rows("library", dtype, 4, 40, 9000)
+    for kernel, c in (("one_tile", 20), ("tiled", 300), ("library", 300)):
+        add(kernel, "float32", 18, 64, c, tf32=True)
+    for groups, tma in ((2, ""), (3, ""), (2, "64x64"), (3, "64x64"))[: 4 if arch == 90 else 2]:
+        add(
+            "logsumexp",
+            "float16",
+            230,
+            192,
+            130,
+            processors=groups,
+            tma=tma,
+            quick=groups == 2 and bool(tma) == (arch == 90),
+        )
+    return found
+
+
+@dataclass
+class Outcome:
+    error: float = math.nan  # the worst relative error of a score
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def lay(t: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same numbers elsewhere in memory, NaN around them."""
+    view = torch.empty(t.shape, dtype=t.dtype)
+    if layout == "offset":
+        view = torch.full((t.numel() + 9,), torch.nan, dtype=t.dtype)[1 : 1 + t.numel()].view(t.shape)
+    elif layout == "strided":
+        memory = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 3), torch.nan, dtype=t.dtype)
+        view = memory[..., 1 : 1 + 2 * t.shape[-1] : 2]
+    elif layout == "transposed" and t.ndim == 2:
+        view = torch.empty(t.shape[::-1], dtype=t.dtype).T
+    return view.copy_(t)
+
+
+def problem_of(case: Case) -> Problem:
+    g = torch.Generator().manual_seed(case.b * 7919 + case.d * 31 + case.c)
+    dtype = getattr(torch, case.dtype)
+    x, w = torch.randn(case.b, case.d, generator=g), torch.randn(case.c, case.d, generator=g) / math.sqrt(case.d)
+    bias = (8 * torch.randn(case.c, generator=g)).round() / 8
+    if case.rows == "near":
+        x = x * 1e-4
+        x[0] = 0.0  # exactly uniform but for the norm
+        x[0, 0] = 1e-4
+    elif case.rows == "saturated":
+        x[1] *= 200
+    elif case.rows == "nan":
+        x[min(2, case.b - 1), case.d // 2] = torch.nan
+    elif case.rows != "normal":  # few products of few bits each, so that float32 holds their sums
+        x, w = ((8 * t).round().clamp(-24, 24) / 8 for t in (x, math.sqrt(case.d) * w))
+        x[:, 12:] = 0
+        x = x * 2.0 ** (-3 if case.rows == "exact" else -14 if abs(case.level) + abs(case.above) < 8 else -8)
+    if case.rows == "bulk":
+        bias = torch.full((case.c,), case.level)
+        bias[case.c // 3] += case.above
+    elif case.bias == "masked":
+        bias[::3] = -torch.inf
+    x, w, bias = (lay(t.to(dtype), case.layout) for t in (x, w, bias))
+    if case.kernel == "rows":
+        logits = torch.randn(case.b, case.c, generator=g) * (1e-4 if case.rows == "near" else 1.0)
+        return Problem(x, None, None, lay(logits.to(dtype), case.layout), case.temperature)
+    has_bias = case.bias != "none" or case.rows == "bulk"
+    return Problem(x, w, bias if has_bias else None, temperature=case.temperature)
+
+
+def judge(case: Case, problem: Problem, scores: Scores, base: float) -> tuple[float, list[str]]:
+    """The worst relative error of a score, and what is wrong.
+
+    Allowed is `base`, and what the rounding of a matmul in float32 can do to the logits.
+    """
+    x, t = problem.features.double(), case.temperature
+    rounding = torch.zeros(case.b, dtype=torch.float64)  # of a logit, absolute
+    if problem.weight is None:
+        assert problem.logits is not None
+        z = problem.logits.double()
+    else:
+        w = problem.weight.double()
+        bias = torch.zeros(case.c, dtype=torch.float64) if problem.bias is None else problem.bias.double()
+        z = x @ w.T + bias
+        if case.tf32 or not ("exact" in case.rows or case.rows == "bulk"):
+            size = (x.abs() @ w.abs().T + bias.nan_to_num(neginf=0.0).abs()).amax(1)
+            unit = 2.0**-11 if case.tf32 else 2.0**-53 if case.dtype == "float64" else 2.0**-24
+            rounding = min(case.d + 1, 4 * (case.d + 1) ** 0.5) * unit * size
+    norm, output_norm, m = x.abs().sum(1), deviation(z, t), z.amax(1)
+    relative = base + torch.expm1(2 * rounding / t) / (output_norm * t)
+    zero = torch.zeros_like(norm)
+    expected = {  # field: value, relative and absolute tolerance
+        "gradnorm": (norm * output_norm, relative, zero),
+        "feature_norm": (norm, base + zero, zero),
+        "output_norm": (output_norm, relative, zero),
+        "max_logit": (m, base + zero, rounding),
+        "msp": (torch.softmax((z - m[:, None]) / t, 1).amax(1), base + torch.expm1(2 * rounding / t), zero),
+        "energy": (m + t * torch.logsumexp((z - m[:, None]) / t, 1), base + zero, rounding + base * t),
+    }
+    bad, problems, worst = ~expected["gradnorm"][0].isfinite(), [], 0.0
+    for name, got, (value, rel, absolute) in zip(FIELDS, scores.out.double(), expected.values(), strict=False):
+        excess = ((got - value).abs() - rel * value.abs() - absolute)[~bad].nan_to_num(torch.inf)
+        error = ((got - value).abs() / value.abs())[~bad].nan_to_num(torch.inf)
+        if name == "gradnorm":
+            worst = error.max().item() if error.numel() else 0.0
+        if (excess > 0).any():
+            problems.append(f"{name} off by {error.max():.2e}, row {int(excess.argmax())} most")
+        if not got[bad].isnan().all():
+            problems.append(f"{name} of a row with a NaN is a number")
+    if scores.prediction is not None:
+        p = scores.prediction.clamp(0, case.c - 1)
+        top = z.gather(1, p[:, None])[:, 0] >= m - 2 * rounding
+        if not ((scores.prediction == p) & (top | bad)).all() or (scores.prediction[bad] != 0).any():
+            problems.append("wrong prediction")
+    return worst, problems
+
+
+def configuration(case: Case, arch: int, problem: Problem) -> Config | None:
+    """What the case asks for; None: the kernel's own choice."""
+    if case.tma:
+        rows, classes = map(int, case.tma.split("x"))
+        return Config(rows, classes, 64, 8, 4 if rows * classes > 128 * 128 else 3, tma=True)
+    x, w = problem.features, problem.weight
+    if not case.as_if or w is None:
+        return None
+    shape = (case.as_if, case.c, case.d, x.dtype, f"sm_{arch}")
+    config = tiled.configuration(*shape, PROCESSORS[arch]) if case.kernel == "tiled" else one_tile.configuration(*shape)
+    return for_vector(vector(case.d, x.stride(0), w.stride(0)), config)
+
+
+def mm(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor, out_dtype: torch.dtype | None = None) -> None:
+    """torch.mm as it is on CUDA, where it multiplies halves into float32."""
+    out.copy_(a.to(out_dtype or a.dtype) @ b.to(out_dtype or b.dtype))
+
+
+def score(case: Case, arch: int, problem: Problem, scores: Scores) -> None:
+    name, _, variant = case.kernel.partition(", ")
+    kernel = cluster.score_cluster if name == "cluster" else dispatch.KERNELS[name].score
+    torch.backends.cuda.matmul.allow_tf32 = case.tf32
+    with (
+        mock.patch.object(torch, "mm", mm),
+        mock.patch.object(library, "why_not_halves", lambda device, dtype: ""),
+    ):
+        if variant == "x read once":
+            with mock.patch.object(one_tile, "asynchronous_products", lambda arch, rows: False):
+                kernel(problem, scores, configuration(case, arch, problem))
+        else:
+            kernel(problem, scores, configuration(case, arch, problem))
+
+
+def run_logsumexp(case: Case, problem: Problem) -> tuple[float, list[str]]:
+    assert problem.weight is not None
+    two_slots = "one slot" not in case.kernel
+    out = own_kernels.logsumexp(problem.features, problem.weight, case.processors, bool(case.tma), two_slots).double()
+    expected = torch.logsumexp(problem.features.double() @ problem.weight.double().T, 1)
+    error = ((out - expected) / expected).abs().nan_to_num(torch.inf).max().item()
+    return error, [f"off by {error:.2e}"] if error > 1e-6 else []
+
+
+def execute(case: Case, arch: int, options: Options, edit: Edit | None = None) -> Outcome:
+    """Run a case on the emulator."""
+    began, outcome = time.process_time(), Outcome()
+    problem = problem_of(case)
+    dtype = torch.float64 if case.dtype == "float64" else torch.float32
+    out = torch.full((len(FIELDS) if case.fields else 1, case.b), torch.nan, dtype=dtype)
+    scores = Scores(out, torch.full((case.b,), -1) if case.fields else None)
+    inputs = {name: t for name, t in problem._asdict().items() if isinstance(t, torch.Tensor)}
+    emulator = Emulator(arch, options, inputs, case.processors, edit)
+    try:
+        if case.kernel.startswith("logsumexp"):
+            outcome.error, outcome.problems = run_logsumexp(case, problem)
+        else:
+            score(case, arch, problem, scores)
+            inexact = options.ulp or options.truncate or options.lg2
+            base = 1e-12 if case.dtype == "float64" else 2e-6 if inexact else 1e-6
+            outcome.error, outcome.problems = judge(case, problem, scores, base)
+    except Exception as failure:  # whatever stops a kernel is a finding
+        outcome.problems.append(f"{type(failure).__name__}: {failure}")
+        if "EMULATOR_TRACE" in os.environ:
+            traceback.print_exc()
+    for what, times in emulator.findings.items():
+        (outcome.notes if what.startswith("note") else outcome.problems).append(f"{what} ({times}x)")
+    outcome.seconds = time.process_time() - began
+    return outcome

@@ -1,0 +1,83 @@
+"""Run the cases: kernels compiled by Triton for a GPU, executed on the CPU, compared with float64.
+
+    python tests/emulator/run.py                                         both architectures, three schedules
+    python tests/emulator/run.py --arch 90 --only "one_tile float16" --schedule random:3 --copies early
+    python tests/emulator/run.py --only bulk --ulp 2 --truncate --lg2 2.4e-7     less exact hardware
+
+    python tests/emulator/run.py --controls                              spoiled kernels: each must be reported
+
+A line for each case, and last "N passed, N failed"; exit code 1 if one failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the project
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from emulator.cases import Case, cases, execute
+from emulator.controls import CONTROLS, reported
+from emulator.machine import SCHEDULES, Options
+
+
+def run(job: tuple[Case, int, Sequence[Options]]) -> tuple[str, bool]:
+    case, arch, schedules = job
+    outcomes = [execute(case, arch, options) for options in schedules]
+    good = not any(outcome.problems for outcome in outcomes)
+    worst = max(outcome.error for outcome in outcomes)
+    lines = [
+        f"{'ok  ' if good else 'FAIL'} sm_{arch} {case!s:70} {worst:.1e} {sum(o.seconds for o in outcomes):6.1f} s"
+    ]
+    for options, outcome in zip(schedules, outcomes, strict=True):
+        lines += [f"     [{options}] {problem[:300]}" for problem in outcome.problems]
+    notes = {note.split(" (")[0] for outcome in outcomes for note in outcome.notes}
+    return "\n".join([*lines, *(f"     {note}" for note in sorted(notes))]), good
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=(80, 90))
+    parser.add_argument("--only", default="", help="cases whose line contains this")
+    parser.add_argument("--quick", action="store_true", help="the cases of `make test`")
+    parser.add_argument("--controls", action="store_true", help="spoiled kernels instead")
+    parser.add_argument("--schedule", help="lockstep or random:SEED, in place of the three")
+    parser.add_argument(
+        "--copies", choices=("late", "early", "random"), default="late", help="when cp.async and TMA land"
+    )
+    parser.add_argument("--products", choices=("late", "early", "random"), default="late", help="when wgmma is done")
+    parser.add_argument("--ulp", type=int, default=0, help="approximate functions are off by up to so many units")
+    parser.add_argument("--lg2", type=float, default=0.0, help="lg2 of arguments in (1/2, 2) is off by this")
+    parser.add_argument("--truncate", action="store_true", help="tensor cores round towards zero")
+    parser.add_argument("--jobs", type=int, default=2)
+    args = parser.parse_args()
+    schedules: Sequence[Options] = SCHEDULES
+    if args.schedule:
+        name, _, seed = args.schedule.partition(":")
+        schedules = (Options(name, int(seed or 0), args.copies, args.products),)
+    schedules = tuple(replace(o, ulp=args.ulp, lg2=args.lg2, truncate=args.truncate) for o in schedules)
+    chosen = [(case, arch, schedules) for arch in args.arch for case in cases(arch) if case.quick or not args.quick]
+    jobs: list[Any] = [job for job in chosen if args.only in str(job[0])]
+    if args.controls:
+        jobs = [control for control in CONTROLS if args.only in control.name and control.arch in args.arch]
+    failed = 0
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        for text, good in pool.map(reported if args.controls else run, jobs):
+            print(text, flush=True)
+            failed += not good
+    print(f"{len(jobs) - failed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+    sys.exit(main())

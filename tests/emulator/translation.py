@@ -1,0 +1,323 @@
+"""Translates each block of a program into Python source and compiles that.
+
+In the source `B` is the batch, `m` and `q` masks (`ptx` has the convention), U, I, F the 32-bit registers as unsigned,
+signed and floating-point rows, UH ... those of 16 bits, UD ... of 64, P the predicates, and k0, k1, ... constants. What
+is more than an expression calls a function of the engine with the batch and the mask.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+from . import arithmetic, asynchronous, memory
+from .ptx import SHARED_BASE, Instruction, Program, PTXError, names_in
+
+DTYPE = {f"{s}{n}": np.dtype(f"{t}{n // 8}") for s, t in (("u", "u"), ("s", "i"), ("f", "f")) for n in (16, 32, 64)}
+DTYPE |= {"u8": np.dtype("u1"), "s8": np.dtype("i1")}
+VIEW = {
+    "h": {"u": "UH", "s": "IH", "f": "FH"},
+    "r": {"u": "U", "s": "I", "f": "F"},
+    "d": {"u": "UD", "s": "ID", "f": "FD"},
+}
+WIDTH = {"h": 16, "r": 32, "d": 64}
+UFUNC = {
+    "add": "add", "sub": "subtract", "mul": "multiply", "div": "divide", "min": "minimum", "max": "maximum",
+    "neg": "negative", "abs": "abs", "sqrt": "sqrt",
+}  # fmt: skip
+LOGICAL = {"and": "&", "or": "|", "xor": "^"}
+COMPARE = {
+    "eq": "{} == {}", "ne": "{} != {}", "neu": "{} != {}",
+    "lt": "{} < {}", "le": "{} <= {}", "gt": "{} > {}", "ge": "{} >= {}",
+    "lo": "{} < {}", "ls": "{} <= {}", "hi": "{} > {}", "hs": "{} >= {}",
+    "equ": "~(({0} < {1}) | ({0} > {1}))", "ltu": "~({} >= {})", "leu": "~({} > {})", "gtu": "~({} <= {})",
+    "geu": "~({} < {})", "num": "~np.isnan({} + {})", "nan": "np.isnan({} + {})",
+}  # fmt: skip
+ROUND = {"rzi": "trunc", "rni": "rint", "rmi": "floor", "rpi": "ceil"}
+IGNORED = (
+    "fence.mbarrier_init", "fence.acq_rel", "fence.sc", "membar", "wgmma.fence", "prefetch", "nanosleep",
+    "griddepcontrol", "bar.warp.sync", "createpolicy",
+)  # fmt: skip
+
+
+def unsigned(kind: str) -> str:
+    return kind if kind == "pred" else "u" + ("32" if kind.endswith("x2") else kind.lstrip("busf"))
+
+
+class Translator:
+    """Operands of one program as Python expressions."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.constants: dict[tuple[str, int], str] = {}
+        self.namespace: dict[str, Any] = {
+            "np": np, "arithmetic": arithmetic, "memory": memory, "asynchronous": asynchronous,
+            "ktrue": np.array([True]), "kfalse": np.array([False]),
+        }  # fmt: skip
+
+    def constant(self, value: int, kind: str) -> str:
+        """The name of an array of one number, given by its bits."""
+        size = DTYPE[kind].itemsize
+        value &= (1 << 8 * size) - 1
+        name = self.constants.setdefault((kind, value), f"k{len(self.constants)}")
+        self.namespace[name] = np.frombuffer(value.to_bytes(size, "little"), DTYPE[kind])
+        return name
+
+    def row(self, register: str, kind: str) -> str:
+        """The array of a register, seen as a type."""
+        cls, number = self.program.registers[register]
+        return f"P[{number}]" if cls == "p" else f"{VIEW[cls][kind[0] if kind[0] in 'sf' else 'u']}[{number}]"
+
+    def whole(self, register: str, kind: str) -> str:
+        """All of a register as an integer of the type's signedness, for a load or store that may be narrower."""
+        cls = self.program.registers[register][0]
+        return self.row(register, f"{'s' if kind[0] == 's' else 'u'}{WIDTH[cls]}")
+
+    def value(self, operand: str, kind: str) -> str:
+        """An operand that is read as a type."""
+        kind = unsigned(kind) if kind[0] == "b" or kind.endswith("x2") else kind
+        if operand in self.program.registers:
+            return self.row(operand, kind)
+        if operand.startswith("%"):
+            return f"B.special({operand!r})"
+        if operand in self.program.params:
+            return f"M.param_address({self.program.params[operand]})"
+        if kind == "pred":
+            return "ktrue" if int(operand, 0) else "kfalse"
+        if operand == "global_smem":
+            return self.constant(SHARED_BASE, kind)
+        return self.constant(int(operand[2:], 16) if operand[:2] in ("0f", "0F", "0d", "0D") else int(operand, 0), kind)
+
+    def address(self, operand: str, bits: int) -> str:
+        """[register + offset] or [global_smem + offset]."""
+        match = re.fullmatch(r"\[\s*([%$\w]+)\s*(?:\+\s*(-?\w+)|(-\s*\w+))?\s*\]", operand)
+        if not match:
+            raise PTXError(f"address {operand}")
+        base, kind = match.group(1), f"u{bits}"
+        offset = int((match.group(2) or match.group(3) or "0").replace(" ", ""), 0)
+        if base == "global_smem":
+            return f"B.everywhere({self.constant(SHARED_BASE + offset, kind)})"
+        return f"({self.row(base, kind)} + {self.constant(offset, kind)})" if offset else self.row(base, kind)
+
+
+def translate(program: Program) -> Program:
+    """Give every block of the program its function."""
+    t = Translator(program)
+    source = []
+    for block in program.blocks:
+        source += [f"def block{block.index}(B, m):"]
+        source += ["    M=B.machine; P=B.P; UH=B.UH; IH=B.IH; FH=B.FH; U=B.U; I=B.I; F=B.F; UD=B.UD; ID=B.ID; FD=B.FD"]
+        for ins in block.body:
+            if ins.op.startswith(IGNORED):
+                continue
+            if ins.predicate:
+                own = f"{'~' if ins.predicate[1] else ''}{t.row(ins.predicate[0], 'pred')}"
+                source.append(f"    q = {own} if m is True else {own} & m")
+            try:
+                lines = translated(t, ins, "q" if ins.predicate else "m")
+            except (KeyError, ValueError, IndexError) as error:
+                raise PTXError(f"{ins.text}: {type(error).__name__} {error}") from error
+            if not lines:
+                raise PTXError(f"not emulated: {ins.text}")
+            source += [f"    {line}" for line in lines]
+    exec(compile("\n".join(source), f"<{program.name}>", "exec"), t.namespace)
+    for block in program.blocks:
+        block.run = t.namespace[f"block{block.index}"]
+    return program
+
+
+def translated(t: Translator, ins: Instruction, q: str) -> list[str]:
+    """The lines for an instruction; none for one that is not known, or a variant of one."""
+    parts, args, kind = ins.parts, ins.args, ins.parts[-1]
+    flags = set(parts[1:-1])
+    if flags & {"sat", "rz", "rm", "rp", "cc", "multicast::cluster", "cta"} or (flags & {"ftz"} and parts[0] == "setp"):
+        return []
+
+    def value(i: int, as_kind: str = kind) -> str:
+        return t.value(args[i], as_kind)
+
+    def into(register: str, as_kind: str, expression: str, casting: str = "same_kind") -> list[str]:
+        return [f"np.copyto({t.row(register, as_kind)}, {expression}, casting={casting!r}, where={q})"]
+
+    def put(as_kind: str, expression: str, casting: str = "same_kind") -> list[str]:
+        return into(args[0], as_kind, expression, casting)
+
+    def ufunc(name: str, as_kind: str) -> list[str]:
+        values = ", ".join(value(i, as_kind) for i in range(1, len(args)))
+        return [f"np.{name}({values}, out={t.row(args[0], as_kind)}, where={q})"]
+
+    def floating(function: str) -> list[str]:
+        if "ftz" not in flags or kind == "f64":
+            if function.startswith("np."):
+                return ufunc(function[3:], kind)
+            return put(kind, f"{function}({', '.join(value(i) for i in range(1, len(args)))})")
+        values = ", ".join(f"arithmetic.flush({value(i)})" for i in range(1, len(args)))
+        return put(kind, f"arithmetic.flush({function}({values}))")
+
+    def call(function: str, *arguments: object) -> list[str]:
+        return [f"M.index = {ins.index}; {function}({', '.join(map(str, ('B', q, *arguments)))})"]
+
+    def rows(operand: str, as_kind: str) -> str:
+        return f"[{', '.join(t.row(x, as_kind) for x in names_in(operand))}]"
+
+    match parts:
+        # floating point
+        case ["add" | "sub" | "mul" | "div" | "neg" | "abs" | "sqrt" as root, *_, "f32" | "f64"] if (
+            "approx" not in flags
+        ):
+            return floating("arithmetic.div_f32" if "full" in flags else f"np.{UFUNC[root]}")
+        case ["min" | "max" as root, *_, "f32" | "f64"]:
+            return floating(f"np.{root}imum" if "NaN" in flags else f"np.f{root}")
+        case ["fma", *_, "f32" | "f64"]:
+            return floating(f"arithmetic.fma{kind[1:]}")
+        case ["ex2" | "lg2" | "rcp" | "rsqrt" as root, *_, "f32" | "f64"] if "approx" in flags:
+            return floating(f"arithmetic.{root}_{kind}")
+        case ["rcp", *_, "f32" | "f64"]:
+            return floating("np.reciprocal")
+        case ["abs", "f16" | "bf16" | "f16x2" | "bf16x2"]:
+            mask = t.constant(0x7FFF7FFF if kind.endswith("x2") else 0x7FFF, unsigned(kind))
+            return put(unsigned(kind), f"{value(1, unsigned(kind))} & {mask}")
+        # integers and bits
+        case ["add" | "sub" as root, _]:
+            return ufunc(UFUNC[root], unsigned(kind))
+        case ["min" | "max" | "neg" | "abs" as root, _] if kind[0] in "us":
+            return ufunc(UFUNC[root], kind)
+        case ["and" | "or" | "xor" as root, _]:
+            return put(unsigned(kind), f"{value(1)} {LOGICAL[root]} {value(2)}")
+        case ["not", _]:
+            return put(unsigned(kind), f"~{value(1)}")
+        case ["mul" | "mad" as root, "lo" | "wide" as how, _]:
+            result = unsigned(kind) if how == "lo" else kind[0] + str(2 * int(kind[1:]))
+            a, b = value(1, unsigned(kind) if how == "lo" else kind), value(2, unsigned(kind) if how == "lo" else kind)
+            add = f" + {value(3, result)}" if root == "mad" else ""
+            return put(result, f"np.multiply({a}, {b}, dtype=np.dtype('{DTYPE[result].str}')){add}")
+        case ["div" | "rem" as root, _]:
+            return call("arithmetic.divide", t.row(args[0], kind), value(1), value(2), root == "rem")
+        case ["shl" | "shr" as root, _]:
+            as_kind, width = unsigned(kind) if root == "shl" else kind, int(kind[1:])
+            if args[2].isdigit() and int(args[2]) < width:
+                return put(as_kind, f"{value(1, as_kind)} {'<<' if root == 'shl' else '>>'} {value(2, as_kind)}")
+            return put(as_kind, f"arithmetic.shifted({value(1, as_kind)}, {value(2, 'u32')}, {width}, {root == 'shl'})")
+        case ["bfe", _]:
+            width, position, length = int(kind[1:]), int(args[2], 0), int(args[3], 0)
+            up = t.constant(width - position - length, kind)
+            return put(kind, f"({value(1)} << {up}) >> {t.constant(width - length, kind)}")
+        case ["prmt", "b32"]:
+            return put("u32", f"arithmetic.permute_bytes({value(1)}, {value(2)}, {value(3)})")
+        case ["lop3", "b32"]:
+            return put("u32", f"arithmetic.lop3({value(1)}, {value(2)}, {value(3)}, {int(args[4], 0)})")
+        case ["selp", _]:
+            a, b = value(1, unsigned(kind)), value(2, unsigned(kind))
+            return put(unsigned(kind), f"np.where({value(3, 'pred')}, {a}, {b})")
+        case ["setp", how, *more, _]:
+            a, b = value(1), value(2)
+            ordered = (how, kind[0]) == ("ne", "f")  # where numpy's != is true of NaN
+            compared = ("({0} < {1}) | ({0} > {1})" if ordered else COMPARE[how]).format(a, b)
+            other = (
+                f" {LOGICAL[more[0]]} {'~' * (args[3][0] == '!')}{t.value(args[3].lstrip('!'), 'pred')}" if more else ""
+            )
+            first, _, second = args[0].partition("|")
+            lines = [f"first = {compared}", f"first, second = first{other}, ~first{other}"]
+            lines += into(first, "pred", "first") if first != "_" else []
+            return lines + (into(second, "pred", "second") if second not in ("", "_") else [])
+        # moves and conversions
+        case ["mov", _] if args[0].startswith("{"):
+            names, as_kind = names_in(args[0]), unsigned(kind)
+            each = int(kind[1:]) // len(names)
+            pieces = [(name, f"{value(1, as_kind)} >> {t.constant(each * i, as_kind)}") for i, name in enumerate(names)]
+            return [line for n, piece in pieces if n != "_" for line in into(n, f"u{each}", piece)]
+        case ["mov", _] if args[1].startswith("{"):
+            names, as_kind = names_in(args[1]), unsigned(kind)
+            each, dtype = int(kind[1:]) // len(names), DTYPE[as_kind].str
+            wide = [f"{t.value(name, f'u{each}')}.astype('{dtype}')" for name in names]
+            return put(as_kind, " | ".join(f"({x} << {t.constant(each * i, as_kind)})" for i, x in enumerate(wide)))
+        case ["mov", _] | ["cvta", *_]:
+            return put(unsigned(kind), value(1, unsigned(kind)))
+        case ["cvt", *_, "f16x2" | "bf16x2" as to, "f32"]:
+            high, low = (f"arithmetic.to_{to[:-2]}({value(i)}).astype(np.uint32)" for i in (1, 2))
+            return put("u32", f"{high} << 16 | {low}")
+        case ["cvt", *_, "f32", "bf16"]:
+            return put("u32", f"{value(1, 'u16')}.astype(np.uint32) << 16")
+        case ["cvt", "rn", "bf16", "f32"]:
+            return put("u16", f"arithmetic.to_bf16({value(1)})")
+        case ["cvt", "rna", "tf32", "f32"]:
+            return put("u32", f"arithmetic.to_tf32({value(1, 'u32')})")
+        case ["cvt", *_, to, of] if to[0] in "us" and of[0] in "us":
+            narrow = f"{value(1)}.astype('{DTYPE[to].str}')"
+            return [f"np.copyto({t.whole(args[0], to)}, {narrow}, casting='unsafe', where={q})"]
+        case ["cvt", *how, to, of] if to[0] == "f" and ("rn" in how or of in ("f16", "f32")):
+            return put(to, value(1), "unsafe")
+        case ["cvt", how, to, _]:
+            return put(to, f"arithmetic.to_integer(np.{ROUND[how]}({value(1)}), np.dtype('{DTYPE[to].str}'))")
+        # between the lanes of a warp
+        case ["shfl", "sync", how, "b32"]:
+            if how == "bfly" and args[2].isdigit() and args[3] == "31" and "|" not in args[0]:
+                return call("arithmetic.butterfly", t.row(args[0], "u32"), value(1), args[2])
+            d, _, valid = args[0].partition("|")
+            p = t.row(valid, "pred") if valid not in ("", "_") else None
+            return call("arithmetic.shuffle", t.row(d, "u32"), p, repr(how), value(1), value(2), value(3))
+        case ["redux", "sync", "min" | "max" as how, "s32" | "u32"]:
+            return call("arithmetic.reduce_warp", t.row(args[0], kind), value(1), repr(how))
+        case ["elect", "sync"]:
+            leader, _, p = args[0].partition("|")
+            return call("arithmetic.elect", t.row(leader, "u32"), t.row(p, "pred"))
+        case ["mma", "sync", "aligned", shape, "row", "col", "f32", of, _, "f32"] if shape.startswith("m16n8k"):
+            return call("arithmetic.mma", int(shape[6:]), repr(of), *(rows(x, "u32") for x in args))
+        # memory
+        case ["ld", "param", _]:
+            loaded = f"M.param({t.program.params[args[1].strip('[] ')]}, '{DTYPE[unsigned(kind)].str}')"
+            return [f"np.copyto({t.whole(args[0], kind)}, {loaded}, casting='unsafe', where={q})"]
+        case ["ld", "global" | "shared" | "shared::cta" | "shared::cluster" as space, *how, _]:
+            registers = f"[{', '.join(t.whole(x, kind) for x in names_in(args[0]))}]"
+            shared, size = space != "global", int(kind[1:]) // 8
+            order = next((x for x in how if x in ("acquire", "relaxed", "volatile")), "")
+            where = space == "shared::cluster" if shared else repr(order)
+            function = "memory.load_shared" if shared else "memory.load_global"
+            return call(function, registers, t.address(args[1], 32 if shared else 64), size, kind[0] == "s", where)
+        case ["st", "global" | "shared" | "shared::cta" as space, *how, _] if not {"release", "relaxed"} & set(how):
+            stored = [t.whole(x, "u") if x in t.program.registers else t.value(x, kind) for x in names_in(args[1])]
+            function, bits = ("memory.store_global", 64) if space == "global" else ("memory.store_shared", 32)
+            return call(function, f"[{', '.join(stored)}]", t.address(args[0], bits), int(kind[1:]) // 8)
+        case ["atom", "global", *how, "add", "u32"]:
+            order = next((x for x in how if x in ("acq_rel", "acquire", "release")), "relaxed")
+            return call("memory.atomic_add", t.row(args[0], kind), t.address(args[1], 64), value(2), repr(order))
+        case ["ldmatrix" | "stmatrix" as root, "sync", "aligned", "m8n8", *_, "b16"]:
+            registers, at = args if root == "ldmatrix" else args[::-1]
+            return call(f"memory.{root}", rows(registers, "u32"), t.address(at, 32), "trans" in flags)
+        case ["mapa", "shared::cluster", "u32"]:
+            return put("u32", f"memory.map_address({value(1)}, {value(2)})")
+        # asynchronous
+        case ["cp", "async", "ca" | "cg", "shared", "global", *_]:
+            size = int(args[2], 0)
+            count = value(3, "u32") if len(args) > 3 else t.constant(size, "u32")
+            return call("asynchronous.copy", t.address(args[0], 32), t.address(args[1], 64), size, count)
+        case ["cp", "async", "commit_group"] | ["wgmma", "commit_group", *_]:
+            return call("asynchronous.commit", "B.copies" if parts[0] == "cp" else "B.products")
+        case ["cp", "async", "wait_group"] | ["wgmma", "wait_group", *_]:
+            return call("asynchronous.wait", "B.copies" if parts[0] == "cp" else "B.products", int(args[0]))
+        case ["cp", "async", "bulk", "tensor", "2d", *_] if "global" in flags:
+            tensor, place = args[1].strip("[] ").split(",", 1)
+            to, bar, x_y = t.address(args[0], 32), t.address(args[2], 32), (t.value(v, "s32") for v in names_in(place))
+            return call("asynchronous.transfer", to, t.value(tensor.strip(), "u64"), *x_y, bar)
+        case ["fence", "proxy", *_] if parts[2].startswith("async"):
+            return call("asynchronous.fence_proxy")
+        case ["mbarrier", "init" | "inval" as what, *_]:
+            return call(
+                "asynchronous.set_mbarrier", t.address(args[0], 32), value(1, "u32") if what == "init" else None
+            )
+        case ["mbarrier", "arrive", "expect_tx", *_]:
+            return call("asynchronous.arrive", t.address(args[1], 32), value(2, "u32"))
+        case ["mbarrier", "try_wait", "parity", *_]:
+            return call("asynchronous.test_mbarrier", t.row(args[0], "pred"), t.address(args[1], 32), value(2, "u32"))
+        case ["wgmma", "mma_async", "sync", "aligned", shape, "f32", of, _] if args[4:6] == ["1", "1"]:
+            n = int(shape.removeprefix("m64n").removesuffix("k16"))
+            in_registers = args[1].startswith("{")
+            a = rows(args[1], "u32") if in_registers else t.row(args[1], "u64")
+            transposed = [0] * in_registers + [int(x) for x in args[6:]]
+            d, b, scale = rows(args[0], "f32"), t.row(args[2], "u64"), value(3, "pred")
+            return call("asynchronous.multiply", n, repr(of), d, a, b, scale, transposed)
+        case ["barrier", "cluster", "arrive", "aligned"]:
+            return call("asynchronous.arrive_at_cluster")
+    return []

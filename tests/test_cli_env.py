@@ -1,0 +1,14 @@
+"""Versions, devices, and the check of all that runs here."""
+
+import torch
+
+from gradnorm_fast.cli import env
+
+from command_line import run
+
+
+def test_env_says_what_would_run_and_checks_it(capsys, monkeypatch):
+    monkeypatch.setattr(env, "_SHAPES", ((5, 10), (70, 300)))  # the interpreter takes long over the others
+    assert run("env", "--check", "--shape", 4, 5, 6) == 0
+    out = capsys.readouterr().out
+    assert torch.__version__ in out and "4x5x6 float32: " in out and "pass" in out and "FAIL" not in out
