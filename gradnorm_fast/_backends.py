@@ -10,8 +10,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from . import _torch_path
 from ._switches import switch
+from ._torch_backward import backward
+from ._torch_forward import forward
 from .kernels.problem import Problem, Scores
 
 BACKENDS = ("auto", "triton", "torch")
@@ -79,7 +80,7 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """Scores of features (B, D) from logits (B, C), or from weight (C, D) and bias (C,).
 
-    Returns out (1, B) and an empty tensor, or with head out (6, B), the rows _torch_path.FIELDS, and prediction (B,).
+    Returns out (1, B) and an empty tensor, or with head out (6, B), the rows FIELDS, and prediction (B,).
     """
     batch = features.shape[0]
     out = torch.empty((6 if head else 1, batch), dtype=score_dtype(features, logits), device=features.device)
@@ -96,15 +97,10 @@ def run(
             dispatch.score(problem, scores, invariant)
     elif invariant:
         for i in range(batch):  # a row by itself: how a matmul rounds depends on how many rows it has
-            _torch(problem.rows(i, i + 1), scores.rows(i, i + 1))
+            forward(problem.rows(i, i + 1), scores.rows(i, i + 1))
     else:
-        _torch(problem, scores)
+        forward(problem, scores)
     return out, prediction
-
-
-def _torch(problem: Problem, scores: Scores) -> None:
-    x, w, bias, logits, *rest = problem
-    _torch_path.forward(x, logits, w, bias, *scores, *rest)
 
 
 def run_backward(
@@ -119,9 +115,9 @@ def run_backward(
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients for features, logits, weight and bias, empty where not needed, given the gradient of run's out."""
-    scale, bias_norm = _factors(logits, weight, reduction, include_bias)
+    problem = Problem(features, weight, bias, logits, temperature, *_factors(logits, weight, reduction, include_bias))
     with torch.autocast(features.device.type, enabled=False):
-        return _torch_path.backward(grad, features, logits, weight, bias, temperature, scale, bias_norm, needed)
+        return backward(grad, problem, needed)
 
 
 def score_dtype(features: Tensor, logits: Tensor | None) -> torch.dtype:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from .config import Config, cdiv
-from .problem import Problem, Scores
+from .problem import Problem, Scores, copies
 from .rows import Workspace, score_rows
 
 MIN_ROWS = 512
@@ -54,12 +54,6 @@ def _try_halves(device: torch.device, dtype: torch.dtype) -> str:
         return f"failed to multiply {dtype} into float32 here: {' '.join(str(error).split())[:200]}"
     right = torch.equal(out[:, :20], a.float() @ w.float().t()) and bool((out[:, 20:] == -1.0).all())
     return "" if right else f"multiplied {dtype} into padded float32 rows wrongly here"
-
-
-def copies(matrix: torch.Tensor) -> bool:
-    """Whether the library would copy this matrix first, for neither its rows nor its columns are contiguous."""
-    (m, n), (a, b) = matrix.shape, matrix.stride()
-    return not ((b == 1 and a >= max(1, n)) or (a == 1 and b >= max(1, m)))
 
 
 def score_library(problem: Problem, scores: Scores, config: Config | None = None) -> None:

@@ -26,6 +26,8 @@ class Problem(NamedTuple):
 
     def rows(self, start: int, stop: int) -> Problem:
         """The same problem for rows start ... stop − 1."""
+        if start == 0 and stop >= self.features.shape[0]:
+            return self  # views cost as much as sums over a row
         logits = None if self.logits is None else self.logits[start:stop]
         return self._replace(features=self.features[start:stop], logits=logits)
 
@@ -37,5 +39,13 @@ class Scores(NamedTuple):
     prediction: Tensor | None  #: (B,) int64, with (6, B) only
 
     def rows(self, start: int, stop: int) -> Scores:
+        if start == 0 and stop >= self.out.shape[1]:
+            return self
         prediction = None if self.prediction is None else self.prediction[start:stop]
         return Scores(self.out[:, start:stop], prediction)
+
+
+def copies(matrix: Tensor) -> bool:
+    """Whether BLAS needs a copy of this matrix first, because neither its rows nor its columns are contiguous."""
+    (m, n), (a, b) = matrix.shape, matrix.stride()
+    return not ((b == 1 and a >= max(1, n)) or (a == 1 and b >= max(1, m)))

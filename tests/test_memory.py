@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gradnorm_fast import fast_gradnorm, gradnorm_from_logits, head_scores
-from gradnorm_fast._torch_path import MEMORY
+from gradnorm_fast._torch_forward import MEMORY
 
 from measure import peak_extra_memory
 
@@ -26,7 +26,7 @@ CASES = {  # name: function, its input, made when asked for, and options
     "many rows of one class": (fast_gradnorm, lambda: (random(10**6, 8), random(1, 8)), {}),
     "few rows": (head_scores, lambda: (random(120, 64), random(20000, 64), random(20000)), dict(temperature=2.0)),
     "few classes": (head_scores, lambda: (random(60000, 16), random(10, 16), random(10)), dict(temperature=2.0)),
-    "long rows": (head_scores, lambda: (random(3, 2), random(3 * 10**6, 2)), {}),
+    "long rows": (head_scores, lambda: (random(3, 2), random(2500000, 2)), {}),
     "long double rows": (head_scores, lambda: (random(3, 2, dtype=double), random(10**6, 2, dtype=double)), {}),
     "logits": (gradnorm_from_logits, lambda: (random(40000, 3), random(40000, 300)), {}),
     "half logits": (gradnorm_from_logits, lambda: (random(20000, 3, dtype=half), random(20000, 300, dtype=half)), {}),

@@ -1,0 +1,73 @@
+"""Derivatives of the scores in closed form, in plain torch: backward, and forward mode.
+
+With V = Σ|p − 1/C| and s_k = sign(p_k − 1/C), 0 at the kink:  ∂V/∂z_k = p_k (s_k − Σ_c s_c p_c)/T. That difference
+cancels where one class has nearly all the probability. With A = Σ_c p_c (1 − s_c) and B = Σ_c p_c (1 + s_c), twice the
+probability of the classes below and above, it is A for s_k = 1, −B for s_k = −1 and (A − B)/2 for s_k = 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._torch_forward import budget_of, centred, converted, half_deviation, logits_of, rows_at_once, softmax, usable
+from .kernels.problem import Problem
+
+BUFFERS = 7  # of the size of a chunk of logits that are alive at once
+
+
+def _derivatives(z: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """p, V and T·∂V/∂z for the rows of logits z.  # (R, C) -> (R, C), (R, 1), (R, C)"""
+    p, (u, t) = softmax(z, inv_temperature), centred(z, inv_temperature)
+    sign = u.sign()
+    v = 2.0 * half_deviation(u, t)[:, None]
+    above, below = torch.add(sign, 1.0, out=u).mul_(p), sign.neg_().add_(1.0).mul_(p)
+    a, b = below.sum(1, keepdim=True), above.sum(1, keepdim=True)
+    return p, v, above.mul_(a).sub_(below.mul_(b)).mul_(0.5)
+
+
+def backward(grad: Tensor, problem: Problem, needed: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for features, logits, weight and bias, empty where not needed, given grad, that of Scores.out.
+
+    gradnorm = (‖x‖₁ + bias_norm)·V·scale/T; the rest as in any linear layer.
+    """
+    dtype, inv_temperature = grad.dtype, 1.0 / problem.temperature
+    inputs = problem.features, problem.logits, problem.weight, problem.bias
+    grad_x, grad_z, grad_w, grad_b = (
+        torch.zeros_like(t, dtype=dtype, memory_format=torch.contiguous_format)
+        if need and t is not None
+        else problem.features.new_empty(0)
+        for t, need in zip(inputs, needed, strict=True)
+    )
+    w = problem.weight
+    if w is not None and not usable(w, dtype):
+        problem = problem._replace(weight=converted(w, dtype))
+    step = rows_at_once(problem, dtype, budget_of(grad.device).chunk // BUFFERS)
+    for i in range(0, len(problem.features), step):
+        rows, z = slice(i, i + step), logits_of(problem.rows(i, i + step), dtype)
+        x, g = problem.features[rows].to(dtype), grad[:, rows].unsqueeze(2)
+        p, v, dz = _derivatives(z, inv_temperature)
+        grad_norm = g[0] * v * problem.scale * inv_temperature
+        grad_output = g[0] * (x.abs().sum(1, keepdim=True) + problem.bias_norm)
+        if len(g) > 1:
+            grad_norm, grad_output = grad_norm + g[1], grad_output + g[2]
+        dz *= grad_output * problem.scale * inv_temperature
+        dz *= inv_temperature  # not squared before: 1/T² may overflow where dz is 0
+        if len(g) > 1:
+            top = z.argmax(1, keepdim=True)
+            grad_msp = g[4] * p.gather(1, top) * inv_temperature
+            dz.addcmul_(p, g[5])
+            p.scatter_(1, top, 0.0)  # 1 − msp is the sum of the others
+            dz.addcmul_(p, grad_msp, value=-1.0).scatter_add_(1, top, g[3] + grad_msp * p.sum(1, keepdim=True))
+        if needed[0]:
+            if problem.weight is not None:
+                torch.mm(dz, problem.weight, out=grad_x[rows])
+            grad_x[rows].addcmul_(x.sign(), grad_norm)
+        if needed[1]:
+            grad_z[rows] = dz
+        if needed[2]:
+            grad_w.addmm_(dz.t(), x)
+        if needed[3]:
+            grad_b += dz.sum(0)
+    grads = zip((grad_x, grad_z, grad_w, grad_b), inputs, strict=True)
+    return tuple(g if t is None else g.to(t.dtype) for g, t in grads)  # type: ignore[return-value]

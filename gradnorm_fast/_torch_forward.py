@@ -1,0 +1,179 @@
+"""The score in plain torch: what runs on CPUs and on devices without Triton.
+
+Rows come in chunks. The logits of a chunk are written once and then worked on in pieces that stay in the cache. Extra
+memory never depends on B·C (see Budget). docs/numerics.md has the formulas, and why each line is as it is.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .kernels.problem import Problem, Scores, copies
+
+MIB = 2**20
+MEMORY = 32 * MIB  # what a forward takes on a CPU beside its result, unless three rows of logits or features take more
+
+
+class Budget(NamedTuple):
+    """Bytes that the tensors of a call may take beside its result, longer rows apart."""
+
+    chunk: int  # logits, and what is computed from a piece of them
+    piece: int  # of rows that are worked on at once: on a CPU, what its caches hold
+    operand: int  # features, and classes of the weight, converted for the matmul: each
+
+
+CPU, GPU = Budget(22 * MIB, MIB, 4 * MIB), Budget(1024 * MIB, 256 * MIB, 256 * MIB)
+
+# As measured on CPUs: BLAS is up to five times as fast if the logits of FEW rows, or of NARROW rows, lie transposed in
+# memory; softmax over 10 contiguous classes takes five times as long as across them.
+FEW = 128
+NARROW = 16
+
+QUICK = 0.25  # Σ|p − 1/C| from which the quick form is exact
+
+
+def budget_of(device: torch.device) -> Budget:
+    return CPU if device.type == "cpu" else GPU
+
+
+def part(t: Tensor, start: int, stop: int, dim: int = 0) -> Tensor:
+    """t[start:stop], and t itself where that is all of it: a view costs as much as a sum over a row."""
+    size = t.shape[dim]
+    return t if start == 0 and stop >= size else t.narrow(dim, start, min(stop, size) - start)
+
+
+def usable(matrix: Tensor, dtype: torch.dtype) -> bool:
+    """Whether BLAS reads this matrix as it lies."""
+    return matrix.dtype == dtype and not copies(matrix)
+
+
+def converted(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    return matrix.to(dtype, memory_format=torch.contiguous_format, copy=True)
+
+
+def rows_at_once(problem: Problem, dtype: torch.dtype, size: int) -> int:
+    """How many rows to take at a time, so that their logits and converted features fit."""
+    step = size // (problem.classes * dtype.itemsize)
+    if problem.weight is not None and not usable(problem.features, dtype):
+        operand = budget_of(problem.features.device).operand
+        step = min(step, operand // max(1, problem.features.shape[1] * dtype.itemsize))
+    return max(1, step)
+
+
+def logits_of(problem: Problem, dtype: torch.dtype) -> Tensor:
+    """The logits of all rows in dtype; the weight is converted, where it must be, in slices of classes.  # -> (R, C)"""
+    x, weight, bias, logits = problem[:4]
+    if logits is not None:
+        return logits.to(dtype)
+    assert weight is not None
+    rows, classes = x.shape[0], weight.shape[0]
+    bias = bias if bias is None else bias.to(dtype)
+    if not usable(x, dtype):
+        x = converted(x, dtype)
+    transposed = rows > 1 and (rows <= FEW or classes < NARROW)
+    if not transposed and usable(weight, dtype):
+        return linear(x, weight, bias)
+    z = x.new_empty((classes, rows)).t() if transposed else x.new_empty((rows, classes))
+    step = classes
+    if not usable(weight, dtype):
+        step = max(1, budget_of(x.device).operand // max(1, x.shape[1] * dtype.itemsize))
+    for i in range(0, classes, step):
+        w, out = part(weight, i, i + step), part(z, i, i + step, 1)
+        if step < classes or not usable(w, dtype):
+            w = converted(w, dtype)
+        if bias is None:
+            torch.mm(x, w.t(), out=out)
+        else:
+            torch.addmm(part(bias, i, i + step), x, w.t(), out=out)
+    return z
+
+
+def softmax(z: Tensor, inv_temperature: float) -> Tensor:
+    """softmax(z/T), shifted before it is divided."""
+    if inv_temperature != 1.0:
+        z = (z - z.amax(1, keepdim=True)).mul_(inv_temperature)
+    rows, classes = z.shape
+    return torch.softmax(z, 1) if classes >= NARROW or rows == 1 else torch.softmax(z.t(), 0).t()
+
+
+def centred(z: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor]:
+    """The careful form: u = t·(p − 1/C) of each row, and t.  # (R, C) -> (R, C), (R, 1)
+
+    With r = T·log mean exp(z/T), q = expm1((z − r)/T) is t·p − 1 for t = C + Σq. The first r errs by T times the
+    rounding of its logarithm; the mean of q tells by how much.
+    """
+    classes, m = z.shape[1], z.amax(1, keepdim=True)
+    s = (z - m).mul_(inv_temperature).exp_().sum(1, keepdim=True)
+    r = m + (s / classes).log_() / inv_temperature
+    error = (z - r).mul_(inv_temperature).expm1_().sum(1, keepdim=True) / classes
+    r += torch.where(error.abs() < 0.5, error.log1p(), 0.0) / inv_temperature
+    u = (z - r).mul_(inv_temperature).expm1_()
+    q = u.sum(1, keepdim=True)
+    return u.sub_(q, alpha=1.0 / classes), q + classes
+
+
+def half_deviation(u: Tensor, t: Tensor) -> Tensor:
+    """Σ|p − 1/C|/2 from u = t·(p − 1/C), in which t and the mean of u may be rounded; overwrites u.  # -> (R,)
+
+    (P(1 − w) + N·w)/t, where P and N sum u above and below 0, and w is the share of classes above. P = N but for
+    rounding; this blend of them is stationary in the mean.
+    """
+    below = u.clamp_max(0.0).sum(1)
+    above = u.clamp_min_(0.0).sum(1)
+    count = u.sign_().sum(1)
+    excess = above + below
+    return above.addcmul_(count, excess, value=-1.0 / u.shape[1]).div_(excess.add_(t.view(-1)))
+
+
+def _score(problem: Problem, z: Tensor, scores: Scores) -> None:
+    """Write the scores of rows with logits z; their feature norms are there already."""
+    out, prediction = scores
+    inv_temperature = 1.0 / problem.temperature
+    p = softmax(z, inv_temperature)
+    t = p.sum(1, keepdim=True)
+    if prediction is not None:
+        msp = p.amax(1) / t.view(-1)
+    half = half_deviation(p.sub_(t, alpha=1.0 / z.shape[1]), t)
+    if z.device.type != "cpu":  # never wait for the data
+        half = torch.where(half < QUICK / 2, half_deviation(*centred(z, inv_temperature)), half)
+    elif not half.min().item() >= QUICK / 2:  # NaN too
+        rows = (half < QUICK / 2).nonzero().view(-1)
+        half[rows] = half_deviation(*centred(z if len(rows) == len(z) else z[rows], inv_temperature))
+    v = half + half
+    for factor in (problem.scale, inv_temperature):  # in this order: 0·inf is not 0
+        if factor != 1.0:
+            v = v * factor
+    if prediction is None:
+        norm = out[0] + problem.bias_norm if problem.bias_norm else out[0]
+        torch.mul(norm, v, out=out[0])
+        return
+    m, index = z.max(1)
+    torch.mul(out[1] + problem.bias_norm, v, out=out[0])
+    poison = (out[1] + half) * 0.0  # a row without a score has no other number either
+    for field, value in enumerate((out[1], v, m, msp, m - msp.log() / inv_temperature), 1):
+        torch.add(value, poison, out=out[field])
+    prediction.copy_(torch.where(poison == 0.0, index, 0))
+
+
+def forward(problem: Problem, scores: Scores) -> None:
+    """Scores of the problem's rows."""
+    features, out = problem.features, scores.out
+    (batch, depth), size, budget = features.shape, out.itemsize, budget_of(out.device)
+    norms = out[0 if scores.prediction is None else 1]
+    step = max(1, budget.piece // max(1, depth * size))
+    for i in range(0, batch, step):
+        norm = torch.sum(part(features, i, i + step).abs(), 1, dtype=out.dtype, out=part(norms, i, i + step))
+        norm.nan_to_num_(torch.nan, torch.nan)  # inf too: such a row has no score
+    row = problem.classes * size
+    piece = max(budget.piece, row)
+    step, rows = rows_at_once(problem, out.dtype, budget.chunk - 2 * piece - budget.piece), piece // row
+    for i in range(0, batch, step):
+        chunk, targets = problem.rows(i, i + step), scores.rows(i, i + step)
+        z = logits_of(chunk, out.dtype)
+        for j in range(0, z.shape[0], rows):
+            _score(problem, part(z, j, j + rows), targets.rows(j, j + rows))
+        del z  # before the next ones are allocated
