@@ -1,7 +1,7 @@
 """Derivatives of the scores in closed form, in plain torch: backward, and forward mode.
 
-With V = Σ|p − 1/C| and s_k = sign(p_k − 1/C), 0 at the kink:  ∂V/∂z_k = p_k (s_k − Σ_c s_c p_c)/T. Where one class has
-all the probability, that difference would cancel. With A = Σ_c p_c (1 − s_c) and B = Σ_c p_c (1 + s_c), twice the
+With V = Σ|p − 1/C| and s_k = sign(p_k − 1/C), 0 at the kink:  ∂V/∂z_k = p_k (s_k − Σ_c s_c p_c)/T. That difference
+cancels where one class has nearly all the probability. With A = Σ_c p_c (1 − s_c) and B = Σ_c p_c (1 + s_c), twice the
 probability of the classes below and above, it is A for s_k = 1, −B for s_k = −1 and (A − B)/2 for s_k = 0.
 """
 
@@ -13,26 +13,25 @@ from torch import Tensor
 from ._torch_forward import (
     budget_of,
     centred,
-    chunks,
-    deviation,
-    operand,
+    converted,
+    half_deviation,
+    logits_of,
     row_norm,
-    shaped,
+    rows_at_once,
     softmax,
+    usable,
     with_bias,
 )
 from .kernels.problem import Problem
 
-BUFFERS = 6  # of the size of a chunk of logits that are alive at once
+BUFFERS = 7  # of the size of a chunk of logits that are alive at once
 
 
 def _derivatives(z: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """p, V and T·∂V/∂z for the rows of logits z.  # (R, C) -> (R, C), (R, 1), (R, C)"""
-    p, u, scratch = (shaped(z.new_empty(z.numel()), z) for _ in range(3))
-    softmax(z, inv_temperature, p, scratch)
-    u, total = centred(z, inv_temperature, u)
+    p, (u, t) = softmax(z, inv_temperature), centred(z, inv_temperature)
     sign = u.sign()
-    v = deviation(u, total, scratch)
+    v = 2.0 * half_deviation(u, t)[:, None]
     above, below = torch.add(sign, 1.0, out=u).mul_(p), sign.neg_().add_(1.0).mul_(p)
     a, b = below.sum(1, keepdim=True), above.sum(1, keepdim=True)
     return p, v, above.mul_(a).sub_(below.mul_(b)).mul_(0.5)
@@ -44,15 +43,13 @@ def _derivatives_of_l2(z: Tensor, inv_temperature: float) -> tuple[Tensor, Tenso
     With u = p − 1/C, that is p_k (u_k/V − V)/T, since Σp² = V² + 1/C. For a class with most of the probability,
     p_k − Σp² = ε p_k − Σ_(c ≠ k) p_c², where ε is the sum of the others.
     """
-    p, u, scratch = (shaped(z.new_empty(z.numel()), z) for _ in range(3))
-    softmax(z, inv_temperature, p, scratch)
-    u, total = centred(z, inv_temperature, u)
-    u.div_(total).sub_(u.mean(1, keepdim=True))
-    v = row_norm(scratch.copy_(u), 2.0)
+    p, (u, t) = softmax(z, inv_temperature), centred(z, inv_temperature)
+    u.div_(t).sub_(u.mean(1, keepdim=True))
+    v = row_norm(u.clone(), 2.0)
     safe = torch.where(v > 0, v, 1.0)
     dz = u.div_(safe).sub_(v).mul_(p)
     most, top = p.max(1, keepdim=True)
-    others = scratch.copy_(p).scatter_(1, top, 0.0)
+    others = p.scatter(1, top, 0.0)
     exact = most * (most * others.sum(1, keepdim=True) - others.square_().sum(1, keepdim=True)) / safe
     return p, v, dz.scatter_(1, top, torch.where(most > 0.5, exact, dz.gather(1, top)))
 
@@ -62,13 +59,8 @@ def norm_gradient(x: Tensor, norm: Tensor, p: float) -> Tensor:
     return x.sign() if p == 1.0 else x / torch.where(norm > 0, norm, 1.0)
 
 
-def converted(problem: Problem, dtype: torch.dtype) -> Problem:
-    """The problem with its weight in dtype: what every chunk multiplies by is converted once."""
-    return problem if problem.weight is None else problem._replace(weight=operand(problem.weight, dtype))
-
-
 def backward(grad: Tensor, problem: Problem, needed: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients for features, logits, weight and bias, empty where not needed, given that of Scores.out.
+    """Gradients for features, logits, weight and bias, empty where not needed, given grad, that of Scores.out.
 
     gradnorm = ‖(x, bias_norm)‖_p·V·scale/T for the uniform target; the rest as in any linear layer.
     """
@@ -80,9 +72,13 @@ def backward(grad: Tensor, problem: Problem, needed: list[bool]) -> tuple[Tensor
         else problem.features.new_empty(0)
         for t, need in zip(inputs, needed, strict=True)
     )
-    problem = converted(problem, dtype)
-    for rows, z in chunks(problem, dtype, budget_of(grad.device).chunk // BUFFERS):
-        x, z, g = operand(problem.features[rows], dtype), z.to(dtype), grad[:, rows].unsqueeze(2)
+    w = problem.weight
+    if w is not None and not usable(w, dtype):
+        problem = problem._replace(weight=converted(w, dtype))
+    step = rows_at_once(problem, dtype, budget_of(grad.device).chunk // BUFFERS)
+    for i in range(0, len(problem.features), step):
+        rows, z = slice(i, i + step), logits_of(problem.rows(i, i + step), dtype)
+        x, g = problem.features[rows].to(dtype), grad[:, rows].unsqueeze(2)
         p, v, dz = (_derivatives if problem.p == 1.0 else _derivatives_of_l2)(z, inv_temperature)
         grad_norm = g[0] * v * problem.scale * inv_temperature
         norm = with_bias(row_norm(x.clone(), problem.p), problem.bias_norm, problem.p)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ._targets import IGNORE
 from ._torch_backward import norm_gradient
-from ._torch_forward import _cut, _linear, _usable, budget_of, feature_norms, operand, row_norm, slices, with_bias
+from ._torch_forward import budget_of, converted, feature_norms, logits_of, part, row_norm, usable, with_bias
 from .kernels.problem import Problem, Scores
 
 BUFFERS = 4  # of the size of a tile that are alive at once
@@ -69,45 +69,44 @@ def _times(weight: Tensor, value: Tensor) -> Tensor:
     return torch.where(weight == 0, 0.0, weight * value)
 
 
-def _blocks(problem: Problem, dtype: torch.dtype) -> Iterator[tuple[slice, int, Tensor]]:
-    """Rows, how many classes of them make a tile, and memory for one."""
+def _blocks(problem: Problem, dtype: torch.dtype) -> Iterator[tuple[slice, Problem, int]]:
+    """Rows, the problem for them with features as the matmul takes them, and how many classes make a tile."""
     budget, size = budget_of(problem.features.device), dtype.itemsize
     (batch, depth), classes = problem.features.shape, problem.classes
     elements = budget.chunk // BUFFERS // size
     rows, columns = max(elements // max(classes, FEWEST), math.isqrt(elements)), classes
-    if problem.weight is not None:
-        convertible = max(1, budget.operand // max(1, depth * size))
-        if not _usable(problem.features, dtype):
-            rows = min(rows, convertible)
-        if not _usable(problem.weight, dtype):
-            columns = min(columns, convertible)
+    convertible = max(1, budget.operand // max(1, depth * size))
+    if not usable(problem.features, dtype):
+        rows = min(rows, convertible)
+    if problem.weight is not None and not usable(problem.weight, dtype):
+        columns = min(columns, convertible)
     rows = min(rows, batch)
     columns = min(columns, max(1, elements // max(1, rows)))
-    memory = torch.empty(rows * columns, dtype=dtype, device=problem.features.device)
-    for block in slices(batch, 1, rows):
-        yield block, columns, memory
+    for i in range(0, batch, rows):
+        some = problem.rows(i, i + rows)
+        if not usable(some.features, dtype):
+            some = some._replace(features=converted(some.features, dtype))
+        yield slice(i, i + len(some.features)), some, columns
 
 
-def _tiles(
-    problem: Problem, x: Tensor, rows: slice, columns: int, memory: Tensor
-) -> Iterator[tuple[slice, Tensor | None, Tensor]]:
-    """Tiles of the logits of these rows: classes, their part of the weight, and z (R, C'), which may be overwritten."""
-    n, bias = len(x), problem.bias
-    for part in slices(problem.classes, 1, columns):
-        classes = part.stop - part.start
-        z = memory.as_strided((n, classes), (classes, 1))
-        if problem.logits is not None:
-            yield part, None, z.copy_(_cut(_cut(problem.logits, rows), part, 1))
+def _tiles(problem: Problem, dtype: torch.dtype, columns: int) -> Iterator[tuple[slice, Tensor | None, Tensor]]:
+    """Tiles of the problem's logits: classes, their part of the weight, and z (R, C'), which may be overwritten."""
+    _, weight, bias, logits = problem[:4]
+    for i in range(0, problem.classes, columns):
+        stop = min(i + columns, problem.classes)
+        if weight is None:
+            assert logits is not None
+            yield slice(i, stop), None, part(logits, i, stop, 1).to(dtype, copy=True)
         else:
-            assert problem.weight is not None
-            w = operand(_cut(problem.weight, part), memory.dtype)
-            _linear(x, w, None if bias is None else _cut(bias, part).to(memory.dtype), out=z)
-            yield part, w, z
+            w, b = part(weight, i, stop), None if bias is None else part(bias, i, stop)
+            if not usable(w, dtype):
+                w = converted(w, dtype)
+            yield slice(i, stop), w, logits_of(problem._replace(weight=w, bias=b), dtype)
 
 
-def _set_column(z: Tensor, part: slice, y: Tensor, value: Tensor | float) -> Tensor:
+def _set_column(z: Tensor, classes: slice, y: Tensor, value: Tensor | float) -> Tensor:
     """Put `value` in place of class y in the rows whose class y is in this tile; what was there, NaN elsewhere."""
-    at = y - part.start
+    at = y - classes.start
     here, at = (at >= 0) & (at < z.shape[1]), at.clamp(0, z.shape[1] - 1)
     old = z.gather(1, at)
     z.scatter_(1, at, torch.where(here, value, old).to(z.dtype))
@@ -115,27 +114,27 @@ def _set_column(z: Tensor, part: slice, y: Tensor, value: Tensor | float) -> Ten
 
 
 def _others(
-    problem: Problem, rows: slice, tiles: Iterator[tuple[slice, Tensor | None, Tensor]], powers: float, entropy: bool
+    problem: Problem, tiles: Iterator[tuple[slice, Tensor | None, Tensor]], powers: float, entropy: bool
 ) -> Others:
     """The sums for the problem's target in one pass; the powers are p-th ones, the products are 0 without entropy."""
-    n, device, inv_temperature = rows.stop - rows.start, problem.features.device, 1.0 / problem.temperature
+    n, device, inv_temperature = len(problem.features), problem.features.device, 1.0 / problem.temperature
     dtype = torch.float32 if device.type == "mps" else torch.float64
     m = z_y = torch.full((n, 1), -torch.inf, dtype=dtype, device=device)
     s = r = q = torch.zeros_like(m)
     given = isinstance(problem.target, Tensor)
     y = torch.zeros((n, 1), dtype=torch.int64, device=device)
     if isinstance(problem.target, Tensor):
-        labels = problem.target[rows, None]
+        labels = problem.target[:, None]
         y = torch.where((labels >= 0) & (labels < problem.classes), labels, 0)
-    for part, _, z in tiles:
+    for classes, _, z in tiles:
         if given:
-            old = _set_column(z, part, y, -torch.inf)
-            z_y = torch.where((y >= part.start) & (y < part.stop), old.to(dtype), z_y)
+            old = _set_column(z, classes, y, -torch.inf)
+            z_y = torch.where((y >= classes.start) & (y < classes.stop), old.to(dtype), z_y)
         else:  # the lesser of the tile's maximum and the one so far is one of the others
             top, at = z.max(1, keepdim=True)
             better = ~(top <= z_y)  # NaN too
             z.scatter_(1, at, torch.where(better, z_y, top.to(dtype)).to(z.dtype))
-            z_y, y = torch.where(better, top.to(dtype), z_y), torch.where(better, at + part.start, y)
+            z_y, y = torch.where(better, top.to(dtype), z_y), torch.where(better, at + classes.start, y)
         tile_m = z.amax(1, keepdim=True)
         d = z.sub_(torch.where(tile_m == -torch.inf, 0.0, tile_m))
         if inv_temperature != 1.0:
@@ -181,46 +180,41 @@ def _probabilities(others: Others, inv_temperature: float, powers: float) -> Pro
     return Probabilities(a.neg().sigmoid(), log(-a), a.sigmoid(), log(a), rho, entropy)
 
 
-def _for_labels(problem: Problem, rows: slice, values: Tensor) -> Tensor:
-    """The values (R, 1) of these rows: 0 where the label says to ignore the row, NaN where it is no class."""
+def _for_labels(problem: Problem, values: Tensor) -> Tensor:
+    """The values (R, 1) of the problem's rows: 0 where the label says to ignore the row, NaN where it is no class."""
     if isinstance(problem.target, str):
         return values
-    labels = problem.target[rows, None]
+    labels = problem.target[:, None]
     exists = (labels >= 0) & (labels < problem.classes)
     return torch.where(labels == IGNORE, 0.0, torch.where(exists, values, torch.nan))
 
 
-def _norms_of(problem: Problem, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """‖x‖_p and ‖(x, bias_norm)‖_p of each row; NaN where the first is not finite.  # (R, D) -> 2 x (R, 1)"""
-    norm = torch.empty(len(x), 1, dtype=dtype, device=x.device)
-    piece = budget_of(x.device).piece // dtype.itemsize
-    feature_norms(x, problem.p, norm[:, 0], norm.new_empty(min(x.numel(), max(piece, x.shape[1]))))
-    return norm, with_bias(norm, problem.bias_norm, problem.p)
+def _feature_norm(problem: Problem, dtype: torch.dtype) -> Tensor:
+    """‖x‖_p of each row, NaN where that is not finite.  # -> (R, 1)"""
+    norm = torch.empty(len(problem.features), 1, dtype=dtype, device=problem.features.device)
+    feature_norms(problem, norm[:, 0])
+    return norm
 
 
 def forward(problem: Problem, scores: Scores) -> None:
     """Scores of the problem's rows, for a label or the predicted target."""
     out, inv_temperature, p = scores.out[0], 1.0 / problem.temperature, problem.p
-    for rows, columns, memory in _blocks(problem, out.dtype):
-        x = _cut(problem.features, rows)
-        if problem.logits is None:
-            x = operand(x, out.dtype)
-        others = _others(problem, rows, _tiles(problem, x, rows, columns, memory), p, False)
-        norm = _probabilities(others, inv_temperature, p).residual_norm(p) * problem.scale * inv_temperature
-        norm *= _norms_of(problem, x, out.dtype)[1]
-        out[rows] = _for_labels(problem, rows, norm)[:, 0].to(out.dtype)
+    for rows, some, columns in _blocks(problem, out.dtype):
+        others = _others(some, _tiles(some, out.dtype, columns), p, False)
+        norm = _probabilities(others, inv_temperature, p).residual_norm(p) * inv_temperature
+        norm *= with_bias(_feature_norm(some, out.dtype), problem.bias_norm, p)
+        out[rows] = _for_labels(some, norm)[:, 0].to(out.dtype)
 
 
 def token_statistics(problem: Problem, out: Tensor) -> None:
     """log p_y, entropy, Σp² and ‖p − e_y‖₂ of each row into out (4, B)."""
-    for rows, columns, memory in _blocks(problem, out.dtype):
-        x = operand(_cut(problem.features, rows), out.dtype)
-        others = _others(problem, rows, _tiles(problem, x, rows, columns, memory), 2.0, True)
+    for rows, some, columns in _blocks(problem, out.dtype):
+        others = _others(some, _tiles(some, out.dtype, columns), 2.0, True)
         found = _probabilities(others, 1.0 / problem.temperature, 2.0)
-        poison = _norms_of(problem, x, out.dtype)[0] * 0.0
+        poison = _feature_norm(some, out.dtype) * 0.0
         fields = found.log_p_y, found.entropy, found.sum_squares, found.residual_norm(2.0)
         for k, value in enumerate(fields):
-            out[k, rows] = _for_labels(problem, rows, value + poison)[:, 0].to(out.dtype)
+            out[k, rows] = _for_labels(some, value + poison)[:, 0].to(out.dtype)
 
 
 class _Slope(NamedTuple):
@@ -238,7 +232,7 @@ def _propagate(
     needed: list[bool],
     powers: float,
     entropy: bool,
-    slope_of: Callable[[slice, Tensor, Probabilities, Others], tuple[_Slope, Tensor | None]],
+    slope_of: Callable[[slice, Problem, Probabilities, Others], tuple[_Slope, Tensor | None]],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients for features, logits, weight and bias, empty where not needed, given each row's slope in z and x."""
     inputs = problem.features, problem.logits, problem.weight, problem.bias
@@ -249,29 +243,29 @@ def _propagate(
         for t, need in zip(inputs, needed, strict=True)
     )
     inv_temperature = 1.0 / problem.temperature
-    for rows, columns, memory in _blocks(problem, dtype):
-        x = operand(_cut(problem.features, rows), dtype)
-        others = _others(problem, rows, _tiles(problem, x, rows, columns, memory), powers, entropy)
-        slope, of_x = slope_of(rows, x, _probabilities(others, inv_temperature, powers), others)
-        constant, linear, log, own = (_for_labels(problem, rows, v).to(dtype) for v in slope)
+    for rows, some, columns in _blocks(problem, dtype):
+        x = some.features
+        others = _others(some, _tiles(some, dtype, columns), powers, entropy)
+        slope, of_x = slope_of(rows, some, _probabilities(others, inv_temperature, powers), others)
+        constant, linear, log, own = (_for_labels(some, v).to(dtype) for v in slope)
         shift = torch.where(others.m == -torch.inf, 0.0, others.m).to(dtype)
         inv_s = torch.where(others.s > 0, 1.0 / others.s, others.s).to(dtype)
         if needed[0] and of_x is not None:
             grad_x[rows] = of_x
-        for part, w, z in _tiles(problem, x, rows, columns, memory):
-            _set_column(z, part, others.y, -torch.inf)
+        for classes, w, z in _tiles(some, dtype, columns):
+            _set_column(z, classes, others.y, -torch.inf)
             d = z.sub_(shift).mul_(inv_temperature).clamp_min_(FLOOR)
             p = d.exp().mul_(inv_s)
             dz = d.mul_(log).add_(constant).addcmul_(p, linear).mul_(p)
-            _set_column(dz, part, others.y, own)
+            _set_column(dz, classes, others.y, own)
             if needed[0] and w is not None:
                 grad_x[rows].addmm_(dz, w)
             if needed[1]:
-                grad_z[rows, part] = dz
+                grad_z[rows, classes] = dz
             if needed[2]:
-                grad_w[part].addmm_(dz.t(), x)
+                grad_w[classes].addmm_(dz.t(), x)
             if needed[3]:
-                grad_b[part] += dz.sum(0)
+                grad_b[classes] += dz.sum(0)
     grads = zip((grad_x, grad_z, grad_w, grad_b), inputs, strict=True)
     return tuple(g if t is None else g.to(t.dtype) for g, t in grads)  # type: ignore[return-value]
 
@@ -284,10 +278,10 @@ def backward(grad: Tensor, problem: Problem, needed: list[bool]) -> tuple[Tensor
     """
     dtype, inv_temperature = grad.dtype, 1.0 / problem.temperature
 
-    def slope_of(rows: slice, x: Tensor, found: Probabilities, others: Others) -> tuple[_Slope, Tensor]:
-        g, n = grad[0, rows, None], found.residual_norm(problem.p)
+    def slope_of(rows: slice, some: Problem, found: Probabilities, others: Others) -> tuple[_Slope, Tensor]:
+        x, g, n = some.features, grad[0, rows, None], found.residual_norm(problem.p)
         norm = with_bias(row_norm(x.clone(), problem.p), problem.bias_norm, problem.p)
-        to_z = g * norm * problem.scale * inv_temperature * inv_temperature
+        to_z = g * norm * inv_temperature * inv_temperature
         zero = torch.zeros_like(n)
         if problem.p == 1.0:
             slope = _Slope(to_z * found.p_y * n, zero, zero, -to_z * found.p_y * n)
@@ -295,7 +289,7 @@ def backward(grad: Tensor, problem: Problem, needed: list[bool]) -> tuple[Tensor
             root = (1.0 + found.rho).sqrt()
             constant = to_z * found.rest * (found.p_y - found.rest * found.rho) / root
             slope = _Slope(constant, to_z * found.rest / root, zero, -to_z * found.p_y * n)
-        of_x = _for_labels(problem, rows, g * n * problem.scale * inv_temperature).to(dtype)
+        of_x = _for_labels(some, g * n * inv_temperature).to(dtype)
         return slope, norm_gradient(x, norm, problem.p) * of_x
 
     return _propagate(problem, dtype, needed, problem.p, False, slope_of)
@@ -308,7 +302,7 @@ def token_statistics_backward(grad: Tensor, problem: Problem, needed: list[bool]
     """
     inv_temperature = 1.0 / problem.temperature
 
-    def slope_of(rows: slice, x: Tensor, found: Probabilities, others: Others) -> tuple[_Slope, None]:
+    def slope_of(rows: slice, some: Problem, found: Probabilities, others: Others) -> tuple[_Slope, None]:
         g, h = (grad[:, rows, None] * inv_temperature).unbind(0)
         log_s = torch.where(others.s > 0, others.s.log(), 0.0)
         constant = -g * found.rest - h * _times(found.rest, found.log_rest - log_s + found.entropy)

@@ -270,10 +270,17 @@ def warmup(
         >>> head = torch.nn.Linear(512, 10)
         >>> warmup(head.weight, head.bias, batch_sizes=(1, 64))
     """
+    if not isinstance(batch_sizes, Iterable):
+        raise TypeError(f"batch_sizes: expected several integers, got {batch_sizes!r}")
     sizes = list(batch_sizes)
     for size in sizes:
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
             raise ValueError(f"batch_sizes: expected positive integers, got {size!r}")
+    if dtype is not None and dtype not in _DTYPES:
+        raise TypeError(f"dtype: expected float16, bfloat16, float32 or float64, got {dtype!r}")
+    _check_tensor("weight", weight)
+    if bias is not None:
+        _check_tensor("bias", bias)
     weight = weight.detach() if dtype is None else weight.detach().to(dtype)
     bias = bias if bias is None else bias.detach().to(weight.dtype)
     cuda = weight.device.type == "cuda"

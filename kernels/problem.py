@@ -29,7 +29,7 @@ class Problem(NamedTuple):
 
     def rows(self, start: int, stop: int) -> Problem:
         """The same problem for rows start ... stop − 1."""
-        if stop - start == len(self.features):
+        if start == 0 and stop >= self.features.shape[0]:
             return self  # views cost as much as sums over a row
         logits = None if self.logits is None else self.logits[start:stop]
         target = self.target if isinstance(self.target, str) else self.target[start:stop]
@@ -43,7 +43,7 @@ class Scores(NamedTuple):
     prediction: Tensor | None  #: (B,) int64, with (6, B) only
 
     def rows(self, start: int, stop: int) -> Scores:
-        if stop - start == self.out.shape[1]:
+        if start == 0 and stop >= self.out.shape[1]:
             return self
         prediction = None if self.prediction is None else self.prediction[start:stop]
         return Scores(self.out[:, start:stop], prediction)

@@ -278,15 +278,6 @@ def test_scores_about_where_the_quick_sum_is_given_up(classes):
     assert relative(got[band], truth[band]) <= 2e-6
 
 
-def test_split_in_chunks_of_rows():
-    from gradnorm_fast.kernels.split import score_split
-
-    x, w, bias = problem(40, 20, 300, torch.float32)
-    out = torch.empty(1, 40, device=DEVICE)
-    score_split(x, w, bias, out, None, 1.0, 1.0, 0.0, chunk=16)
-    assert relative(out[0], autograd_gradnorm(x.double(), w.double(), bias.double())) < 1e-5
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("classes", [10, 1000])
