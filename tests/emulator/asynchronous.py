@@ -18,6 +18,7 @@ from .ptx import SHARED_BASE, Array, Mask
 if TYPE_CHECKING:
     from .driver import TensorMap
     from .machine import Batch
+    from .races import Clock
 
 SWIZZLE = {0: 0, 1: 3, 2: 2, 3: 1}  # of wgmma's descriptors: log2 of how many 16-byte pieces change places
 
@@ -225,8 +226,8 @@ class Barrier:
 
     def __post_init__(self) -> None:
         self.pending, self.bytes, self.phase = self.count, 0, 0
-        self.clock: Array | None = None  # of what has arrived
-        self.done: Array | None = None  # the same at the end of the last phase
+        self.clock: Clock = 0  # of what has arrived
+        self.done: Clock = 0  # the same at the end of the last phase
 
     def arrive(self, batch: Batch, lanes: Lanes, arrivals: int, bytes_: int = 0) -> None:
         self.pending -= arrivals
@@ -274,7 +275,7 @@ class Transfer(Work):
 
 def _touch_mbarrier(batch: Batch, address: int, lanes: Array, what: str) -> None:
     _, at = locate(batch, True, np.array([address], np.uint32), 8)
-    batch.machine.races.access_shared(batch, lanes[:1], at, 8, what)
+    batch.machine.races.access(batch, lanes[:1], at, 8, what)
 
 
 def _mbarrier(batch: Batch, address: int, lanes: Array) -> Barrier:

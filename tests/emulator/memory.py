@@ -88,7 +88,7 @@ def load_shared(
     machine, total = batch.machine, size * len(rows)
     lanes, at = locate(batch, q, address, total, remote)
     if at.size:
-        machine.races.access_shared(batch, lanes, at, total, "read")
+        machine.races.access(batch, lanes, at, total, "read")
         view = machine.shared[size].view(f"{'i' if signed else 'u'}{size}")
         for j, row in enumerate(rows):
             row[lanes] = view[at // size + j]
@@ -107,7 +107,7 @@ def _write_shared(batch: Batch, lanes: Lanes, at: Array, view: Array, where: Arr
     machine, old = batch.machine, view[where]
     same = (old == new).all(1)
     near = same | close(old, new).all(1) if floats else same
-    machine.races.access_shared(batch, lanes, at, new.itemsize * new.shape[1], "write", same, near)
+    machine.races.access(batch, lanes, at, new.itemsize * new.shape[1], "write", same, near)
     if not same.all():
         machine.events += 1
         view[where] = new
@@ -119,7 +119,7 @@ def ldmatrix(batch: Batch, q: Mask, rows: list[Array], address: Array, trans: bo
     lanes, at = locate(batch, (batch.lane < 8 * len(rows)) & q, address, 16)
     if not at.size:
         return
-    batch.machine.races.access_shared(batch, lanes, at, 16, "read")
+    batch.machine.races.access(batch, lanes, at, 16, "read")
     start = np.zeros(batch.size, np.int64)
     start[lanes] = at
     g, t = batch.lane // 4, batch.lane % 4
@@ -188,7 +188,7 @@ def load_global(batch: Batch, q: Mask, rows: list[Array], address: Array, size: 
         if order:
             races.synchronize(batch, lanes, region.start + at, order)
         elif not region.readonly:
-            races.access_global(batch, region, lanes, at, total, "read")
+            races.access(batch, lanes, at, total, "read", region=region)
         view = region.views[size].view(f"{'i' if signed else 'u'}{size}")
         for j, row in enumerate(rows):
             row[lanes] = view[at // size + j]
@@ -199,7 +199,8 @@ def store_global(batch: Batch, q: Mask, values: list[Array], address: Array, siz
     for region, lanes, at in pieces(batch, q, address, total, "store"):
         view, where = region.views[size], (at // size)[:, None] + np.arange(len(values))
         new = elements(batch, values, lanes, view.dtype)
-        machine.races.access_global(batch, region, lanes, at, total, "write", (view[where] == new).all(1))
+        same = (view[where] == new).all(1)
+        machine.races.access(batch, lanes, at, total, "write", same, same, region)
         view[where] = new
         machine.races.check_equal(view[where], new, size == 4)
         machine.events += 1
