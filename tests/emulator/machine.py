@@ -25,10 +25,6 @@ BLOCKS = 16  # that run at a time, where a launch leaves the choice
 PATIENCE = 100  # turns round a loop without any change anywhere, after which a batch is taken to wait in vain
 
 
-class Deadlock(EmulatorError):
-    pass
-
-
 @dataclass
 class Options:
     schedule: Literal["lockstep", "random"] = "lockstep"
@@ -81,10 +77,10 @@ class Batch:
         self.cluster_phase = -1  # in which it arrived at the cluster's barrier
         self.turns, self.seen = 0, -1  # turns round a loop since anything changed, which was event `seen`
 
-    def fail(self, message: str, lanes: Array | None = None, kind: type = EmulatorError) -> NoReturn:
+    def fail(self, message: str, lanes: Array | None = None) -> NoReturn:
         ins = self.machine.program.instructions[self.machine.index]
         who = "" if lanes is None else f", thread {self.tid[lanes[0]]} (and {len(lanes) - 1} more)"
-        raise kind(f"{message}: block {self.cta}{who}: `{ins.text[:110]}` from {ins.source}")
+        raise EmulatorError(f"{message}: block {self.cta}{who}: `{ins.text[:110]}` from {ins.source}")
 
     def special(self, name: str) -> Array:
         """A special register."""
@@ -262,7 +258,7 @@ class Machine:
             ins = block.end or (block.body[-1] if block.body else None)
             where = f"`{ins.text[:70]}` ({ins.source})" if ins else "?"
             places.append(f"block {b.cta} warps {b.warps.start}-{b.warps.stop - 1} at {where}")
-        raise Deadlock(f"all {len(live)} batches wait and nothing can change: " + "; ".join(places))
+        raise EmulatorError(f"deadlock: all {len(live)} batches wait and nothing can change: " + "; ".join(places))
 
     def _step(self, b: Batch) -> None:
         """One basic block."""
@@ -285,7 +281,7 @@ class Machine:
 
     def _barrier(self, b: Batch, block: Block, m: Mask) -> None:
         assert block.end is not None
-        if block.end.predicate or block.end.args != ["0"] or block.end.op not in ("bar.sync", "barrier.sync"):
+        if block.end.predicate or block.end.args != ["0"]:
             raise EmulatorError(f"not emulated: {block.end.text}")
         if m is True and len(b.warps) == self.warps:
             self.races.barrier(b.cta)
