@@ -148,9 +148,12 @@ def run_token_statistics(
 ) -> tuple[Tensor, Tensor]:
     """log p_y and entropy (2, B), and Σp² and ‖p − e_y‖₂ (2, B), of features (B, D) and labels (B,)."""
     check_classes(labels, weight.shape[0], "labels")
-    out = torch.empty((4, len(features)), dtype=score_dtype(features, None), device=features.device)
-    if len(features):
-        _torch_targets.token_statistics(Problem(features, weight, bias, None, temperature, target=labels, p=2.0), out)
+    batch = len(features)
+    out = torch.empty((4, batch), dtype=score_dtype(features, None), device=features.device)
+    problem = Problem(features, weight, bias, None, temperature, target=labels, p=2.0)
+    step = 1 if switch("GRADNORM_FAST_BATCH_INVARIANT") else max(1, batch)
+    for i in range(0, batch, step):
+        _torch_targets.token_statistics(problem.rows(i, i + step), out[:, i : i + step])
     return out[:2].clone(), out[2:].clone()
 
 

@@ -101,7 +101,9 @@ def _tiles(problem: Problem, dtype: torch.dtype, columns: int) -> Iterator[tuple
             w, b = part(weight, i, stop), None if bias is None else part(bias, i, stop)
             if not usable(w, dtype):
                 w = converted(w, dtype)
-            yield slice(i, stop), w, logits_of(problem._replace(weight=w, bias=b), dtype)
+            with torch.autocast(w.device.type, enabled=False):  # it would cast what has been converted
+                z = logits_of(problem._replace(weight=w, bias=b), dtype)
+            yield slice(i, stop), w, z
 
 
 def _set_column(z: Tensor, classes: slice, y: Tensor, value: Tensor | float) -> Tensor:

@@ -403,6 +403,30 @@ def test_grad_uncertainty_of_pytorch_ood():
     assert relative(got, detector.GradUncertainty(head).predict(x)) < 1e-5
 
 
+def test_autocast_casts_as_linear_does():
+    x, w, _, labels = problem(300, 64, 50, torch.float32)
+    halves = x.bfloat16(), w.bfloat16()
+    for options in (dict(p=2.0), dict(target=labels), dict(target="predicted", p=2.0)):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            got = fast_gradnorm(x, w, **options)
+        assert torch.equal(got, fast_gradnorm(*halves, **options))
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        found = token_statistics(x, w, labels)
+    assert all(torch.equal(a, b) for a, b in zip(found, token_statistics(*halves, labels), strict=True))
+
+
+def test_batch_invariance_on_request(monkeypatch):
+    x, w, bias, labels = problem(40, 100, 300, torch.float32)
+    monkeypatch.setenv("GRADNORM_FAST_BATCH_INVARIANT", "1")
+    some = slice(17, 20)
+    for target in TARGETS:
+        whole = fast_gradnorm(x, w, bias, target=labels if target == "labels" else target, p=2.0)
+        few = fast_gradnorm(x[some], w, bias, target=labels[some] if target == "labels" else target, p=2.0)
+        assert torch.equal(few, whole[some])
+    whole, few = token_statistics(x, w, labels, bias), token_statistics(x[some], w, labels[some], bias)
+    assert all(torch.equal(a, b[some]) for a, b in zip(few, whole, strict=True))
+
+
 def random(*shape, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
