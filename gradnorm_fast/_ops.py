@@ -99,7 +99,8 @@ class _Scores(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*inputs[:5])
-        ctx.rest = inputs[5:10]
+        ctx.save_for_forward(*inputs[:5])
+        ctx.rest, ctx.fields = inputs[5:10], len(output[0])
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(True)
 
@@ -108,6 +109,30 @@ class _Scores(torch.autograd.Function):
         needed = list(ctx.needs_input_grad[:4])
         grads = scores_backward(grad, *ctx.saved_tensors, *ctx.rest, needed)
         return (*(g if need else None for g, need in zip(grads, needed, strict=True)), *(None,) * 8)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None]:
+        """A row's scores depend on its own features and logits alone, so their gradients, each of one row, give the
+        derivative along any tangent."""
+        features, logits, weight, bias, labels = ctx.saved_tensors
+        dx, dz, dw, db = tangents[:4]
+        dtype = score_dtype(features, logits)
+        x, z = features.to(dtype), logits
+        if z is None:
+            w = weight.to(dtype)
+            z = torch.nn.functional.linear(x, w, None if bias is None else bias.to(dtype))
+            parts = [dx.to(dtype) @ w.t()] if dx is not None else []
+            parts += [x @ dw.to(dtype).t()] if dw is not None else []
+            parts += [db.to(dtype).expand(z.shape)] if db is not None else []
+            dz = sum(parts) if parts else None
+        z, slopes = z.to(dtype), []
+        for field in range(ctx.fields):
+            grad = torch.zeros((ctx.fields, len(x)), dtype=dtype, device=x.device)
+            grad[field] = 1.0
+            of_x, of_z, _, _ = scores_backward(grad, x, z, None, None, labels, *ctx.rest, [True, True, False, False])
+            terms = [(g * t.to(dtype)).sum(1) for g, t in ((of_x, dx), (of_z, dz)) if t is not None]
+            slopes.append(sum(terms) if terms else torch.zeros_like(grad[0]))
+        return torch.stack(slopes), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:

@@ -225,3 +225,25 @@ def test_a_device_that_is_not_the_current_one():
     x, w = torch.randn(8, 16), torch.randn(300, 16)
     expected = fast_gradnorm(x.to("cuda:0"), w.to("cuda:0"))
     assert torch.equal(fast_gradnorm(x.to("cuda:1"), w.to("cuda:1")).cpu(), expected.cpu())
+
+
+@pytest.mark.parametrize("call", ["fast_gradnorm", "head_scores", "gradnorm_from_logits"])
+def test_forward_mode(call):
+    g = torch.Generator().manual_seed(0)
+    x, w, b, z = (torch.randn(s, dtype=torch.float64, generator=g) for s in ((3, 5), (4, 5), (4,), (3, 4)))
+    inputs = (x, z) if call == "gradnorm_from_logits" else (x, w, b)
+
+    def scores(*tensors):
+        if call == "gradnorm_from_logits":
+            return gradnorm_from_logits(*tensors, target="predicted", p=2.0)
+        if call == "fast_gradnorm":
+            return fast_gradnorm(*tensors, temperature=1.7, reduction="sum")
+        found = head_scores(*tensors, temperature=1.7)
+        return torch.stack([s for name, s in zip(found._fields, found, strict=True) if name != "prediction"])
+
+    watched = tuple(t.clone().requires_grad_() for t in inputs)
+    assert torch.autograd.gradcheck(scores, watched, check_forward_ad=True)
+    every = tuple(range(len(inputs)))
+    forward, backward = (jac(scores, argnums=every)(*inputs) for jac in (torch.func.jacfwd, torch.func.jacrev))
+    for a, c in zip(forward, backward, strict=True):
+        torch.testing.assert_close(a, c)
