@@ -85,7 +85,7 @@ def _candidates(problem: Problem) -> Iterator[Choice]:
         return
     if not library.why_not(problem, arch):
         yield from (Choice("library", library.CONFIGURATION._replace(workspace=n)) for n in (64, 24))
-    if b <= tiled.FEW_ROWS and c <= tiled.FEW_ROWS_CLASSES:
+    if b <= tiled.SLICED_MAX_ROWS and c <= tiled.SLICED_MAX_CLASSES:
         few = tiled.configuration(b, c, d, x.dtype, arch, processors)
         for classes, step, n in product((16, 32, 64), (64, 128, 256) if half else (32, 64), (1, 2, 4, 8, 16)):
             if n * step <= d and processors // 4 <= cdiv(c, classes) * n <= 4 * processors:

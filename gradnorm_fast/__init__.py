@@ -28,7 +28,15 @@ if not _os.path.isdir(_os.path.join(_os.path.dirname(__file__), "kernels")):
 if TYPE_CHECKING:
     from .detector import GradNorm, Prediction
     from .evaluation import evaluate, plot_roc, plot_scores
-    from .functional import HeadScores, fast_gradnorm, gradnorm_from_logits, head_scores, warmup
+    from .functional import (
+        HeadScores,
+        TokenStatistics,
+        fast_gradnorm,
+        gradnorm_from_logits,
+        head_scores,
+        token_statistics,
+        warmup,
+    )
     from .layers import LayerNorms, layer_gradnorms
 
 __version__ = "0.1.0"
@@ -37,6 +45,7 @@ __all__ = [
     "HeadScores",
     "LayerNorms",
     "Prediction",
+    "TokenStatistics",
     "__version__",
     "evaluate",
     "fast_gradnorm",
@@ -45,6 +54,7 @@ __all__ = [
     "layer_gradnorms",
     "plot_roc",
     "plot_scores",
+    "token_statistics",
     "warmup",
 ]
 
@@ -55,6 +65,7 @@ _MODULES = {
     "HeadScores": "functional",
     "LayerNorms": "layers",
     "Prediction": "detector",
+    "TokenStatistics": "functional",
     "evaluate": "evaluation",
     "fast_gradnorm": "functional",
     "gradnorm_from_logits": "functional",
@@ -62,6 +73,7 @@ _MODULES = {
     "layer_gradnorms": "layers",
     "plot_roc": "evaluation",
     "plot_scores": "evaluation",
+    "token_statistics": "functional",
     "warmup": "functional",
 }
 

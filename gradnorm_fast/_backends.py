@@ -10,9 +10,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from . import _torch_backward, _torch_forward, _torch_targets
 from ._switches import switch
-from ._torch_backward import backward
-from ._torch_forward import forward
+from ._targets import check_classes
 from .kernels.problem import Problem, Scores
 
 BACKENDS = ("auto", "triton", "torch")
@@ -58,6 +58,13 @@ def _warn_of_fallback(reason: str) -> None:
     warnings.warn(f"gradnorm_fast runs in plain torch: {reason}", RuntimeWarning, stacklevel=2)
 
 
+def why_no_kernel(target: str, p: float) -> str:
+    """Why there is no kernel for this target and norm; empty where there is one."""
+    if target == "uniform" and p == 1.0:
+        return ""
+    return f"there are kernels for the uniform target and p = 1 only, got {target} and p = {p:g}; use 'auto' or 'torch'"
+
+
 def uses_triton(backend: str, device: torch.device) -> bool:
     """ "auto" is Triton on a GPU wherever it can run, else torch, with one warning that says why."""
     if backend != "auto" or device.type != "cuda":
@@ -72,6 +79,9 @@ def run(
     logits: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    labels: Tensor | None,
+    target: str,
+    p: float,
     temperature: float,
     reduction: str,
     include_bias: bool,
@@ -80,26 +90,28 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """Scores of features (B, D) from logits (B, C), or from weight (C, D) and bias (C,).
 
-    Returns out (1, B) and an empty tensor, or with head out (6, B), the rows FIELDS, and prediction (B,).
+    target: "uniform", "predicted", or "labels", which are labels (B,). Returns out (1, B) and an empty tensor, or with
+    head out (6, B), the rows problem.FIELDS, and prediction (B,). ValueError for labels of classes that do not exist,
+    on a CPU.
     """
+    problem = _problem(features, logits, weight, bias, labels, target, p, temperature, reduction, include_bias)
     batch = features.shape[0]
     out = torch.empty((6 if head else 1, batch), dtype=score_dtype(features, logits), device=features.device)
     prediction = torch.empty(batch if head else 0, dtype=torch.int64, device=features.device)
     if batch == 0:
         return out, prediction
-    problem = Problem(features, weight, bias, logits, temperature, *_factors(logits, weight, reduction, include_bias))
     scores = Scores(out, prediction if head else None)
     invariant = switch("GRADNORM_FAST_BATCH_INVARIANT")
-    if uses_triton(backend, features.device):
+    if not why_no_kernel(target, p) and uses_triton(backend, features.device):
         from .kernels import dispatch
 
         with _current(features.device):
             dispatch.score(problem, scores, invariant)
-    elif invariant:
-        for i in range(batch):  # a row by itself: how a matmul rounds depends on how many rows it has
-            forward(problem.rows(i, i + 1), scores.rows(i, i + 1))
-    else:
-        forward(problem, scores)
+        return out, prediction
+    forward = _torch_forward.forward if target == "uniform" else _torch_targets.forward
+    step = 1 if invariant else batch  # a row by itself: how a matmul rounds depends on how many rows it has
+    for i in range(0, batch, step):
+        forward(problem.rows(i, i + step), scores.rows(i, i + step))
     return out, prediction
 
 
@@ -109,15 +121,55 @@ def run_backward(
     logits: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    labels: Tensor | None,
+    target: str,
+    p: float,
     temperature: float,
     reduction: str,
     include_bias: bool,
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients for features, logits, weight and bias, empty where not needed, given the gradient of run's out."""
-    problem = Problem(features, weight, bias, logits, temperature, *_factors(logits, weight, reduction, include_bias))
+    check_differentiable(p)
+    problem = _problem(features, logits, weight, bias, labels, target, p, temperature, reduction, include_bias)
+    backward = _torch_backward.backward if target == "uniform" else _torch_targets.backward
     with torch.autocast(features.device.type, enabled=False):
         return backward(grad, problem, needed)
+
+
+def check_differentiable(p: float) -> None:
+    """NotImplementedError for a norm whose gradient is not implemented."""
+    if p not in (1.0, 2.0):
+        raise NotImplementedError(f"p: gradients are implemented for p = 1 and p = 2, got p = {p:g}; detach the inputs")
+
+
+def run_token_statistics(
+    features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """log p_y and entropy (2, B), and Σp² and ‖p − e_y‖₂ (2, B), of features (B, D) and labels (B,)."""
+    check_classes(labels, weight.shape[0], "labels")
+    batch = len(features)
+    out = torch.empty((4, batch), dtype=score_dtype(features, None), device=features.device)
+    problem = Problem(features, weight, bias, None, temperature, target=labels, p=2.0)
+    step = 1 if switch("GRADNORM_FAST_BATCH_INVARIANT") else max(1, batch)
+    for i in range(0, batch, step):
+        _torch_targets.token_statistics(problem.rows(i, i + step), out[:, i : i + step])
+    return out[:2].clone(), out[2:].clone()
+
+
+def run_token_statistics_backward(
+    grad: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperature: float,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for features, weight and bias, empty where not needed, given that of log p_y and entropy."""
+    problem = Problem(features, weight, bias, None, temperature, target=labels, p=2.0)
+    with torch.autocast(features.device.type, enabled=False):
+        return _torch_targets.token_statistics_backward(grad, problem, needed)
 
 
 def score_dtype(features: Tensor, logits: Tensor | None) -> torch.dtype:
@@ -126,10 +178,25 @@ def score_dtype(features: Tensor, logits: Tensor | None) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
-def _factors(logits: Tensor | None, weight: Tensor | None, reduction: str, include_bias: bool) -> tuple[float, float]:
-    """scale: the sum over classes is C times the mean; bias_norm: the bias's gradient adds 1 to ‖x‖₁."""
-    classes = logits.shape[1] if logits is not None else weight.shape[0]  # type: ignore[union-attr]
-    return float(classes) if reduction == "sum" else 1.0, 1.0 if include_bias else 0.0
+def _problem(
+    features: Tensor,
+    logits: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    target: str,
+    p: float,
+    temperature: float,
+    reduction: str,
+    include_bias: bool,
+) -> Problem:
+    problem = Problem(features, weight, bias, logits, temperature, p=p, target=target if labels is None else labels)
+    if labels is not None:
+        check_classes(labels, problem.classes)
+    return problem._replace(
+        scale=float(problem.classes) if reduction == "sum" else 1.0,  # C times the mean
+        bias_norm=1.0 if include_bias else 0.0,
+    )
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:

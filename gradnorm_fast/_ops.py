@@ -1,7 +1,7 @@
 """The score as an operator of torch: for autograd, torch.compile, torch.export, torch.func and tensor subclasses.
 
-One operator, `gradnorm_fast::scores`, and its backward. Plain tensors without gradients take a direct call past the
-dispatcher (docs/performance.md has what that saves).
+Two operators, `gradnorm_fast::scores` and `token_statistics`, and their backwards. Plain tensors without gradients take
+a direct call past the dispatcher (docs/performance.md has what that saves).
 """
 
 from __future__ import annotations
@@ -13,30 +13,57 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ._backends import run, run_backward, score_dtype
+from ._backends import run, run_backward, run_token_statistics, run_token_statistics_backward, score_dtype
 
 _HEAD = (
-    "Tensor features, Tensor? logits, Tensor? weight, Tensor? bias, float temperature, str reduction, bool include_bias"
+    "Tensor features, Tensor? logits, Tensor? weight, Tensor? bias, Tensor? labels, str target, float p, "
+    "float temperature, str reduction, bool include_bias"
 )
+_TOKENS = "Tensor features, Tensor weight, Tensor? bias, Tensor labels, float temperature"
 _library = torch.library.Library("gradnorm_fast", "DEF")
 _library.define(f"scores({_HEAD}, str backend, bool head) -> (Tensor out, Tensor prediction)")
 _library.define(f"scores_backward(Tensor grad, {_HEAD}, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor)")
-_library.impl("scores", run, "CompositeExplicitAutograd")
-_library.impl("scores_backward", run_backward, "CompositeExplicitAutograd")
+_library.define(f"token_statistics({_TOKENS}) -> (Tensor differentiable, Tensor rest)")
+_library.define(f"token_statistics_backward(Tensor grad, {_TOKENS}, bool[] needed) -> (Tensor, Tensor, Tensor)")
+for _name, _implementation in (
+    ("scores", run),
+    ("scores_backward", run_backward),
+    ("token_statistics", run_token_statistics),
+    ("token_statistics_backward", run_token_statistics_backward),
+):
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("gradnorm_fast::scores", lib=_library)
-def _scores_fake(features, logits, weight, bias, temperature, reduction, include_bias, backend, head):  # type: ignore[no-untyped-def]
-    batch = features.shape[0]
+def _scores_fake(features, logits, *rest):  # type: ignore[no-untyped-def]
+    batch, head = features.shape[0], rest[-1]
     out = features.new_empty((6 if head else 1, batch), dtype=score_dtype(features, logits))
     return out, features.new_empty(batch if head else 0, dtype=torch.int64)
 
 
 @torch.library.register_fake("gradnorm_fast::scores_backward", lib=_library)
-def _scores_backward_fake(grad, features, logits, weight, bias, temperature, reduction, include_bias, needed):  # type: ignore[no-untyped-def]
+def _scores_backward_fake(grad, features, logits, weight, bias, *rest):  # type: ignore[no-untyped-def]
+    return _gradients_fake((features, logits, weight, bias), rest[-1])
+
+
+@torch.library.register_fake("gradnorm_fast::token_statistics", lib=_library)
+def _token_statistics_fake(features, weight, bias, labels, temperature):  # type: ignore[no-untyped-def]
+    out = features.new_empty((2, features.shape[0]), dtype=score_dtype(features, None))
+    return out, torch.empty_like(out)
+
+
+@torch.library.register_fake("gradnorm_fast::token_statistics_backward", lib=_library)
+def _token_statistics_backward_fake(grad, features, weight, bias, labels, temperature, needed):  # type: ignore[no-untyped-def]
+    return _gradients_fake((features, weight, bias), needed)
+
+
+def _gradients_fake(inputs: tuple[Tensor | None, ...], needed: list[bool]) -> tuple[Tensor, ...]:
+    """A gradient for each input that needs one, else something empty."""
+    like = inputs[0]
+    assert like is not None
     return tuple(
-        t.new_empty(t.shape) if t is not None and need else features.new_empty(0)
-        for t, need in zip((features, logits, weight, bias), needed, strict=True)
+        t.new_empty(t.shape) if t is not None and need else like.new_empty(0)
+        for t, need in zip(inputs, needed, strict=True)
     )
 
 
@@ -71,8 +98,8 @@ class _Scores(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:4])
-        ctx.rest = inputs[4:7]
+        ctx.save_for_backward(*inputs[:5])
+        ctx.rest = inputs[5:10]
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(True)
 
@@ -80,40 +107,78 @@ class _Scores(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         needed = list(ctx.needs_input_grad[:4])
         grads = scores_backward(grad, *ctx.saved_tensors, *ctx.rest, needed)
-        return (*(g if need else None for g, need in zip(grads, needed, strict=True)), *(None,) * 5)
+        return (*(g if need else None for g, need in zip(grads, needed, strict=True)), *(None,) * 8)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        n, (features, logits, *rest) = info.batch_size, args
+        n, (features, logits, weight, bias, labels, *rest) = info.batch_size, args
         if in_dims[2] is not None or in_dims[3] is not None:
             return _loop(scores, n, in_dims, args)
         # only rows are batched: rows of one larger batch
-        features = _stacked(features, in_dims[0], n)
-        logits = None if logits is None else _stacked(logits, in_dims[1], n).flatten(0, 1)
-        out, prediction = scores(features.flatten(0, 1), logits, *rest)
-        batch = features.shape[1]
+        batch = _stacked(features, in_dims[0], n).shape[1]
+        features, logits, labels = (
+            None if t is None else _stacked(t, d, n).flatten(0, 1)
+            for t, d in zip((features, logits, labels), (*in_dims[:2], in_dims[4]), strict=True)
+        )
+        out, prediction = scores(features, logits, weight, bias, labels, *rest)
         return (out.reshape(len(out), n, batch), prediction.reshape(n, batch if len(out) > 1 else 0)), (1, 0)
 
 
-class _ScoresBackward(torch.autograd.Function):
-    forward = staticmethod(run_backward)
+class _TokenStatistics(torch.autograd.Function):
+    """`token_statistics`, likewise."""
+
+    forward = staticmethod(run_token_statistics)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Nothing to save: see backward."""
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:4])
+        ctx.temperature = inputs[4]
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(True)
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
-        raise RuntimeError(
-            "gradnorm_fast: scores can be differentiated once, not twice; use gradnorm_fast.reference.autograd_gradnorm"
-        )
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        needed = list(ctx.needs_input_grad[:3])
+        grads = token_statistics_backward(grad, *ctx.saved_tensors, ctx.temperature, needed)
+        return (*(g if need else None for g, need in zip(grads, needed, strict=True)), None, None)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        return _loop(scores_backward, info.batch_size, in_dims, args)
+        return _loop(token_statistics, info.batch_size, in_dims, args)
 
 
-for _name, _function in (("scores", _Scores), ("scores_backward", _ScoresBackward)):
+def _once(forward: Callable[..., Any], call: Callable[..., Any]) -> type[torch.autograd.Function]:
+    """A backward as a function that cannot be differentiated again."""
+
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            """Nothing to save: see backward."""
+
+        @staticmethod
+        def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
+            raise RuntimeError(
+                "gradnorm_fast: scores can be differentiated once, not twice; "
+                "use gradnorm_fast.reference.autograd_gradnorm"
+            )
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+            return _loop(call, info.batch_size, in_dims, args)
+
+    Backward.forward = staticmethod(forward)  # type: ignore[method-assign]
+    return Backward
+
+
+_ScoresBackward = _once(run_backward, lambda *args: scores_backward(*args))
+_TokenStatisticsBackward = _once(run_token_statistics_backward, lambda *args: token_statistics_backward(*args))
+
+for _name, _function in (
+    ("scores", _Scores),
+    ("scores_backward", _ScoresBackward),
+    ("token_statistics", _TokenStatistics),
+    ("token_statistics_backward", _TokenStatisticsBackward),
+):
     torch.library.register_autograd(
         f"gradnorm_fast::{_name}", _function.backward, setup_context=_function.setup_context, lib=_library
     )
@@ -154,3 +219,13 @@ def scores(*args: Any) -> tuple[Tensor, Tensor]:
 def scores_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """_backends.run_backward, likewise."""
     return _route(args, run_backward, _ScoresBackward, "scores_backward")
+
+
+def token_statistics(*args: Any) -> tuple[Tensor, Tensor]:
+    """_backends.run_token_statistics, likewise."""
+    return _route(args, run_token_statistics, _TokenStatistics, "token_statistics")
+
+
+def token_statistics_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """_backends.run_token_statistics_backward, likewise."""
+    return _route(args, run_token_statistics_backward, _TokenStatisticsBackward, "token_statistics_backward")

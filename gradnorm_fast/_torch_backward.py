@@ -10,7 +10,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._torch_forward import budget_of, centred, converted, half_deviation, logits_of, rows_at_once, softmax, usable
+from ._torch_forward import (
+    budget_of,
+    centred,
+    converted,
+    half_deviation,
+    logits_of,
+    row_norm,
+    rows_at_once,
+    softmax,
+    usable,
+    with_bias,
+)
 from .kernels.problem import Problem
 
 BUFFERS = 7  # of the size of a chunk of logits that are alive at once
@@ -26,10 +37,32 @@ def _derivatives(z: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor, Ten
     return p, v, above.mul_(a).sub_(below.mul_(b)).mul_(0.5)
 
 
+def _derivatives_of_l2(z: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for V = ‖p − 1/C‖₂: ∂V/∂z_k = p_k (p_k − Σp²)/(V·T).
+
+    With u = p − 1/C, that is p_k (u_k/V − V)/T, since Σp² = V² + 1/C. For a class with most of the probability,
+    p_k − Σp² = ε p_k − Σ_(c ≠ k) p_c², where ε is the sum of the others.
+    """
+    p, (u, t) = softmax(z, inv_temperature), centred(z, inv_temperature)
+    u.div_(t).sub_(u.mean(1, keepdim=True))
+    v = row_norm(u.clone(), 2.0)
+    safe = torch.where(v > 0, v, 1.0)
+    dz = u.div_(safe).sub_(v).mul_(p)
+    most, top = p.max(1, keepdim=True)
+    others = p.scatter(1, top, 0.0)
+    exact = most * (most * others.sum(1, keepdim=True) - others.square_().sum(1, keepdim=True)) / safe
+    return p, v, dz.scatter_(1, top, torch.where(most > 0.5, exact, dz.gather(1, top)))
+
+
+def norm_gradient(x: Tensor, norm: Tensor, p: float) -> Tensor:
+    """∂‖(x, bias_norm)‖_p/∂x for p = 1 and 2, given that norm.  # (R, D), (R, 1) -> (R, D)"""
+    return x.sign() if p == 1.0 else x / torch.where(norm > 0, norm, 1.0)
+
+
 def backward(grad: Tensor, problem: Problem, needed: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients for features, logits, weight and bias, empty where not needed, given grad, that of Scores.out.
 
-    gradnorm = (‖x‖₁ + bias_norm)·V·scale/T; the rest as in any linear layer.
+    gradnorm = ‖(x, bias_norm)‖_p·V·scale/T for the uniform target; the rest as in any linear layer.
     """
     dtype, inv_temperature = grad.dtype, 1.0 / problem.temperature
     inputs = problem.features, problem.logits, problem.weight, problem.bias
@@ -46,9 +79,10 @@ def backward(grad: Tensor, problem: Problem, needed: list[bool]) -> tuple[Tensor
     for i in range(0, len(problem.features), step):
         rows, z = slice(i, i + step), logits_of(problem.rows(i, i + step), dtype)
         x, g = problem.features[rows].to(dtype), grad[:, rows].unsqueeze(2)
-        p, v, dz = _derivatives(z, inv_temperature)
+        p, v, dz = (_derivatives if problem.p == 1.0 else _derivatives_of_l2)(z, inv_temperature)
         grad_norm = g[0] * v * problem.scale * inv_temperature
-        grad_output = g[0] * (x.abs().sum(1, keepdim=True) + problem.bias_norm)
+        norm = with_bias(row_norm(x.clone(), problem.p), problem.bias_norm, problem.p)
+        grad_output = g[0] * norm
         if len(g) > 1:
             grad_norm, grad_output = grad_norm + g[1], grad_output + g[2]
         dz *= grad_output * problem.scale * inv_temperature
@@ -62,7 +96,7 @@ def backward(grad: Tensor, problem: Problem, needed: list[bool]) -> tuple[Tensor
         if needed[0]:
             if problem.weight is not None:
                 torch.mm(dz, problem.weight, out=grad_x[rows])
-            grad_x[rows].addcmul_(x.sign(), grad_norm)
+            grad_x[rows].addcmul_(norm_gradient(x, norm, problem.p), grad_norm)
         if needed[1]:
             grad_z[rows] = dz
         if needed[2]:

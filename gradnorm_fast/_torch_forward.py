@@ -6,6 +6,7 @@ memory never depends on B·C (see Budget). docs/numerics.md has the formulas, an
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -129,6 +130,55 @@ def half_deviation(u: Tensor, t: Tensor) -> Tensor:
     return above.addcmul_(count, excess, value=-1.0 / u.shape[1]).div_(excess.add_(t.view(-1)))
 
 
+def row_norm(u: Tensor, p: float) -> Tensor:
+    """‖u‖_p of each row, without overflow or underflow of the powers; overwrites u.  # (R, N) -> (R, 1)"""
+    magnitudes = u.abs_()
+    if p == 1.0:
+        return magnitudes.sum(1, keepdim=True)
+    if not u.shape[1]:
+        return u.new_zeros(len(u), 1)
+    largest = magnitudes.amax(1, keepdim=True)
+    if p == math.inf:
+        return largest
+    magnitudes.div_(torch.where(largest > 0, largest, 1.0))
+    powers = magnitudes.square_() if p == 2.0 else magnitudes.pow_(p)
+    root = powers.sum(1, keepdim=True).pow_(0.5 / p)  # half of it at a time: C^(1/p) alone may overflow
+    return largest.mul_(root).mul_(root)
+
+
+def with_bias(norm: Tensor, bias_norm: float, p: float) -> Tensor:
+    """‖(x, bias_norm)‖_p, given ‖x‖_p.  # (R, 1) -> (R, 1)"""
+    return row_norm(torch.cat([norm, torch.full_like(norm, bias_norm)], 1), p) if bias_norm else norm
+
+
+def feature_norms(problem: Problem, out: Tensor) -> None:
+    """‖x‖_p of each row into out (B,), NaN where that is not finite: such a row has no score."""
+    features, p = problem.features, problem.p
+    batch, depth = features.shape
+    step = max(1, budget_of(out.device).piece // max(1, depth * out.itemsize))
+    for i in range(0, batch, step):
+        x, norm = part(features, i, i + step), part(out, i, i + step)
+        if p == 1.0:
+            torch.sum(x.abs(), 1, dtype=out.dtype, out=norm)
+        else:
+            norm.copy_(row_norm(converted(x, out.dtype), p)[:, 0])
+        norm.nan_to_num_(torch.nan, torch.nan)
+
+
+def deviation_norm(u: Tensor, t: Tensor, p: float) -> Tensor:
+    """‖p − 1/C‖_p from u = t·(p − 1/C), in which t and the mean of u may be rounded; overwrites u.  # -> (R,)"""
+    if p == 1.0:
+        half = half_deviation(u, t)
+        return half + half
+    u.sub_(u.mean(1, keepdim=True))
+    return row_norm(u, p).div_(t)[:, 0]
+
+
+def quick_limit(classes: int, p: float) -> float:
+    """The ‖p − 1/C‖_p from which the quick form is exact: where C^(1 − 1/p) times it is QUICK."""
+    return min(QUICK * classes ** (1.0 / p - 1.0), 1e38)
+
+
 def _score(problem: Problem, z: Tensor, scores: Scores) -> None:
     """Write the scores of rows with logits z; their feature norms are there already."""
     out, prediction = scores
@@ -137,37 +187,34 @@ def _score(problem: Problem, z: Tensor, scores: Scores) -> None:
     t = p.sum(1, keepdim=True)
     if prediction is not None:
         msp = p.amax(1) / t.view(-1)
-    half = half_deviation(p.sub_(t, alpha=1.0 / z.shape[1]), t)
+    order, limit = problem.p, quick_limit(problem.classes, problem.p)
+    deviation = deviation_norm(p.sub_(t, alpha=1.0 / z.shape[1]), t, order)
     if z.device.type != "cpu":  # never wait for the data
-        half = torch.where(half < QUICK / 2, half_deviation(*centred(z, inv_temperature)), half)
-    elif not half.min().item() >= QUICK / 2:  # NaN too
-        rows = (half < QUICK / 2).nonzero().view(-1)
-        half[rows] = half_deviation(*centred(z if len(rows) == len(z) else z[rows], inv_temperature))
-    v = half + half
+        deviation = torch.where(deviation < limit, deviation_norm(*centred(z, inv_temperature), order), deviation)
+    elif not deviation.min().item() >= limit:  # NaN too
+        rows = (deviation < limit).nonzero().view(-1)
+        some = z if len(rows) == len(z) else z[rows]
+        deviation[rows] = deviation_norm(*centred(some, inv_temperature), order)
+    v = deviation
     for factor in (problem.scale, inv_temperature):  # in this order: 0·inf is not 0
         if factor != 1.0:
             v = v * factor
     if prediction is None:
-        norm = out[0] + problem.bias_norm if problem.bias_norm else out[0]
-        torch.mul(norm, v, out=out[0])
+        torch.mul(with_bias(out[0, :, None], problem.bias_norm, order)[:, 0], v, out=out[0])
         return
     m, index = z.max(1)
     torch.mul(out[1] + problem.bias_norm, v, out=out[0])
-    poison = (out[1] + half) * 0.0  # a row without a score has no other number either
+    poison = (out[1] + deviation) * 0.0  # a row without a score has no other number either
     for field, value in enumerate((out[1], v, m, msp, m - msp.log() / inv_temperature), 1):
         torch.add(value, poison, out=out[field])
     prediction.copy_(torch.where(poison == 0.0, index, 0))
 
 
 def forward(problem: Problem, scores: Scores) -> None:
-    """Scores of the problem's rows."""
-    features, out = problem.features, scores.out
-    (batch, depth), size, budget = features.shape, out.itemsize, budget_of(out.device)
-    norms = out[0 if scores.prediction is None else 1]
-    step = max(1, budget.piece // max(1, depth * size))
-    for i in range(0, batch, step):
-        norm = torch.sum(part(features, i, i + step).abs(), 1, dtype=out.dtype, out=part(norms, i, i + step))
-        norm.nan_to_num_(torch.nan, torch.nan)  # inf too: such a row has no score
+    """Scores of the problem's rows, for the uniform target."""
+    out = scores.out
+    batch, size, budget = problem.features.shape[0], out.itemsize, budget_of(out.device)
+    feature_norms(problem, out[0 if scores.prediction is None else 1])
     row = problem.classes * size
     piece = max(budget.piece, row)
     step, rows = rows_at_once(problem, out.dtype, budget.chunk - 2 * piece - budget.piece), piece // row

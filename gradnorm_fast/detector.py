@@ -90,6 +90,7 @@ class GradNorm:
         if head is not None:
             self.head_name, self._head = heads.module_named(self.model, head)
         self._calibration: Tensor | None = None  # sorted scores of in-distribution images
+        self._fitted_to: dict[str, dict[str, Any]] | None = None  # the model's tensors at that time
         self._tpr = 0.95
 
     def __repr__(self) -> str:
@@ -183,6 +184,10 @@ class GradNorm:
                 f"fit: expected finite scores of at least one image, got {len(scores)} images, {bad} not finite"
                 + ("; are the model's weights and the preprocessing finite?" if bad else "")
             )
+        try:
+            self._fitted_to = gate.describe_tensors(self.model)
+        except ValueError:  # the model has no values yet: the scores are not its own
+            self._fitted_to = None
         self._calibration, self._tpr = scores.sort().values, float(tpr)
         return self
 
@@ -249,12 +254,20 @@ class GradNorm:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a gate as JSON: threshold, options, preprocessing, and digests of the model's parameters and buffers.
 
-        ValueError before the head is known; and for layers given as a predicate, which a file cannot hold.
+        ValueError before the head is known; where the model has changed since `fit`; and for layers given as a
+        predicate, which a file cannot hold.
         """
         if callable(self.layers):
             raise ValueError("save: a file cannot hold the predicate that layers is; give the names of modules")
         if self.layers is None and self.head_name is None:
             raise ValueError("save: the head is not known yet; score or fit first, or name it")
+        if self._fitted_to is not None:
+            changed, _ = gate.differences(self._fitted_to, self.model)
+            if changed:
+                raise ValueError(
+                    f"save: the model has changed since fit, {len(changed)} of {len(self._fitted_to)} tensors differ: "
+                    f"{gate.at_most(changed)}; fit again"
+                )
         options = {name: getattr(self, name) for name in ("temperature", "reduction", "include_bias")}
         options["score"] = self.score_name
         calibration = None if self._calibration is None else self._calibration.tolist()

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from . import _ops
-from ._backends import BACKENDS, why_not_triton
+from ._backends import BACKENDS, check_differentiable, why_no_kernel, why_not_triton
+from ._targets import check_labels, check_p, check_target
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _REDUCTIONS = ("mean", "sum")
@@ -33,8 +34,18 @@ class HeadScores(NamedTuple):
     energy: Tensor  #: T·logsumexp(z/T) (Liu et al., NeurIPS 2020)
 
 
-# torch.export saves a program that returns HeadScores only if it knows the type by name.
-_pytree._register_namedtuple(HeadScores, serialized_type_name="gradnorm_fast.HeadScores")
+class TokenStatistics(NamedTuple):
+    """Of p = softmax(z/T) and a label y for each row, each of shape features.shape[:-1]; logarithms are natural."""
+
+    log_prob: Tensor  #: log p_y
+    entropy: Tensor  #: −Σ_c p_c log p_c
+    sum_squares: Tensor  #: Σ_c p_c²; not differentiable
+    residual_norm: Tensor  #: ‖p − e_y‖₂, EL2N (Paul et al., NeurIPS 2021); not differentiable
+
+
+# torch.export saves a program that returns these only if it knows the type by name.
+for _type in (HeadScores, TokenStatistics):
+    _pytree._register_namedtuple(_type, serialized_type_name=f"gradnorm_fast.{_type.__name__}")
 
 
 def fast_gradnorm(
@@ -42,6 +53,8 @@ def fast_gradnorm(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    target: str | Tensor = "uniform",
+    p: float = 1.0,
     temperature: float = 1.0,
     reduction: str = "mean",
     include_bias: bool = False,
@@ -52,26 +65,37 @@ def fast_gradnorm(
     The L1 norm of the gradient of KL(uniform ‖ softmax(z/T)) with respect to the weight (Huang, Geng & Li, NeurIPS
     2021), z = x·Wᵀ + b. That gradient is the outer product (p − 1/C)/T ⊗ x, so the score is ‖x‖₁·Σ_c |p_c − 1/C|/T.
 
+    Other targets q and norms give the other gradient norms of the last layer, ‖x‖_p·‖softmax(z/T) − q‖_p/T: that of the
+    cross entropy to a label or to the predicted class. docs/gradients.md has the names they go by elsewhere. With those
+    targets larger does not mean more in-distribution.
+
     Args:
         features: (..., D), what the head multiplies: float16, bfloat16, float32 or float64; any strides.
         weight: (C, D), or (C, D, 1, 1) of a 1x1 convolution after pooling; dtype and device of features.
         bias: (C,) or None; −inf masks a class.
+        target: of the cross entropy: "uniform"; "predicted", the class of the largest logit, the lowest on ties; or
+            int64 labels of shape features.shape[:-1]. A row with label −100 scores 0; other labels outside 0 … C − 1
+            are a ValueError on a CPU, and give NaN on a GPU, where checking would wait for the data.
+        p: order of the norm, 0.1 … 64 or inf.
         temperature: T > 0, finite, with a finite float32 reciprocal. It divides the logits and so, by the chain rule,
             the gradient.
         reduction: "mean" over classes in the loss, as in the paper, or "sum", C times that, as in the official code
-            and OpenOOD.
-        include_bias: count the bias's gradient too: ‖x‖₁ + 1 in place of ‖x‖₁.
-        backend: "auto" (Triton on a GPU where it can run, else torch), "triton" or "torch".
+            and OpenOOD. For the uniform target only.
+        include_bias: count the bias's gradient too: ‖(x, 1)‖_p in place of ‖x‖_p, which is ‖x‖₁ + 1 for p = 1.
+        backend: "auto" (Triton on a GPU where it can run, else torch), "triton" or "torch". There are kernels for the
+            uniform target and p = 1; "auto" takes torch for the rest.
 
     Returns:
         (...), float32, or float64 for float64 features. NaN where a row's features are not finite, or where their norm
-        or a logit overflows. Differentiable once in features, weight and bias, with sign(0) = 0 at kinks.
+        or a logit overflows. For p = 1 and 2 differentiable once in features, weight and bias, with sign(0) = 0 at
+        kinks; the predicted class is taken as constant.
 
     Raises:
         TypeError: an argument that is not a tensor, not floating point, or not of the dtype of features (under
-            torch.autocast all are cast as in torch.nn.functional.linear); a temperature that is not a number, an
-            include_bias that is not a bool.
-        ValueError: a shape, device, temperature, reduction or backend that does not fit.
+            torch.autocast all are cast as in torch.nn.functional.linear); a temperature or p that is not a number, an
+            include_bias that is not a bool, labels that are not int64.
+        ValueError: a shape, device, target, p, temperature, reduction or backend that does not fit.
+        NotImplementedError: p is neither 1 nor 2 and an input requires grad.
 
     Example:
         >>> features, weight = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.eye(2)
@@ -81,7 +105,10 @@ def fast_gradnorm(
     features, weight, bias = _autocast(features, weight, bias)
     weight = _check_head(features, weight, bias, include_bias)
     temperature = _check_options(features, temperature, reduction, backend, include_bias)
-    out, _ = _ops.scores(_rows(features), None, weight, bias, temperature, reduction, include_bias, backend, False)
+    gradient = _check_gradient(features, target, p, reduction, backend, (features, weight, bias))
+    out, _ = _ops.scores(
+        _rows(features), None, weight, bias, *gradient, temperature, reduction, include_bias, backend, False
+    )
     return out.reshape(features.shape[:-1])
 
 
@@ -112,7 +139,7 @@ def head_scores(
     weight = _check_head(features, weight, bias, include_bias)
     temperature = _check_options(features, temperature, reduction, backend, include_bias)
     out, prediction = _ops.scores(
-        _rows(features), None, weight, bias, temperature, reduction, include_bias, backend, True
+        _rows(features), None, weight, bias, None, "uniform", 1.0, temperature, reduction, include_bias, backend, True
     )
     gradnorm, feature_norm, output_norm, max_logit, msp, energy = (
         row.reshape(features.shape[:-1]) for row in out.unbind(0)
@@ -125,6 +152,8 @@ def gradnorm_from_logits(
     features: Tensor,
     logits: Tensor,
     *,
+    target: str | Tensor = "uniform",
+    p: float = 1.0,
     temperature: float = 1.0,
     reduction: str = "mean",
     include_bias: bool = False,
@@ -136,13 +165,13 @@ def gradnorm_from_logits(
         features: (..., D), what the last layer multiplied.
         logits: (..., C), what it returned, bias included, not divided by T; dtype and device of features (under
             torch.autocast the dtypes may differ; nothing is cast).
-        temperature, reduction, include_bias, backend: as in `fast_gradnorm`.
+        target, p, temperature, reduction, include_bias, backend: as in `fast_gradnorm`.
 
     Returns:
-        (...), float32, or float64 for float64 input; differentiable once in features and logits.
+        (...), float32, or float64 for float64 input; differentiable once in features and logits for p = 1 and 2.
 
     Raises:
-        TypeError, ValueError: as `fast_gradnorm`.
+        TypeError, ValueError, NotImplementedError: as `fast_gradnorm`.
 
     Example:
         >>> features, head = torch.tensor([[1.0, 2.0]]), torch.nn.Linear(2, 5)
@@ -160,10 +189,57 @@ def gradnorm_from_logits(
         raise ValueError(f"logits: expected shape ({lead}C) with C >= 1, got {tuple(logits.shape)}")
     _check_like("logits", logits, features, mixed=_autocasting(features.device))
     temperature = _check_options(features, temperature, reduction, backend, include_bias)
+    gradient = _check_gradient(features, target, p, reduction, backend, (features, logits))
     out, _ = _ops.scores(
-        _rows(features), _rows(logits), None, None, temperature, reduction, include_bias, backend, False
+        _rows(features), _rows(logits), None, None, *gradient, temperature, reduction, include_bias, backend, False
     )
     return out.reshape(features.shape[:-1])
+
+
+def token_statistics(
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    backend: str = "auto",
+) -> TokenStatistics:
+    """Log probability of a label, entropy, Σp² and ‖p − e_y‖₂ of every row, without the logits in memory.
+
+    p = softmax(z/T), z = x·Wᵀ + b. One pass over tiles of classes: extra memory does not grow with the vocabulary, in
+    the backward pass too. Exact down to 1 − p_y = 1e-30, where 1 − 2p_y + Σp² would give 0.
+
+    Args:
+        features: (..., D), such as the last hidden states of a language model; dtypes as in `fast_gradnorm`.
+        weight: (C, D), dtype and device of features.
+        labels: int64 of shape features.shape[:-1]. A row with label −100 is 0 in every field; other labels outside
+            0 … C − 1 are a ValueError on a CPU, and give NaN on a GPU.
+        bias: (C,) or None; −inf masks a class.
+        temperature: T > 0, as in `fast_gradnorm`.
+        backend: "auto" or "torch"; there is no Triton kernel for this.
+
+    Returns:
+        float32, or float64 for float64 features. log_prob and entropy are differentiable once in features, weight and
+        bias; sum_squares and residual_norm are not. NaN where a row's features are not finite or a logit overflows.
+
+    Raises:
+        TypeError, ValueError: as `fast_gradnorm`.
+
+    Example:
+        >>> features, weight = torch.tensor([[1.0, 2.0]]), torch.eye(2)
+        >>> token_statistics(features, weight, torch.tensor([1])).log_prob
+        tensor([-0.3133])
+    """
+    features, weight, bias = _autocast(features, weight, bias)
+    weight = _check_head(features, weight, bias, False)
+    temperature = _check_options(features, temperature, "mean", backend)
+    if backend == "triton":
+        raise ValueError("backend: there is no kernel for token statistics; use 'auto' or 'torch', got 'triton'")
+    check_labels(labels, features.shape[:-1], "labels")
+    _check_device("labels", labels, features)
+    fields = _ops.token_statistics(_rows(features), weight, bias, labels.reshape(-1), temperature)
+    return TokenStatistics(*(row.reshape(features.shape[:-1]) for out in fields for row in out.unbind(0)))
 
 
 def warmup(
@@ -194,10 +270,17 @@ def warmup(
         >>> head = torch.nn.Linear(512, 10)
         >>> warmup(head.weight, head.bias, batch_sizes=(1, 64))
     """
+    if not isinstance(batch_sizes, Iterable):
+        raise TypeError(f"batch_sizes: expected several integers, got {batch_sizes!r}")
     sizes = list(batch_sizes)
     for size in sizes:
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
             raise ValueError(f"batch_sizes: expected positive integers, got {size!r}")
+    if dtype is not None and dtype not in _DTYPES:
+        raise TypeError(f"dtype: expected float16, bfloat16, float32 or float64, got {dtype!r}")
+    _check_tensor("weight", weight)
+    if bias is not None:
+        _check_tensor("bias", bias)
     weight = weight.detach() if dtype is None else weight.detach().to(dtype)
     bias = bias if bias is None else bias.detach().to(weight.dtype)
     cuda = weight.device.type == "cuda"
@@ -245,8 +328,29 @@ def _check_like(name: str, value: Tensor, features: Tensor, mixed: bool = False)
             f"{name}: expected the dtype of features, {features.dtype}, got {value.dtype}; "
             "convert one of them, or call under torch.autocast"
         )
+    _check_device(name, value, features)
+
+
+def _check_device(name: str, value: Tensor, features: Tensor) -> None:
     if value.device != features.device:
         raise ValueError(f"{name}: expected the device of features, {features.device}, got {value.device}")
+
+
+def _check_gradient(
+    features: Tensor, target: object, p: object, reduction: str, backend: str, inputs: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, str, float]:
+    """Refuse a gradient that does not fit; labels (B,) or None, the target's name and p."""
+    p = check_p(p)
+    check_target(target, features.shape[:-1], reduction)
+    labels = target if isinstance(target, Tensor) else None
+    if labels is not None:
+        _check_device("target", labels, features)
+    name = target if isinstance(target, str) else "labels"
+    if backend == "triton" and (reason := why_no_kernel(name, p)):
+        raise ValueError(f"backend: {reason}")
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        check_differentiable(p)
+    return None if labels is None else labels.reshape(-1), name, p
 
 
 def _check_head(features: Tensor, weight: Tensor, bias: Tensor | None, include_bias: bool) -> Tensor:

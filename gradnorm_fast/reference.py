@@ -10,7 +10,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from .functional import _check_head, _check_options
+from ._targets import IGNORE, check_classes
+from .functional import _check_gradient, _check_head, _check_options
 
 
 def autograd_gradnorm(
@@ -18,6 +19,8 @@ def autograd_gradnorm(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    target: str | Tensor = "uniform",
+    p: float = 1.0,
     temperature: float = 1.0,
     reduction: str = "mean",
     include_bias: bool = False,
@@ -25,15 +28,17 @@ def autograd_gradnorm(
     """GradNorm score of every row of features as its authors define it (Huang, Geng & Li, NeurIPS 2021).
 
     For each sample: loss = −(mean or sum over classes of) log softmax(z/T), the cross entropy to the uniform
-    distribution, whose gradient is that of KL(uniform ‖ softmax); score = ‖∂loss/∂W‖₁ (+ ‖∂loss/∂b‖₁).
+    distribution, whose gradient is that of KL(uniform ‖ softmax); score = ‖∂loss/∂W‖₁ (+ ‖∂loss/∂b‖₁). With a label or
+    the predicted class y as target, loss = −log softmax(z/T)_y. Other norms are those of all entries together.
 
     Args:
         features: (..., D): float16, bfloat16, float32 or float64; the computation stays in it.
         weight: (C, D) or (C, D, 1, 1).
         bias: (C,) or None.
+        target, p: as in `gradnorm_fast.fast_gradnorm`.
         temperature: T > 0.
         reduction: "mean" (the paper) or "sum" over classes (the official code, OpenOOD).
-        include_bias: add the L1 norm of the bias's gradient.
+        include_bias: with the entries of the bias's gradient.
 
     Returns:
         (...), in the dtype of features; larger = more in-distribution.
@@ -43,7 +48,10 @@ def autograd_gradnorm(
     """
     weight = _check_head(features, weight, bias, include_bias)
     temperature = _check_options(features, temperature, reduction, "torch", include_bias)
+    labels, target, p = _check_gradient(features, target, p, reduction, "torch", ())
     classes, depth = weight.shape
+    if labels is not None:
+        check_classes(labels, classes)
     scores = []
     with torch.inference_mode(False), torch.enable_grad(), _no_autocast(features.device):
         layer = torch.nn.Linear(depth, classes, bias=bias is not None, device="meta")  # nothing to initialise
@@ -51,12 +59,16 @@ def autograd_gradnorm(
         if bias is not None:
             layer.bias = torch.nn.Parameter(bias.detach().clone())
         wanted = [layer.weight, layer.bias] if include_bias else [layer.weight]
-        for sample in features.detach().clone().reshape(features.shape[:-1].numel(), depth):
+        for i, sample in enumerate(features.detach().clone().reshape(features.shape[:-1].numel(), depth)):
             logits = layer(sample)
             losses = -torch.log_softmax(logits / temperature, dim=-1)
-            loss = losses.mean() if reduction == "mean" else losses.sum()
+            if target == "uniform":
+                loss = losses.mean() if reduction == "mean" else losses.sum()
+            else:
+                label = logits.argmax() if labels is None else labels[i]
+                loss = losses[label] if label != IGNORE else 0.0 * losses.sum()
             gradients = torch.autograd.grad(loss, wanted)
-            scores.append(torch.stack([g.abs().sum() for g in gradients]).sum())
+            scores.append(torch.linalg.vector_norm(torch.cat([g.flatten() for g in gradients]), p))
         empty = torch.zeros(features.shape[:-1], dtype=features.dtype, device=features.device)
         return torch.stack(scores).reshape(features.shape[:-1]) if scores else empty
 

@@ -96,6 +96,8 @@ def write_report(
         >>> write_report("report.html", {"photos": ScoredImages(paths, scores)}, threshold=detector.threshold)
     """
     out = _checked_path(path)
+    if not isinstance(sets, Mapping):
+        raise TypeError(f"sets: expected a mapping from names to ScoredImages, got {type(sets).__name__}")
     if not sets:
         raise ValueError("sets: expected at least one named set of images, got an empty mapping")
     if isinstance(gallery, bool) or not isinstance(gallery, int) or gallery < 0:
@@ -149,6 +151,8 @@ class _Table(NamedTuple):
 
     @classmethod
     def of(cls, name: str, scored: Scored, score: str) -> _Table:
+        if not hasattr(scored, "names") or not hasattr(scored, "scores"):
+            raise TypeError(f"sets[{name!r}]: expected ScoredImages(names, scores), got {type(scored).__name__}")
         names = list(map(str, scored.names))
         values = {field: _array(v) for field, v in scored.scores.items()}
         if score not in values:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from . import heads
-from .capture import Inputs, call
+from .capture import Inputs, call, watching
 from .functional import head_scores
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ class ServedModel(nn.Module):
 
     The head is taken out of a copy of the model, which thus returns the features; labels and scores come from one
     product of them with the head's weight. So it costs less than the model and a score. The copy shares memory with the
-    model, needs no gradients, and stays in evaluation mode. It verifies nothing: score some batches with the
-    detector first. Inputs have to be on the module's device and in its dtype.
+    model, needs no gradients, and stays in evaluation mode. It does not verify the head in each batch: score some
+    batches with the detector first. Inputs have to be on the module's device and in its dtype.
 
     Example:
         >>> gate = GradNorm.load("gate.json", model).module()
@@ -49,15 +49,19 @@ class ServedModel(nn.Module):
         super().__init__()
         model, head = detector.model, detector._head
         assert head is not None
-        shared: dict[int, Any] = {id(head): nn.Identity()}
+        if not any(module is head for module in model.modules()):
+            raise ValueError(f"head: {detector.head_name!r} was replaced since the detector was fitted; fit it again")
+        shared: dict[int, Any] = {}
         for parameter in model.parameters():
             shared[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
         for buffer in model.buffers():
             shared[id(buffer)] = buffer.detach()
-        self.backbone: nn.Module = copy.deepcopy(model, shared)
         weight, bias = detector._weights()
-        self.weight = nn.Parameter(weight.flatten(1), requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        removed = shared[id(head)] = _HeadRemoved(head, weight, bias)
+        self.backbone: nn.Module = copy.deepcopy(model, shared)
+        self._checked = False  # whether the backbone has been seen to return what the head was given
+        self.weight = removed.weight if weight.dim() == 2 else nn.Parameter(weight.flatten(1), requires_grad=False)
+        self.bias = removed.bias
         self.threshold = detector.threshold  # no buffer: half() would round it
         self.score_name = detector.score_name
         self.options: dict[str, Any] = {
@@ -73,7 +77,10 @@ class ServedModel(nn.Module):
         return self
 
     def forward(self, images: Inputs) -> Prediction:
-        features = heads.logits_of(call(self.backbone, images)).flatten(1)
+        if self._checked or torch.compiler.is_compiling():
+            features = heads.logits_of(call(self.backbone, images)).flatten(1)
+        else:
+            features = self._checked_features(images)
         if features.shape[1] != self.weight.shape[1]:
             raise ValueError(
                 f"model: expected features (B, {self.weight.shape[1]}) of it without its head, got "
@@ -85,6 +92,22 @@ class ServedModel(nn.Module):
                 return self._prediction(features)
         return self._prediction(features)
 
+    def _checked_features(self, images: Inputs) -> Tensor:
+        """The features; ValueError where the model changes the head's output, as by a clamp that logits seldom meet."""
+        given: list[Tensor] = []
+        places = [module for module in self.backbone.modules() if isinstance(module, _HeadRemoved)]
+        with watching(places, lambda _, features, output: given.append(features)):
+            features = heads.logits_of(call(self.backbone, images)).flatten(1)
+        if given and len(features) and not features.is_meta:
+            expected = given[0].flatten(1).to(features.dtype)
+            if features.shape == expected.shape and not torch.allclose(features, expected, 0.0, 0.0, equal_nan=True):
+                raise ValueError(
+                    "model: it does more with the head's output than return it, so it cannot be served without its "
+                    "head: leave that out of the model, or use GradNorm.predict"
+                )
+            self._checked = True
+        return features
+
     def _prediction(self, features: Tensor) -> Prediction:
         scores = head_scores(features, self.weight, self.bias, **self.options)
         chosen = getattr(scores, self.score_name).float()
@@ -92,3 +115,18 @@ class ServedModel(nn.Module):
 
     def extra_repr(self) -> str:
         return f"score={self.score_name!r}, threshold={self.threshold:.6g}"
+
+
+class _HeadRemoved(nn.Module):
+    """In the place of the head: returns what it is given. Models may ask it for the head's sizes, weight and bias."""
+
+    def __init__(self, head: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        for name in ("in_features", "out_features", "in_channels", "out_channels"):
+            if hasattr(head, name):
+                setattr(self, name, getattr(head, name))
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features

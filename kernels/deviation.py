@@ -1,4 +1,4 @@
-"""Σ_c |p_c − 1/C| of a row of logits, in float32, to the last digits: what every kernel here shares.
+"""Σ_c |p_c − 1/C| of a row of logits, accurate to float32 rounding; shared by every kernel.
 
     m = max z    t = exp((z − m)/T)    S = Σt              shift before dividing: dividing first costs 4e-3 at T = 1000
     quick        u = t − S/C           v = (Σ|u| − Σu·Σsign(u)/C)/S                          right where v >= 1/4
@@ -46,7 +46,7 @@ def log1p(x):
 
 
 @triton.jit
-def shift_of(m):
+def finite_max(m):
     """What to subtract from a row whose maximum is m: a row of −inf alone must not become −inf − (−inf)."""
     return tl.where(m == float("-inf"), 0.0, m)
 
@@ -58,7 +58,7 @@ def first_at(z, m, classes):
 
 
 @triton.jit
-def any_of(flags):
+def any_row(flags):
     """Whether one of the rows has the flag: a scalar, to branch on."""
     return tl.max(flags.to(tl.int32), 0) > 0
 
@@ -72,7 +72,7 @@ def needs_care(v):
 @triton.jit
 def log_mean_exp(m, s, C, inv_temperature):
     """r of the row with maximum m and S = s, as far as S/C tells.  # (B,)"""
-    return shift_of(m) + tl.log(s / C) / inv_temperature
+    return finite_max(m) + tl.log(s / C) / inv_temperature
 
 
 @triton.jit
@@ -97,18 +97,18 @@ def sum_deviations(u, C):
 def statistics_of_tile(z, inv_temperature):
     """m and S of a tile of logits, −inf where there is no class.  # (B, C') -> 2 x (B,)"""
     m = tl.max(z, 1)
-    return m, tl.sum(tl.exp((z - shift_of(m)[:, None]) * inv_temperature), 1)
+    return m, tl.sum(tl.exp((z - finite_max(m)[:, None]) * inv_temperature), 1)
 
 
 @triton.jit
 def deviation_of_rows(z, valid, C, inv_temperature):
     """Rows held whole: logits z (B, C'), −inf where not valid (C' >= C), to m, S and Σ|p − 1/C|, each (B,)."""
     m = tl.max(z, 1)
-    t = tl.exp((z - shift_of(m)[:, None]) * inv_temperature)
+    t = tl.exp((z - finite_max(m)[:, None]) * inv_temperature)
     s = tl.sum(t, 1)
     v = sum_deviations(tl.where(valid, t - (s / C)[:, None], 0.0), C) / s
     small = needs_care(v)
-    if any_of(small):
+    if any_row(small):
         r = log_mean_exp(m, s, C, inv_temperature)
         q = tl.sum(tl.where(valid, expm1((z - r[:, None]) * inv_temperature), 0.0), 1)
         r = centred_again(r, q, C, inv_temperature)

@@ -4,7 +4,7 @@
     B <= 64, 256 < C <= 4096                    tiled, in slices of the features
     the rest, and float64                       library where it takes the problem, else tiled
 
-Every kernel says itself what it does not take and why (`why_not`); this module only says what is preferred. With
+Each kernel's `why_not` says what it cannot run; this module only sets the order. With
 batch_invariant every batch takes the configuration of a large one and no library: then the bits of a
 row's score do not depend on the rows beside it, at the price of few programs where the batch is small. (float64 is the
 exception: its matmul is always the library's.)
@@ -63,12 +63,12 @@ def choose(problem: Problem, batch_invariant: bool = False) -> Choice:
 def preferred(problem: Problem, arch: str, batch_invariant: bool = False) -> str:
     """The name of the first kernel in the order of preference that takes the problem."""
     x, c = problem.features, problem.classes
-    narrow = x.dtype.itemsize == 2 and x.shape[1] % 2 == 1  # rows that only loads of two bytes can read
-    few = not batch_invariant and len(x) <= tiled.FEW_ROWS and one_tile.MAX_CLASSES < c <= tiled.FEW_ROWS_CLASSES
+    odd_halves = x.dtype.itemsize == 2 and x.shape[1] % 2 == 1  # rows that only loads of two bytes can read
+    few = len(x) <= tiled.SLICED_MAX_ROWS and one_tile.MAX_CLASSES < c <= tiled.SLICED_MAX_CLASSES
     order: tuple[str, ...]
     if batch_invariant and x.dtype != torch.float64:
         order = ("one_tile", "tiled")
-    elif narrow:
+    elif odd_halves:
         order = ("library", "one_tile", "tiled")
     else:
         order = ("one_tile", "tiled", "library") if few else ("one_tile", "library", "tiled")
@@ -77,8 +77,19 @@ def preferred(problem: Problem, arch: str, batch_invariant: bool = False) -> str
 
 def score(problem: Problem, scores: Scores, batch_invariant: bool = False) -> None:
     """Scores by the default kernel."""
+    if batch_invariant:
+        logits = problem.logits
+        problem = problem._replace(
+            features=_as_allocated(problem.features), logits=None if logits is None else _as_allocated(logits)
+        )
     kernel, config = choose(problem, batch_invariant)
     KERNELS[kernel].score(problem, scores, config)
+
+
+def _as_allocated(x: torch.Tensor) -> torch.Tensor:
+    """Contiguous and 16-byte aligned: the order of the sums depends on how wide a load the address allows."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 @lru_cache(4096)

@@ -1,4 +1,4 @@
-"""Launching a kernel, the second time past Triton's binder, where two launches of a few µs each are the whole call."""
+"""Launch a kernel. Repeat launches skip Triton's binder, which would cost as much as a small kernel."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def launch(kernel: Any, programs: int, config: Config, arguments: tuple[Any, ...
     if INTERPRETED:
         kernel[(programs,)](*arguments, **constants)
         return
-    direct = KNOWN and not _observed()
+    direct = KNOWN and not _observed() and not kernel.pre_run_hooks
     if direct:
         active = triton.runtime.driver.active
         device = active.get_current_device()
         key = (id(kernel), device, config, *constants.values(), *map(_specialization, arguments))
-        again = _compiled.get(key)
-        if again is not None:
-            again.run(
-                programs, 1, 1, active.get_current_stream(device), again.function, again.packed_metadata,
+        binary = _compiled.get(key)
+        if binary is not None:
+            binary.run(
+                programs, 1, 1, active.get_current_stream(device), binary.function, binary.packed_metadata,
                 None, None, None, *arguments, *constants.values(),
             )  # fmt: skip
             return
@@ -55,7 +55,7 @@ def _observed() -> bool:
 
 
 def _specialization(argument: Any) -> object:
-    """All that Triton compiles anew for: dtype and alignment, being 1, a multiple of 16 or more than 32 bits."""
+    """What makes Triton compile another binary: dtype and alignment, being 1, a multiple of 16 or more than 32 bits."""
     if isinstance(argument, torch.Tensor):
         return argument.dtype, argument.data_ptr() & 15 == 0
     if isinstance(argument, int):

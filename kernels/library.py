@@ -25,7 +25,7 @@ def why_not(problem: Problem, arch: str) -> str:
     if w is None:
         return "takes a weight, not logits"
     if x.dtype != torch.float64 and (copies(x) or copies(w)):
-        return "would copy a matrix of which neither rows nor columns are contiguous"
+        return "would copy a matrix: neither its rows nor its columns are contiguous"
     return "" if x.dtype.itemsize > 2 else why_not_halves(x.device, x.dtype)
 
 
@@ -41,14 +41,17 @@ def why_not_halves(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _try_halves(device: torch.device, dtype: torch.dtype) -> str:
-    """Multiply small integers, exact in any order, into padded float32 rows, as `score_library` does."""
-    a = torch.arange(24 * 40, device=device).remainder(7).view(24, 40).to(dtype)
-    w = torch.arange(20 * 40, device=device).remainder(5).view(20, 40).to(dtype)
-    out = torch.full((24, 32), -1.0, device=device)
+    """Multiply integers into padded float32 rows, as `score_library` does. The sums are exact in float32 in any order
+    and too large for half precision: a library that rounds to halves on the way is found out."""
+    a = torch.arange(24 * 40, device=device).remainder(61).view(24, 40).to(dtype)
+    w = torch.arange(20 * 40, device=device).remainder(53).view(20, 40).to(dtype)
+    out = torch.full((24, 32), -1.0, dtype=torch.float32, device=device)
     try:
         torch.mm(a, w.t(), out=out[:, :20], out_dtype=torch.float32)
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the library
     except (RuntimeError, TypeError) as error:
-        return f"failed to multiply {dtype} into float32 here: {str(error).splitlines()[0]}"
+        return f"failed to multiply {dtype} into float32 here: {' '.join(str(error).split())[:200]}"
     right = torch.equal(out[:, :20], a.float() @ w.float().t()) and bool((out[:, 20:] == -1.0).all())
     return "" if right else f"multiplied {dtype} into padded float32 rows wrongly here"
 

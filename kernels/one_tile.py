@@ -80,7 +80,7 @@ def one_tile_kernel(
 
     # 2. Σ|p − 1/C| on the logits in registers
     valid = (classes < C)[None, :]
-    z = tl.where(valid, z, float("-inf"))
+    z = tl.where((rows < B)[:, None] & valid, z, float("-inf"))  # rows beyond B must not ask for the careful form
     m, s, deviation = deviation_of_rows(z, valid, C, inv_temperature)
     index = first_at(z, m, classes[None, :]) if ALL_FIELDS else 0
     store_scores(

@@ -10,7 +10,8 @@ FIELDS = ("gradnorm", "feature_norm", "output_norm", "max_logit", "msp", "energy
 
 
 class Problem(NamedTuple):
-    """Rows of features and either the head that makes their logits, or the logits."""
+    """Rows of features and either the head that makes their logits, or the logits; and which gradient's norm is asked
+    for. The kernels take the uniform target and p = 1."""
 
     features: Tensor  #: (B, D)
     weight: Tensor | None  #: (C, D); None where the logits are given
@@ -18,7 +19,9 @@ class Problem(NamedTuple):
     logits: Tensor | None = None  #: (B, C), bias included
     temperature: float = 1.0
     scale: float = 1.0  #: of output_norm: C for reduction="sum"
-    bias_norm: float = 0.0  #: what the bias's gradient adds to ‖x‖₁: 1 with include_bias
+    bias_norm: float = 0.0  #: the bias's entry beside x in ‖(x, bias_norm)‖_p: 1 with include_bias
+    target: str | Tensor = "uniform"  #: or "predicted", or labels (B,), int64
+    p: float = 1.0  #: order of the norm
 
     @property
     def classes(self) -> int:
@@ -29,7 +32,8 @@ class Problem(NamedTuple):
         if start == 0 and stop >= self.features.shape[0]:
             return self  # views cost as much as sums over a row
         logits = None if self.logits is None else self.logits[start:stop]
-        return self._replace(features=self.features[start:stop], logits=logits)
+        target = self.target if isinstance(self.target, str) else self.target[start:stop]
+        return self._replace(features=self.features[start:stop], logits=logits, target=target)
 
 
 class Scores(NamedTuple):

@@ -19,18 +19,18 @@ import triton.language as tl
 
 from .config import ANY, Config, Line, Table, cdiv, choose
 from .deviation import (
-    any_of,
+    any_row,
     centred_again,
     deviation_of_rows,
     expm1,
+    finite_max,
     first_at,
     log_mean_exp,
     needs_care,
-    shift_of,
     sign_of,
     statistics_of_tile,
 )
-from .device import architecture
+from .device import architecture, vector
 from .launch import launch
 from .output import store_scores
 from .problem import Problem, Scores
@@ -117,14 +117,14 @@ def _merged(STATISTICS, rows, B, tiles, inv_temperature, BLOCK_B: tl.constexpr, 
         tile = j + tl.arange(0, TILES)[None, :]
         tile_m = tl.load(at + tile, mask=tile < tiles, other=float("-inf"))
         tile_s = tl.load(at + tl.cast(B, tl.int64) * tiles + tile, mask=tile < tiles, other=0.0)
-        s += tl.sum(tile_s * tl.exp((tile_m - shift_of(m)[:, None]) * inv_temperature), 1)
+        s += tl.sum(tile_s * tl.exp((tile_m - finite_max(m)[:, None]) * inv_temperature), 1)
     return m, s
 
 
 @triton.jit(do_not_specialize=["B", "n_slices", "stride_o"])
 def rows_kernel(
-    X,  # (B, D): features, or shares of ‖x‖₁
-    Z,  # (B, C): logits; or (n_slices, B, width), to be summed
+    X,  # (B, D): features, or shares of ‖x‖₁; row stride stride_xb * VEC
+    Z,  # (B, C): logits; or (n_slices, B, width), to be summed; row stride stride_zb * VEC_Z
     BIAS,  # (C,), added to the logits
     STATISTICS,  # (2, B, tiles) of tiles of TILE_C classes: m and S; with TILE_C
     OUT,  # (1, B), or (6, B) with ALL_FIELDS; its dtype, float32 or float64, is that of all sums
@@ -132,11 +132,17 @@ def rows_kernel(
     B, C, D, width, n_slices,
     inv_temperature, inv_temperature_low, scale, bias_norm,
     stride_xb, stride_xd, stride_zs, stride_zb, stride_zc, stride_b, stride_o,
+    VEC: tl.constexpr, VEC_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr, ALL_FIELDS: tl.constexpr, RESIDENT: tl.constexpr, SLICED: tl.constexpr,
     TILE_C: tl.constexpr, TILES: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """width >= C: how many columns of logits may be read."""
+    """width >= C: how many columns of logits may be read. D and stride_xb come divided by VEC, width and stride_zb by
+    VEC_Z."""
+    D = D * VEC
+    stride_xb = tl.cast(stride_xb, tl.int64) * VEC
+    width = width * VEC_Z
+    stride_zb = tl.cast(stride_zb, tl.int64) * VEC_Z
     rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     live = (rows < B)[:, None]
     dtype = OUT.dtype.element_ty
@@ -174,17 +180,17 @@ def rows_kernel(
                 z, valid = _logits(z_rows, BIAS, c, C, width, live, stride_zc, stride_b, HAS_BIAS, BLOCK_C, dtype)
                 block_m, block_s = statistics_of_tile(z, inv_temperature)
                 new = tl.maximum(m, block_m)
-                shift = shift_of(new)
+                shift = finite_max(new)
                 s = s * tl.exp((m - shift) * inv_temperature) + block_s * tl.exp((block_m - shift) * inv_temperature)
                 m = new
         total, delta, index = _deviations(
-            z_rows, BIAS, m, shift_of(m), s / C, C, width, live, inv_temperature, stride_zc, stride_b,
+            z_rows, BIAS, m, finite_max(m), s / C, C, width, live, inv_temperature, stride_zc, stride_b,
             False, ALL_FIELDS, HAS_BIAS, BLOCK_B, BLOCK_C, STAGES, dtype,
         )  # fmt: skip
         s += delta  # Σt once more, now without the many merges
         deviation = total / s
         small = needs_care(deviation)
-        if any_of(small):
+        if any_row(small):
             r = log_mean_exp(m, s, C, inv_temperature)
             q = _sum_of_expm1(
                 z_rows, BIAS, r, C, width, live, inv_temperature, stride_zc, stride_b,
@@ -214,7 +220,7 @@ TABLE: Table = {
     "any": [
         Line("float64", ANY, 16, Config(32, 16, 32, 4, 2)),
         Line("float64", ANY, 128, Config(4, 128, 256, 4, 2)),
-        Line("float64", ANY, 1024, Config(1, 1024, 512, 4, 2)),
+        Line("float64", ANY, 1024, Config(1, 1024, 512, 8, 2)),
         Line("float64", ANY, 2048, Config(1, 2048, 1024, 8, 2)),
         Line("float64", ANY, ANY, Config(1, 1024, 256, 8, 2)),
         Line("any", ANY, 16, Config(64, 16, 32, 4, 2)),
@@ -266,16 +272,17 @@ def score_rows(
     statistics, tile_c = (None, 0) if workspace is None else workspace[2:]
     # Only slices tell of a batch that is small: the bits of other rows do not depend on the batch.
     cfg = config or configuration(b if len(z) > 1 else ANY, c, out.dtype, architecture(x.device))
+    vec, vec_z = vector(d, x.stride(0)), vector(width, z.stride(1))
     high = float(np.float32(1.0 / problem.temperature))
     launch(rows_kernel, cdiv(b, cfg.block_b), cfg, (
         x, z, z if bias is None else bias, out if statistics is None else statistics,
         out, out if scores.prediction is None else scores.prediction,
-        b, c, d, width, len(z),
+        b, c, d // vec, width // vec_z, len(z),
         high, 1.0 / problem.temperature - high, problem.scale, problem.bias_norm,
-        x.stride(0), x.stride(1), z.stride(0) if len(z) > 1 else 0, z.stride(1), z.stride(2),
+        x.stride(0) // vec, x.stride(1), z.stride(0) if len(z) > 1 else 0, z.stride(1) // vec_z, z.stride(2),
         0 if bias is None else bias.stride(0), out.stride(0),
     ), dict(
-        HAS_BIAS=bias is not None, ALL_FIELDS=scores.prediction is not None,
+        VEC=vec, VEC_Z=vec_z, HAS_BIAS=bias is not None, ALL_FIELDS=scores.prediction is not None,
         RESIDENT=c <= cfg.block_c, SLICED=len(z) > 1, TILE_C=0 if statistics is None else tile_c, TILES=TILES,
         BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d, STAGES=cfg.num_stages,
     ))  # fmt: skip

@@ -10,12 +10,12 @@ import triton.language as tl
 
 @triton.jit
 def logits_tile(
-    X, W, BIAS, row, klass,
+    X, W, BIAS, row, first_class,
     B, C, first, last, stride_xb, stride_xd, stride_wc, stride_wd, stride_b,
     HAS_BIAS: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """z = x·Wᵀ + b over features first ... last - 1, of rows from row and classes from klass on (int64).
+    """z = x·Wᵀ + b over features first ... last - 1, of rows from row and classes from first_class on (int64).
 
     X: (B, D), W: (C, D), BIAS: (C,); with TMA, X and W are tensor descriptors of blocks (BLOCK_B, BLOCK_D) and
     (BLOCK_C, BLOCK_D). The bias is added by the program that has first = 0.
@@ -23,12 +23,12 @@ def logits_tile(
     """
     columns = tl.arange(0, BLOCK_D)
     rows = row + tl.arange(0, BLOCK_B)
-    classes = klass + tl.arange(0, BLOCK_C)
+    classes = first_class + tl.arange(0, BLOCK_C)
     z = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
     if TMA:
         for d in range(first, last, BLOCK_D):
             x = X.load([row.to(tl.int32), d])  # 0 beyond the edges
-            w = W.load([klass.to(tl.int32), d])
+            w = W.load([first_class.to(tl.int32), d])
             if UPCAST:
                 x = x.to(tl.float32)
                 w = w.to(tl.float32)

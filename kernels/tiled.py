@@ -4,7 +4,8 @@
                 each program's share of ‖x‖₁; of rows too long for launch 2 to hold, each tile's m and S (deviation.py)
     launch 2    rows.py: z = Σ_k z_k in the order of the slices, and ‖x‖₁ = ‖(share_1, share_2, ...)‖₁
 
-For a few rows reading W is all the work: tiles are narrow, and slices go on until every multiprocessor has programs.
+For a few rows reading W is all the work: tiles have few classes, and the features are split until every multiprocessor
+has work.
 Traffic: B·D features and C·D weights per chunk of rows; 8·B·C bytes of logits per slice, written and read. Chunks keep
 the workspace at 64 MiB (`Config.workspace`), or at MIN_ROWS rows where those are more.
 """
@@ -30,8 +31,8 @@ from .rows import MAX_RESIDENT, Workspace, score_rows
 from .tile import logits_tile, norm_share
 
 MIN_ROWS = 512
-FEW_ROWS = 64  # up to which the features are sliced
-FEW_ROWS_CLASSES = 4096  # up to which few rows go here and not to the library
+SLICED_MAX_ROWS = 64  # up to which the features are sliced
+SLICED_MAX_CLASSES = 4096  # up to which few rows go here and not to the library
 MAX_SLICES = 16
 GROUP = 8  # row tiles that share a weight tile while it is in L2
 
@@ -65,15 +66,15 @@ def logits_kernel(
     height = tl.minimum(n_row_tiles - group * GROUP, GROUP)
     row = (group * GROUP + pid % (GROUP * n_class_tiles) % height).to(tl.int64) * BLOCK_B
     class_tile = pid % (GROUP * n_class_tiles) // height
-    klass = class_tile.to(tl.int64) * BLOCK_C
+    first_class = class_tile.to(tl.int64) * BLOCK_C
     rows = row + tl.arange(0, BLOCK_B)
-    classes = klass + tl.arange(0, BLOCK_C)
+    classes = first_class + tl.arange(0, BLOCK_C)
     first = k * slice_d
     last = tl.minimum(first + slice_d, D)
 
     # 2. logits
     z = logits_tile(
-        XT, WT, BIAS, row, klass,
+        XT, WT, BIAS, row, first_class,
         B, C, first, last, stride_xb, stride_xd, stride_wc, stride_wd, stride_b,
         HAS_BIAS, EVEN_D, TMA, PRECISION, UPCAST, BLOCK_B, BLOCK_C, BLOCK_D,
     )  # fmt: skip
@@ -128,10 +129,12 @@ TABLE: Table = {
 def configuration(b: int, c: int, d: int, dtype: torch.dtype, arch: str, processors: int) -> Config:
     config, slices = choose(TABLE, b, c, dtype, arch), 1
     tiles = cdiv(c, config.block_c)
-    if b <= FEW_ROWS and c <= MAX_RESIDENT:
+    if b <= SLICED_MAX_ROWS and c <= MAX_RESIDENT:
         # Two programs a multiprocessor hide one another's latency.
         while slices < MAX_SLICES and slices * tiles <= processors and 2 * slices * config.block_d <= d:
             slices *= 2
+        steps = max(1, cdiv(d, config.block_d))
+        slices = cdiv(steps, cdiv(steps, slices))  # slices are whole steps: rounding up can leave the last ones empty
     return config._replace(slices=slices)
 
 

@@ -80,6 +80,7 @@ def calls():
         for rows, depth, classes, offset, score, config in (
             (64, 64, 10, 0, one_tile.score_one_tile, None), (1, 64, 10, 0, one_tile.score_one_tile, None),
             (64, 64, 10, 1, one_tile.score_one_tile, None), (64, 63, 10, 0, one_tile.score_one_tile, None),
+            (64, 8, 10, 0, one_tile.score_one_tile, None),
             (3, 256, 300, 0, tiled.score_tiled, None), (70, 64, 300, 0, tiled.score_tiled, small),
             (70, 64, 300, 0, tiled.score_tiled, wide), (70, 64, 300, 0, cluster.score_cluster, None),
         ):  # fmt: skip
@@ -149,6 +150,11 @@ for way in ("chain", "exit only", "function", "none"):
     for chain in before:
         chain.calls.clear()
     hooked[way] = len(seen)
+seen = []
+one_tile.one_tile_kernel.add_pre_run_hook(lambda *arguments, **options: seen.append(arguments))
+for _ in range(3):
+    one()
+hooked["pre-run"] = len(seen)
 for recording in (r for of_call in result for r in of_call):
     for record in recording:
         record.pop()

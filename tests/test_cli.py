@@ -45,6 +45,8 @@ WRONG = [
     (("--images", "id", "--device", "mps"), "device: expected one that is here"),
     (("--images", "id", "--model", ":"), "expected module:function"),
     (("--images", "id", "--classes", "7"), "classes: 'own:small' decides that itself"),
+    (("--images", "id", "--batch-size", 20 * "9"), "batch-size: expected a whole number, got"),
+    (("--images", "id", "--score", "auto"), "score: auto goes with fit alone"),
     (("--images", "id", "--resume", "--restart"), "resume: it does not go with --restart"),
     ((), "expected --images with --model, or --features"),
     (("--features", "nothing.npy", "--weight", "W.npy"), "features: no file nothing.npy"),

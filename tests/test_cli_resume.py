@@ -149,6 +149,13 @@ def test_files_with_the_name_of_a_part_are_left_alone(place, capsys):
         Path(name).unlink()
 
 
+def test_a_file_that_looks_like_the_lock_is_left_alone(place, capsys):
+    Path("poetry.lock").write_text("my own")
+    assert run(*SCORE, "--images", "ood", "--out", "poetry.csv") == 2
+    assert "poetry.lock is in the way" in capsys.readouterr().err
+    assert Path("poetry.lock").read_text() == "my own"
+
+
 def test_a_second_run_into_the_same_file_is_refused(place, capsys):
     code = "import sys; from pathlib import Path; from gradnorm_fast.cli.run_log import locked\n"
     code += "with locked(Path('s.csv')): print('locked', flush=True); sys.stdin.read()"

@@ -19,7 +19,7 @@ from PIL import Image
 from gradnorm_fast import _progress, head_scores
 from gradnorm_fast.cli import images, inputs
 
-from command_line import FEATURES_RUN, MODEL_RUN, SCORE, run, table
+from command_line import FEATURES_RUN, MODEL_RUN, RUN, SCORE, run, table
 
 
 def test_score_fit_and_gate(place, capsys):
@@ -408,6 +408,37 @@ def test_report(place, capsys):
         assert message in capsys.readouterr().err and not Path("s.csv").exists()
     os.link("W.npy", "W.html")
     assert run(*features, "W.html") == 2 and "report: W.html is used by this run" in capsys.readouterr().err
+
+
+def test_a_damaged_shard_is_not_taken_for_a_shorter_one(place, capsys):
+    with tarfile.open("s.tar", "w") as shard:
+        for name in ("00", "03", "06"):
+            shard.add(f"ood/{name}.png", f"{name}.png")
+    with tarfile.open("s.tar") as shard:
+        third = shard.getmembers()[2].offset
+    whole = Path("s.tar").read_bytes()
+    damaged = bytearray(whole)
+    damaged[third] ^= 1
+    for content in (damaged, whole[: third + 100]):
+        Path("s.tar").write_bytes(content)
+        assert run(*SCORE, "--images", "s.tar", "--out", "s.csv") == 2
+        assert f"images: s.tar is damaged or cut off at byte {third}, after 2 images" in capsys.readouterr().err
+
+
+def test_a_list_with_a_byte_order_mark(place):
+    Path("list.txt").write_bytes(b"\xef\xbb\xbfood/00.png\r\nood/03.png\r\n")
+    assert run(*SCORE, "--images", "list.txt", "--out", "s.csv", "--strict") == 0
+    assert [row["path"] for row in table("s.csv")] == ["ood/00.png", "ood/03.png"]
+
+
+def test_features_are_not_narrowed_to_the_dtype_of_the_head(place):
+    features, weight = 1e5 * np.load("G.npy"), np.load("W.npy").astype(np.float16)
+    np.save("large.npy", features)
+    for dtype in (np.float16, np.float32):  # the same values
+        np.save("head.npy", weight.astype(dtype))
+        out = f"{np.dtype(dtype)}.csv"
+        assert run("score", "--features", "large.npy", "--weight", "head.npy", *RUN[:3], "--out", out, "--strict") == 0
+    assert Path("float16.csv").read_text() == Path("float32.csv").read_text()
 
 
 def test_report_of_images_in_a_shard(place):

@@ -253,3 +253,20 @@ def test_bytes_and_folders(path, tmp_path):
         pytest.raises(ValueError, match=r"gate\.json: model: expected values in 'body\.0\.weight'"),
     ):
         GradNorm.load(path, Small())
+
+
+@pytest.mark.parametrize("what", ["weights", "head"])
+def test_a_model_that_has_changed_since_fit_is_not_saved(path, what):
+    """Its threshold is of the model that it was."""
+    model = small()
+    detector = GradNorm(model).fit(loader(50, 3), progress=False)
+    if what == "weights":
+        with torch.no_grad():
+            model.fc.weight.mul_(2.0)
+    else:
+        model.fc = nn.Linear(model.fc.in_features, model.fc.out_features)
+    with pytest.raises(ValueError, match=r"save: the model has changed since fit, \d of \d+ tensors differ: .*fc"):
+        detector.save(path)
+    assert not path.exists()
+    GradNorm(model).fit(loader(50, 3), progress=False).save(path)
+    assert GradNorm.load(path, model).tpr == 0.95

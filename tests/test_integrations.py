@@ -499,6 +499,9 @@ def test_openood_refuses_what_does_not_fit():
     handle = (wrong := Net()).register_forward_hook(lambda module, args, output: (output[0], output[1][:, 1:]))
     with pytest.raises(ValueError, match="features: expected shape"):
         postprocessor.postprocess(wrong, x)
+    for batch, got in (((x, x), "tuple"), ({"data": x}, "the keys data")):
+        with pytest.raises(TypeError, match=f'data_loader: expected .* keys "data" and "label", got {got}'):
+            postprocessor.inference(Net(), [batch], progress=False)
 
 
 # pytorch-ood
@@ -710,6 +713,8 @@ def test_pytorch_ood_refuses_what_does_not_fit(ours):
     with pytest.raises(ValueError, match=r"temperature: expected .* got 0"):
         ours(model, temperature=0)
     detector = ours(model)
+    with pytest.raises(TypeError, match=r"x: expected a torch\.Tensor .* got list"):
+        detector.predict([1.0])
     detector.model = None
     with pytest.raises(ModelNotSetException, match="model: expected"):
         detector.predict(inputs())

@@ -178,6 +178,19 @@ def test_every_shipped_configuration_gives_the_same_bits_each_time(name, line):
     assert all(torch.equal(o, seen[0][0]) and torch.equal(p, seen[0][1]) for o, p in seen)
 
 
+@pytest.mark.parametrize("shape", [(5, 12, 10), (17, 200, 200), (3, 1, 1), (2, 70, 129)], ids=str)
+def test_one_tile_that_reads_the_features_twice(monkeypatch, shape):
+    """As on sm_90, where large tiles' products are asynchronous."""
+    monkeypatch.setattr(one_tile, "asynchronous_products", lambda arch, rows: True)
+    x, w, bias = problem(*shape, torch.bfloat16)
+    out = torch.full((1, len(x)), torch.nan, device=DEVICE)
+    one_tile.score_one_tile(Problem(x, w, bias), Scores(out, None))
+    if shape[2] == 1:
+        assert not out.any()
+    else:
+        assert relative(out[0], truth(x, w, bias, 1.0)) <= end_to_end_tolerance(x, w, bias, 1.0, x.dtype)
+
+
 # Who chooses
 
 
@@ -245,8 +258,9 @@ def test_a_library_that_multiplies_halves_wrongly_is_not_used(monkeypatch):
 
     monkeypatch.setattr(torch, "mm", mm)
     assert library._try_halves(device, torch.float16) == ""
-    monkeypatch.setattr(torch, "mm", lambda a, b, out, out_dtype: out.copy_((a.float() @ b.float()) + 1))
-    assert "wrongly" in library._try_halves(device, torch.float16)
+    for dtype in (torch.float16, torch.bfloat16):  # it rounds its result on the way
+        monkeypatch.setattr(torch, "mm", lambda a, b, out, out_dtype: out.copy_((a.float() @ b.float()).to(a.dtype)))
+        assert "wrongly" in library._try_halves(device, dtype)
 
     def refuses(*args, **options):
         raise RuntimeError("expected out to be contiguous")
@@ -276,14 +290,14 @@ def test_slices_of_a_few_rows_fill_the_device_twice_at_most(b, c, d, processors)
     tiles = -(-c // config.block_c)
     assert config.slices == 1 or config.slices * tiles <= 2 * processors
     assert config.slices == 1 or config.slices * config.block_d <= d
-    full = config.slices * tiles > processors or config.slices == 16
-    assert full or 2 * config.slices * config.block_d > d
+    slice_d = -(-d // (config.slices * config.block_d)) * config.block_d
+    assert (config.slices - 1) * slice_d < d  # the last slice has features
 
 
-@pytest.mark.parametrize("classes", [10, 300])
+@pytest.mark.parametrize(("depth", "classes"), [(40, 10), (12, 10), (40, 300)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_batch_invariance_on_request(monkeypatch, classes, dtype):
-    x, w, bias = problem(70, 40, classes, dtype)
+def test_batch_invariance_on_request(monkeypatch, depth, classes, dtype):
+    x, w, bias = problem(70, depth, classes, dtype)
     if INTERPRETED:  # NumPy's matmul depends on where a row lies: numbers whose sums are exact
         x, w, bias = ((8 * t).round() / 8 for t in (x, w, bias))
     monkeypatch.setenv("GRADNORM_FAST_BATCH_INVARIANT", "1")
@@ -312,7 +326,7 @@ def test_a_launch_past_the_binder_is_the_binders_launch():
     binaries = [by_binder[0][4] for by_binder, _, _ in calls[:4]]
     assert binaries == [0, 0, 1, 2]  # 64 rows and 1 run the same; not aligned and an odd D do not
     # Whoever watches launches sees them all, however the watcher is set.
-    assert found["hooked"] == {"chain": 3, "exit only": 3, "function": 3, "none": 0}
+    assert found["hooked"] == {"chain": 3, "exit only": 3, "function": 3, "none": 0, "pre-run": 3}
 
 
 def test_without_a_driver_auto_falls_back_and_says_so_once(monkeypatch, recwarn):
@@ -339,6 +353,14 @@ def test_warmup_checks_what_it_is_given():
         warmup(head.weight, head.bias, batch_sizes=(1, 0))
     with pytest.raises(ValueError, match="bias: expected shape"):
         warmup(head.weight, head.weight[0])
+    for arguments, options, message in (
+        ((head.weight.detach().cpu().numpy(),), {}, "weight: expected a torch.Tensor, got ndarray"),
+        ((head.weight, [0.0] * 3), {}, "bias: expected a torch.Tensor, got list"),
+        ((head.weight,), {"batch_sizes": 8}, "batch_sizes: expected several integers, got 8"),
+        ((head.weight,), {"dtype": "half"}, "dtype: expected float16, bfloat16, float32 or float64, got 'half'"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            warmup(*arguments, **options)
 
 
 # On a GPU

@@ -57,7 +57,7 @@ def test_opcheck(backend):
         x, w, b = problem(dtype)
         logits = (x @ w.T).detach().requires_grad_()
         for head in (False, True):
-            options = (1.5, "mean", False, backend, head)
+            options = (None, "uniform", 1.0, 1.5, "mean", False, backend, head)
             torch.library.opcheck(torch.ops.gradnorm_fast.scores.default, (x, None, w, b, *options))
             torch.library.opcheck(torch.ops.gradnorm_fast.scores.default, (x, logits, None, None, *options))
 
@@ -69,7 +69,10 @@ def test_opcheck_of_the_backward(needed):
     x, w, b = (t.detach() for t in problem(torch.float32))
     given = (x, x @ w.T, None, None) if needed[1] else (x, None, w, b)
     grad = torch.ones(1, 4, device=DEVICE)
-    torch.library.opcheck(torch.ops.gradnorm_fast.scores_backward.default, (grad, *given, 1.5, "mean", False, needed))
+    for target, p in (("uniform", 1.0), ("predicted", 2.0), ("labels", 1.0)):
+        labels = torch.tensor([1, 0, 5, -100], device=DEVICE) if target == "labels" else None
+        options = (labels, target, p, 1.5, "mean", False, needed)
+        torch.library.opcheck(torch.ops.gradnorm_fast.scores_backward.default, (grad, *given, *options))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -207,6 +207,8 @@ def test_refusals(tmp_path):
     for arguments, options, error, message in [
         ((tmp_path / "report.txt", good), {}, ValueError, r"path: expected a file that ends in \.html"),
         ((tmp_path / "none" / "r.html", good), {}, ValueError, "path: expected a file in a folder that exists"),
+        ((out, ["x"]), {}, TypeError, "sets: expected a mapping from names to ScoredImages, got list"),
+        ((out, {"x": {"gradnorm": [1.0]}}), {}, TypeError, r"sets\['x'\]: expected ScoredImages.* got dict"),
         ((out, {}), {}, ValueError, "sets: expected at least one"),
         ((out, {"x": ScoredImages(["a"], {})}), {}, ValueError, r"sets\['x'\]: expected the score 'gradnorm', got n"),
         (

@@ -106,3 +106,18 @@ def test_what_cannot_be_served():
     model.fc = nn.Linear(8, 6).to(DEVICE)
     with pytest.raises(ValueError, match=r"expected features \(B, 8\) of it without its head, got \(6, 6\)"):
         fitted(model).module()(images())
+    model = Calls(lambda fc, x: fc(x).clamp(-3, 3)).to(DEVICE)  # which these logits do not meet, but features do
+    model.fc.weight.data *= 1e-3
+    detector, bright = fitted(model), 100 * images()
+    detector.score(bright)
+    with pytest.raises(ValueError, match="it does more with the head's output than return it"):
+        detector.module()(bright)
+    model.fc = nn.Linear(8, 4).to(DEVICE)
+    with pytest.raises(ValueError, match="head: 'fc' was replaced since the detector was fitted"):
+        detector.module()
+
+
+def test_a_model_that_asks_for_the_weight_of_its_head():
+    model = Calls(lambda fc, x: fc(x.to(fc.weight.dtype)[:, : fc.in_features])).to(DEVICE)
+    detector = fitted(model)
+    assert_same(detector.module()(images()), detector.predict(images()))

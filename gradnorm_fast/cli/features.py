@@ -55,20 +55,22 @@ def score_features(
     features = load_array("features", path, mapped=True)
     if features.ndim != 2:
         raise ValueError(f"features: expected shape (N, D) in {path}, got {features.shape}")
+    head = digest([weight, bias])
+    # The wider of the two dtypes: float32 features may overflow as float16, in which heads are often saved.
+    dtype = torch.promote_types(weight.dtype, torch.from_numpy(np.empty(0, features.dtype)).dtype)
+    weight, bias = weight.to(device, dtype), None if bias is None else bias.to(device, dtype)
 
     def batches(todo: list[int]) -> Iterator[Batch]:
         for start in range(0, len(todo), batch_size):
             indices = todo[start : start + batch_size]
             rows = torch.from_numpy(np.array(features[indices[0] : indices[-1] + 1])[np.array(indices) - indices[0]])
-            x, w, b = (None if t is None else t.to(device) for t in (rows, weight, bias))
-            assert x is not None and w is not None
-            yield Batch(indices, head_scores(x.to(w.dtype), w, b, **options), [])
+            yield Batch(indices, head_scores(rows.to(device, dtype), weight, bias, **options), [])
 
-    x, b = torch.empty(features.shape, dtype=weight.dtype, device="meta"), None if bias is None else bias.to("meta")
+    x, b = torch.empty(features.shape, dtype=dtype, device="meta"), None if bias is None else bias.to("meta")
     head_scores(x, weight.to("meta"), b, **options)  # refuses what does not fit, without reading anything
     status = os.stat(path)
     of_file = _content(path) if content else [status.st_size, status.st_mtime_ns]
-    settings = {**options, "features": of_file, "head": digest([weight, bias])}
+    settings = {**options, "features": of_file, "head": head}
     n = len(features)
     job = Job([str(i) for i in range(n)], np.zeros(n, np.uint64), np.full(n, -1), settings, "rows")
     return run(job, batches, out, resume=resume, progress=progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import os
 import stat
@@ -102,6 +103,7 @@ def _listed(content: bytes, source: str, root: str | os.PathLike[str]) -> list[I
     if b"\0" in content:
         raise ValueError(f"images: expected a list of paths, one a line, in {source}, got binary data")
     found = []
+    content = content.removeprefix(codecs.BOM_UTF8)
     for line in (os.fsdecode(line.rstrip(b"\r")) for line in content.split(b"\n")):
         if not line.strip():
             continue
@@ -135,6 +137,11 @@ def _in_shard(path: str) -> list[Input]:
                     labels[key] = int(text)
                 elif suffix in EXTENSIONS:
                     found.append((key, Input(f"{path}:{member.name}", path, member.offset_data, member.size)))
+            end = shard.offset
+        with open(path, "rb") as file:  # tarfile takes a damaged header for the end, and would lose what follows
+            file.seek(end)
+            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                raise ValueError(f"images: {path} is damaged or cut off at byte {end}, after {len(found)} images")
     except tarfile.TarError as error:
         raise ValueError(f"images: cannot read {path} as an uncompressed tar file: {error}") from None
     if not found:

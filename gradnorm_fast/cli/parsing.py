@@ -30,8 +30,8 @@ def positive(text: str) -> int:
 
 
 def count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
+    if not text.isdecimal() or len(text) > 18:  # 64 bits
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text[:40]!r}")
     return int(text)
 
 

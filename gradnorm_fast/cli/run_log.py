@@ -30,6 +30,7 @@ from ..functional import HeadScores
 from .tables import FIELDS, Array, Table
 
 _MAGIC = b'{"gradnorm_fast part": 2,'
+_OWNER = b"process "  #: how a lock file begins
 _ROW = np.dtype([("index", "<i8"), ("identity", "<u8"), ("scores", "<f8", len(FIELDS)), ("checksum", "<u4")])
 _PREDICTION = FIELDS.index("prediction")  #: which also says that there is no score
 _UNREADABLE, _NOTHING = -1.0, -2.0
@@ -87,12 +88,15 @@ def locked(out: Path) -> Iterator[None]:
             raise ValueError(f"out: {owner} is writing {out} ({path})") from None
         except OSError:  # a file system without locks
             pass
+        if path.exists() and path.stat().st_size and not _starts_with(path, _OWNER):
+            file.close()
+            raise ValueError(f"out: {path} is in the way: it is not the lock of a run; choose another name")
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
             break
         file.close()  # its owner removed it in between
     with file:
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.write(f"{_OWNER.decode()}{os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         try:
             yield

@@ -48,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
     options.check_out(out)
     if (args.features is None) == (args.images is None):
         raise ValueError("score: expected --images with --model, or --features with --weight")
+    if args.score == "auto":
+        raise ValueError("score: auto goes with fit alone, which has OOD images to choose by; name one")
     if args.features is not None:
         refuse(args, "--features", "head", *options.MODEL_OPTIONS)
     if args.detector is not None:

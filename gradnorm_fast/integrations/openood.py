@@ -106,6 +106,9 @@ class GradNormPostprocessor(BasePostprocessor):
         device = next((p.device for p in net.parameters()), torch.device("cpu"))
         batches = []
         for batch in _with_bar(data_loader, progress):
+            if not isinstance(batch, Mapping) or not {"data", "label"} <= batch.keys():
+                got = f"the keys {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
+                raise TypeError(f'data_loader: expected dictionaries with the keys "data" and "label", got {got}')
             pred, conf = self.postprocess(net, batch["data"].to(device))
             batches.append((pred.cpu(), conf.cpu(), batch["label"].cpu()))
         if not batches:

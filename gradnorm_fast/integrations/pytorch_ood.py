@@ -94,10 +94,13 @@ class GradNorm(_Base):
 
         Raises:
             ModelNotSetException: the model has been taken away.
+            TypeError: x is not a tensor.
             ValueError: `param_filter` selects no parameter.
         """
         if self.model is None:
             raise api.ModelNotSetException("model: expected a torch.nn.Module, got None")
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: expected a torch.Tensor of shape (B, ...), got {type(x).__name__}")
         selected = {id(p) for name, p in self.model.named_parameters() if self.param_filter(name)}
         if not selected:
             raise ValueError("param_filter: expected it to select a parameter of the model, it selects none")

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from .. import heads
+from .._targets import check_classes, check_p, check_target
 from ..functional import _check_options
 from .layout import Layout, find_layout
 from .logit_gradient import loss_gradient, target_gradient
@@ -91,10 +90,10 @@ def layer_gradnorms(
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     model = heads.unwrap(model)
     images = _placed(model, images)
-    p = _check_p(p)
+    p = check_p(p)
     if loss is None:
         temperature = _check_options(torch.empty(0), temperature, reduction, "auto")
-        _check_target(target, len(images), reduction)
+        check_target(target, (len(images),), reduction)
     elif not (isinstance(target, str) and target == "uniform" and temperature == 1.0 and reduction == "mean"):
         raise ValueError("loss: expected it alone, got target, temperature or reduction beside it")
     elif not callable(loss):
@@ -107,7 +106,7 @@ def layer_gradnorms(
         if loss is not None:
             return loss_gradient(logits, loss)
         if isinstance(target, Tensor):
-            _check_labels(target, logits.shape[1])
+            check_classes(target, logits.shape[1])
             return target_gradient(logits, target[rows], temperature, 1.0)
         return target_gradient(logits, target, temperature, logits.shape[1] if reduction == "sum" else 1.0)
 
@@ -309,30 +308,3 @@ def _check_modes(model: nn.Module) -> None:
             raise ValueError(
                 f"model: {name!r} is dropout in training mode, whose gradients are random; call model.eval()"
             )
-
-
-def _check_p(p: object) -> float:
-    if isinstance(p, bool) or not isinstance(p, (int, float, np.floating, np.integer)):
-        raise TypeError(f"p: expected a number, got {type(p).__name__}")
-    if not (0.1 <= p <= 64.0 or p == math.inf):
-        raise ValueError(f"p: expected 0.1 … 64, or inf, got {p!r}")
-    return float(p)
-
-
-def _check_target(target: object, samples: int, reduction: str) -> None:
-    if isinstance(target, Tensor):
-        if target.dtype != torch.int64:
-            raise TypeError(f"target: expected labels of dtype int64, got {target.dtype}")
-        if target.shape != (samples,):
-            raise ValueError(f"target: expected labels of shape ({samples},), got {tuple(target.shape)}")
-    elif not isinstance(target, str):
-        raise TypeError(f'target: expected "uniform", "predicted" or int64 labels, got {type(target).__name__}')
-    elif target not in ("uniform", "predicted"):
-        raise ValueError(f'target: expected "uniform", "predicted" or int64 labels, got {target!r}')
-    if reduction == "sum" and not (isinstance(target, str) and target == "uniform"):
-        raise ValueError('reduction: "sum" over classes is defined for the uniform target only; leave it out')
-
-
-def _check_labels(labels: Tensor, classes: int) -> None:
-    if labels.device.type == "cpu" and bool((((labels < 0) | (labels >= classes)) & (labels != -100)).any()):
-        raise ValueError(f"target: expected labels 0 … {classes - 1}, or -100 to ignore a row, got others")

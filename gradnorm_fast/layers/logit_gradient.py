@@ -8,9 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .._targets import IGNORE
 from .norms import norm_dtype
-
-IGNORE = -100  #: the label of a row without a target, as in torch.nn.functional.cross_entropy
 
 
 def target_gradient(logits: Tensor, target: str | Tensor, temperature: float, scale: float) -> Tensor:

@@ -55,11 +55,12 @@ def cluster_kernel(
     )  # fmt: skip
     norm = norm_share(X, row, B, 0, D, BLOCK_D, stride_xb, stride_xd, BLOCK_B, BLOCK_D, STAGES)
     valid = classes < C
-    z = tl.where(valid, z, float("-inf"))
+    rows = row + tl.arange(0, BLOCK_B)
+    z = tl.where((rows < B)[:, None] & valid, z, float("-inf"))  # rows beyond B must not ask for the careful form
     m, s, deviation = deviation_of_rows(z, valid, C, inv_temperature)
     index = first_at(z, m, classes) if ALL_FIELDS else 0
     store_scores(
-        OUT, PREDICTION, row + tl.arange(0, BLOCK_B), B, stride_o,
+        OUT, PREDICTION, rows, B, stride_o,
         norm, m, index, s, deviation,
         inv_temperature, scale, bias_norm,
         ALL_FIELDS,

@@ -8,6 +8,7 @@ in float64 and round to float32 once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,35 +49,22 @@ def _mixed(x: Array) -> Array:
     return (x.view(np.uint32) * np.uint32(2654435761)) >> np.uint32(13)
 
 
-def approximate(exact: Array) -> Array:
-    x = exact.astype(np.float32)
-    if not ERRORS.ulp:
-        return x
-    units = (_mixed(x) % np.uint32(2 * ERRORS.ulp + 1)).astype(np.float32) - np.float32(ERRORS.ulp)
-    return np.where(np.isfinite(x) & (x != 0) & (x != 1), x + units * np.spacing(x), x)  # ex2(0) is 1
+EXACT: dict[str, Callable[..., Array]] = {
+    "ex2": np.exp2, "lg2": np.log2, "rcp": np.reciprocal, "rsqrt": lambda a: 1 / np.sqrt(a), "div": np.divide,
+}  # fmt: skip
 
 
-def ex2_f32(a: Array) -> Array:
-    return approximate(np.exp2(a.astype(np.float64)))
-
-
-def lg2_f32(a: Array) -> Array:
-    x = approximate(np.log2(a.astype(np.float64)))
-    sign = np.where(_mixed(x) & np.uint32(1), np.float32(1), np.float32(-1))
-    near = (a > 0.5) & (a < 2) & (a != 1)
-    return np.where(near, x + sign * np.float32(ERRORS.lg2), x)
-
-
-def rcp_f32(a: Array) -> Array:
-    return approximate(1.0 / a.astype(np.float64))
-
-
-def rsqrt_f32(a: Array) -> Array:
-    return approximate(1.0 / np.sqrt(a.astype(np.float64)))
-
-
-def div_f32(a: Array, b: Array) -> Array:
-    return approximate(np.divide(a, b, dtype=np.float32))
+def approximate(root: str, *values: Array) -> Array:
+    """ex2, lg2, rcp, rsqrt .approx.f32, div.full.f32."""
+    x = EXACT[root](*(v.astype(np.float64) for v in values)).astype(np.float32)
+    if ERRORS.ulp:
+        units = (_mixed(x) % np.uint32(2 * ERRORS.ulp + 1)).astype(np.float32) - np.float32(ERRORS.ulp)
+        x = np.where(np.isfinite(x) & (x != 0) & (x != 1), x + units * np.spacing(x), x)  # ex2(0) is 1
+    if root == "lg2" and ERRORS.lg2:
+        sign = np.where(_mixed(x) & np.uint32(1), np.float32(1), np.float32(-1))
+        near = (values[0] > 0.5) & (values[0] < 2) & (values[0] != 1)
+        x = np.where(near, x + sign * np.float32(ERRORS.lg2), x)
+    return x
 
 
 def rcp_f64(a: Array) -> Array:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import numpy as np
 
 from .arithmetic import from_halves, pairs, rounded_sum
-from .memory import Lanes, Misaligned, OutOfBounds, active, locate, pieces
+from .memory import Lanes, active, locate, pieces
 from .ptx import SHARED_BASE, Array, Mask
 
 if TYPE_CHECKING:
     from .driver import TensorMap
     from .machine import Batch
+    from .races import Clock
 
 SWIZZLE = {0: 0, 1: 3, 2: 2, 3: 1}  # of wgmma's descriptors: log2 of how many 16-byte pieces change places
 
@@ -150,7 +151,7 @@ def copy(batch: Batch, q: Mask, to: Array, source: Array, size: int, count: Arra
         batch.fail("cp.async: source larger than the copy")
     source = np.broadcast_to(source, batch.size).copy()
     if int(np.bitwise_or.reduce(source[lanes][n > 0], initial=0)) & (size - 1):
-        batch.fail(f"cp.async: source not aligned to {size}", kind=Misaligned)
+        batch.fail(f"cp.async: source not aligned to {size}")
     work = Copy(batch, machine.index, lanes, at, source, size, n)
     batch.copies.open.append(work)
     machine.races.issue_copy(batch, lanes, at, size)
@@ -201,7 +202,7 @@ def _operand(batch: Batch, descriptor: int, rows: Array, transposed: int) -> Arr
         linear = start + r // 8 * stride + r % 8 * (2 * span) + 2 * k
     at = swizzled(linear, swizzle) - SHARED_BASE
     if at.min() < 0 or at.max() + 2 > batch.machine.shared_size:
-        batch.fail("wgmma operand outside shared memory", kind=OutOfBounds)
+        batch.fail("wgmma operand outside shared memory")
     return at + batch.base
 
 
@@ -225,8 +226,8 @@ class Barrier:
 
     def __post_init__(self) -> None:
         self.pending, self.bytes, self.phase = self.count, 0, 0
-        self.clock: Array | None = None  # of what has arrived
-        self.done: Array | None = None  # the same at the end of the last phase
+        self.clock: Clock = 0  # of what has arrived
+        self.done: Clock = 0  # the same at the end of the last phase
 
     def arrive(self, batch: Batch, lanes: Lanes, arrivals: int, bytes_: int = 0) -> None:
         self.pending -= arrivals
@@ -264,7 +265,7 @@ class Transfer(Work):
         assert region is not None
         start = t.base - region.start + (r[:, None] * t.strides[0] + c[None, :])[inside] * size
         if start.max(initial=0) + size > region.size:
-            batch.fail("TMA reads beyond the tensor", kind=OutOfBounds)
+            batch.fail("TMA reads beyond the tensor")
         data[inside] = region.views[1][start[:, None] + np.arange(size)]
         machine.shared[1][self.at] = data.reshape(-1)
         self.mbarrier.clock = machine.races.complete_transfer(batch, self.at, self.clock, self.mbarrier.clock)
@@ -274,7 +275,7 @@ class Transfer(Work):
 
 def _touch_mbarrier(batch: Batch, address: int, lanes: Array, what: str) -> None:
     _, at = locate(batch, True, np.array([address], np.uint32), 8)
-    batch.machine.races.access_shared(batch, lanes[:1], at, 8, what)
+    batch.machine.races.access(batch, lanes[:1], at, 8, what)
 
 
 def _mbarrier(batch: Batch, address: int, lanes: Array) -> Barrier:
@@ -335,9 +336,9 @@ def transfer(batch: Batch, q: Mask, shared: Array, tensor: Array, x: Array, y: A
             batch.fail("not a tensor map", lane[None])
         size = int(np.prod(t.box)) * t.itemsize
         if to % 128:
-            batch.fail("TMA destination not aligned to 128", lane[None], Misaligned)
+            batch.fail("TMA destination not aligned to 128", lane[None])
         if not 0 <= to - SHARED_BASE <= machine.shared_size - size:
-            batch.fail("TMA destination outside shared memory", lane[None], OutOfBounds)
+            batch.fail("TMA destination outside shared memory", lane[None])
         at = swizzled(to + np.arange(size), t.swizzle) - SHARED_BASE + batch.base
         found, clock = _mbarrier(batch, bar, lane[None]), machine.races.issue_transfer(batch, lane, at)
         work = Transfer(batch, machine.index, found, t, column, row, at, clock)

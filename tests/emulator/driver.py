@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime import driver
+
+from .ptx import Array
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 PROCESSORS = {80: 108, 90: 132}
@@ -32,18 +35,24 @@ class TensorMap:
     itemsize: int
     swizzle: int  # 0 none, 1 32 bytes, 2 64 bytes, 3 128 bytes
 
+    @classmethod
+    def of(cls, descriptor: Any, meta: dict[str, Any]) -> TensorMap:
+        shape, strides, box = list(descriptor.shape), list(descriptor.strides), list(meta["block_size"])
+        return cls(descriptor.base.data_ptr(), shape, strides, box, meta["elem_size"], meta["swizzle"])
+
 
 @dataclass
 class Launch:
-    name: str
+    metadata: Any  # Triton's, of the compiled kernel
     ptx: str
     programs: int
-    num_warps: int
-    num_ctas: int
-    shared: int
-    cooperative: bool
-    params: list[tuple[str, Any]]  # of the kernel: ("i32", 5), ("*fp16", address), ("nvTmaDesc", TensorMap)
-    tensors: list[torch.Tensor]  # what it may touch
+    params: list[Array] = field(default_factory=list)  # each as it lies in memory
+    maps: dict[int, TensorMap] = field(default_factory=dict)  # the parameters that are tensor maps
+    tensors: list[torch.Tensor] = field(default_factory=list)  # what the kernel may touch
+
+    def add(self, kind: str, value: float) -> None:
+        bits = np.uint64(int(value) & 0xFFFFFFFFFFFFFFFF)
+        self.params.append(np.array([value, 0], np.float32) if kind == "fp32" else np.array([bits]))
 
 
 class _Launcher:
@@ -52,37 +61,27 @@ class _Launcher:
     ptx: str
 
     def __init__(self, source: Any, metadata: Any) -> None:
-        self.signature = dict(source.signature)
-        self.metadata = metadata
+        self.signature, self.metadata = dict(source.signature), metadata
 
     def __call__(self, x: int, y: int, z: int, stream: int, function: Any, *rest: Any) -> None:
-        metadata, arguments = self.metadata, rest[4:]  # after packed metadata, launch metadata and two hooks
-        assert (y, z) == (1, 1)
-        assert not getattr(metadata, "global_scratch_size", 0) and not getattr(metadata, "profile_scratch_size", 0)
-        params: list[tuple[str, Any]] = []
-        tensors: list[torch.Tensor] = []
-        descriptors = iter(getattr(metadata, "tensordesc_meta", None) or ())
-        for argument, kind in zip(arguments, self.signature.values(), strict=True):
-            if kind == "constexpr":
-                continue
+        assert (y, z) == (1, 1) and not getattr(self.metadata, "global_scratch_size", 0)
+        launch = Launch(self.metadata, self.ptx, x)
+        boxes = iter(getattr(self.metadata, "tensordesc_meta", None) or ())
+        # before the arguments come packed metadata, launch metadata and two hooks
+        for argument, kind in zip(rest[4:], self.signature.values(), strict=True):
             if kind.startswith("tensordesc"):
-                meta = next(descriptors)
                 assert argument.strides[-1] == 1 and argument.padding == "zero"
-                shape, strides = list(argument.shape), list(argument.strides)
-                box = list(meta["block_size"])
-                at = TensorMap(argument.base.data_ptr(), shape, strides, box, meta["elem_size"], meta["swizzle"])
-                params += [("nvTmaDesc", at), *(("i32", n) for n in shape), *(("i64", n) for n in strides)]
-                tensors.append(argument.base)
+                launch.maps[len(launch.params)] = TensorMap.of(argument, next(boxes))
+                for value in (0, *argument.shape, *argument.strides):
+                    launch.add("i64", value)
+                launch.tensors.append(argument.base)
             elif isinstance(argument, torch.Tensor):
-                params.append((kind, argument.data_ptr()))
-                tensors.append(argument)
-            else:
-                params.append((kind, argument))
-        params += [("*i8", 0), ("*i8", 0)]  # global and profile scratch
-        m = metadata
-        launch = Launch(
-            m.name, self.ptx, x, m.num_warps, m.num_ctas, m.shared, m.launch_cooperative_grid, params, tensors
-        )
+                launch.add("i64", argument.data_ptr())
+                launch.tensors.append(argument)
+            elif kind != "constexpr":
+                launch.add(kind, argument)
+        launch.add("i64", 0)  # global scratch
+        launch.add("i64", 0)  # profile scratch
         _driver.launch(launch)
 
 
@@ -93,11 +92,7 @@ class _Driver:
 
     @property
     def utils(self) -> SimpleNamespace:
-        properties = {
-            "max_shared_mem": SHARED[self.arch],
-            "multiprocessor_count": PROCESSORS[self.arch],
-            "warpSize": 32,
-        }
+        properties = {"max_shared_mem": SHARED[self.arch], "multiprocessor_count": 1, "warpSize": 32}
         return SimpleNamespace(
             load_binary=lambda name, binary, shared, device: (1, 1, 32, 0, 1024),
             get_device_properties=lambda device: properties,

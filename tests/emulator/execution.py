@@ -40,10 +40,11 @@ class Emulator:
         options.copies_unfenced = TRITON < (3, 8)  # as these compile them
         self.inputs = {t.untyped_storage().data_ptr(): (name, t) for name, t in inputs.items()}
         self.findings: Counter[str] = Counter()
+        torch.use_deterministic_algorithms(True)  # fills what torch.empty gives with NaN
         driver.install(arch, self.execute, processors)
 
     def execute(self, launch: driver.Launch) -> None:
-        ptx = self.edit(launch.name, launch.ptx) if self.edit else launch.ptx
+        ptx = self.edit(launch.metadata.name, launch.ptx) if self.edit else launch.ptx
         cut = 60 if self.options.schedule == "random" else 0
         machine = Machine(program(ptx, cut), launch, self._regions(launch.tensors), self.options)
         try:

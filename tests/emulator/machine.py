@@ -19,14 +19,10 @@ from .ptx import END, Array, Block, Mask, Program
 from .races import Races
 
 Moment = Literal["late", "early", "random"]
-GARBAGE = {16: 0xFFFF, 32: 0x7FC0DEAD, 64: 0x7FF8DEADDEADBEEF}  # registers at first: NaN in every type
+NAN = {"h": (2, 0xFFFF), "r": (4, 0x7FC0DEAD), "d": (8, 0x7FF8DEADDEADBEEF)}  # what registers hold at first
 DESCRIPTORS = 0xDE5C0000  # the "addresses" of tensor maps
 BLOCKS = 16  # that run at a time, where a launch leaves the choice
 PATIENCE = 100  # turns round a loop without any change anywhere, after which a batch is taken to wait in vain
-
-
-class Deadlock(EmulatorError):
-    pass
 
 
 @dataclass
@@ -60,10 +56,7 @@ class Batch:
         self.machine, self.cta, self.warps = machine, cta, warps
         self.size = 32 * len(warps)
         self.P = list(np.random.default_rng(machine.options.seed + 7).random((count["p"], self.size)) < 0.5)
-        h, r, d = (
-            np.full((count[c], self.size), GARBAGE[n], f"u{n // 8}") for c, n in (("h", 16), ("r", 32), ("d", 64))
-        )
-        self.files = (h, r, d)
+        h, r, d = (np.full((count[c], self.size), nan, f"u{n}") for c, (n, nan) in NAN.items())
         self.UH, self.IH, self.FH = list(h), list(h.view(np.int16)), list(h.view(np.float16))
         self.U, self.I, self.F = list(r), list(r.view(np.int32)), list(r.view(np.float32))
         self.UD, self.ID, self.FD = list(d), list(d.view(np.int64)), list(d.view(np.float64))
@@ -84,23 +77,19 @@ class Batch:
         self.cluster_phase = -1  # in which it arrived at the cluster's barrier
         self.turns, self.seen = 0, -1  # turns round a loop since anything changed, which was event `seen`
 
-    def fail(self, message: str, lanes: Array | None = None, kind: type = EmulatorError) -> NoReturn:
+    def fail(self, message: str, lanes: Array | None = None) -> NoReturn:
         ins = self.machine.program.instructions[self.machine.index]
         who = "" if lanes is None else f", thread {self.tid[lanes[0]]} (and {len(lanes) - 1} more)"
-        raise kind(f"{message}: block {self.cta}{who}: `{ins.text[:110]}` from {ins.source}")
+        raise EmulatorError(f"{message}: block {self.cta}{who}: `{ins.text[:110]}` from {ins.source}")
 
     def special(self, name: str) -> Array:
         """A special register."""
         m = self.machine
-        if name in ("%tid.x", "%laneid"):
-            return (self.tid if name == "%tid.x" else self.lane).astype(np.uint32)
-        values = {
-            "%ctaid.x": self.cta, "%nctaid.x": m.ctas, "%ntid.x": 32 * m.warps, "%clusterid.x": self.cta // m.cluster,
-            "%cluster_ctarank": self.cta % m.cluster, "%cluster_ctaid.x": self.cta % m.cluster,
+        values: dict[str, int | Array] = {
+            "%tid.x": self.tid, "%ctaid.x": self.cta, "%nctaid.x": m.ctas, "%clusterid.x": self.cta // m.cluster,
+            "%cluster_ctarank": self.cta % m.cluster,
         }  # fmt: skip
-        if name[:-1] in ("%tid.", "%ctaid.", "%clusterid.", "%cluster_ctaid.") and name[-1] in "yz":
-            return np.zeros(1, np.uint32)
-        return np.array([values[name]], np.uint32)
+        return np.atleast_1d(values[name]).astype(np.uint32)
 
     def everywhere(self, address: Array) -> Array:
         return np.broadcast_to(address, self.size)
@@ -175,51 +164,35 @@ class Batch:
 class Machine:
     def __init__(self, program: Program, launch: Launch, regions: list[Region], options: Options) -> None:
         self.program, self.launch, self.options = program, launch, options
-        self.warps, self.cluster = launch.num_warps, launch.num_ctas
-        self.ctas = launch.programs * launch.num_ctas
-        self.shared_size = launch.shared
-        self.shared_stride = -(-launch.shared // 128) * 128 + 128
-        self.regions = sorted(regions, key=lambda r: r.start)
+        self.warps, self.cluster = launch.metadata.num_warps, launch.metadata.num_ctas
+        self.ctas = launch.programs * self.cluster
+        self.shared_size = launch.metadata.shared
+        self.shared_stride = -(-self.shared_size // 128) * 128 + 128
+        self.regions = regions
         self.rng = np.random.default_rng(options.seed)
         self.index = 0  # of the instruction that runs
         self.events = 0  # changes of memory and barriers so far
         self.findings: dict[str, int] = dict.fromkeys(program.warnings, 1)
-        self._params = [self._parameter(kind, value) for kind, value in launch.params]
         if len(launch.params) != len(program.params):
             raise EmulatorError(f"{len(launch.params)} arguments for {len(program.params)} parameters")
         if program.threads not in (0, 32 * self.warps) or program.cluster != self.cluster:
             raise EmulatorError("launched with other threads or clusters than the kernel asks for")
 
-    @staticmethod
-    def _parameter(kind: str, value: object) -> Array:
-        if isinstance(value, TensorMap):
-            return np.zeros(2, np.uint64)  # used by its address
-        if kind in ("fp32", "f32"):
-            return np.array([value, 0], np.float32)
-        assert isinstance(value, int)
-        if kind.lstrip("iu") in ("1", "8", "16", "32"):
-            return np.array([value & 0xFFFFFFFF, 0], np.uint32)
-        return np.array([value & 0xFFFFFFFFFFFFFFFF], np.uint64)
-
     def param(self, number: int, dtype: str) -> Array:
-        return self._params[number].view(dtype)[:1]
+        return self.launch.params[number].view(dtype)[:1]
 
     def param_address(self, number: int) -> Array:
         return np.array([DESCRIPTORS + number], np.uint64)
 
     def tensor_map(self, address: int) -> TensorMap | None:
-        number = address - DESCRIPTORS
-        value = self.launch.params[number][1] if 0 <= number < len(self.launch.params) else None
-        return value if isinstance(value, TensorMap) else None
+        return self.launch.maps.get(address - DESCRIPTORS)
 
     def region_of(self, address: int) -> Region | None:
         return next((r for r in self.regions if r.start <= address < r.start + r.size), None)
 
     def describe(self, address: int) -> str:
-        before = [r for r in self.regions if r.start <= address]
-        return (
-            f"{address - before[-1].start - before[-1].size} bytes after {before[-1].name}" if before else "before all"
-        )
+        last = max((r for r in self.regions if r.start <= address), key=lambda r: r.start, default=None)
+        return f"{address - last.start - last.size} bytes after {last.name}" if last else "before all of them"
 
     def note(self, what: str) -> None:
         self.findings[what] = self.findings.get(what, 0) + 1
@@ -228,7 +201,11 @@ class Machine:
         """Run the launch; raises EmulatorError for what ends a kernel, other findings are in `findings`."""
         arithmetic.ERRORS.ulp, arithmetic.ERRORS.lg2 = self.options.ulp, self.options.lg2
         arithmetic.ERRORS.truncate = self.options.truncate
-        step = self.ctas if self.launch.cooperative else max(self.cluster, BLOCKS // self.cluster * self.cluster)
+        step = (
+            self.ctas
+            if self.launch.metadata.launch_cooperative_grid
+            else max(self.cluster, BLOCKS // self.cluster * self.cluster)
+        )
         with np.errstate(all="ignore"):
             for first in range(0, self.ctas, step):
                 self._run_blocks(first, min(first + step, self.ctas))
@@ -281,7 +258,7 @@ class Machine:
             ins = block.end or (block.body[-1] if block.body else None)
             where = f"`{ins.text[:70]}` ({ins.source})" if ins else "?"
             places.append(f"block {b.cta} warps {b.warps.start}-{b.warps.stop - 1} at {where}")
-        raise Deadlock(f"all {len(live)} batches wait and nothing can change: " + "; ".join(places))
+        raise EmulatorError(f"deadlock: all {len(live)} batches wait and nothing can change: " + "; ".join(places))
 
     def _step(self, b: Batch) -> None:
         """One basic block."""
@@ -304,7 +281,7 @@ class Machine:
 
     def _barrier(self, b: Batch, block: Block, m: Mask) -> None:
         assert block.end is not None
-        if block.end.predicate or block.end.args != ["0"] or block.end.op not in ("bar.sync", "barrier.sync"):
+        if block.end.predicate or block.end.args != ["0"]:
             raise EmulatorError(f"not emulated: {block.end.text}")
         if m is True and len(b.warps) == self.warps:
             self.races.barrier(b.cta)
@@ -329,13 +306,11 @@ class Machine:
             self.races.barrier(b.cta)
 
     def _cluster_wait(self, b: Batch, pc: int, m: Mask) -> None:
-        if m is not True:
-            raise EmulatorError("barrier.cluster.wait by part of the warps that are emulated together: not emulated")
-        state = self.clusters[b.cta // self.cluster]
-        if b.cluster_phase < 0:
-            raise EmulatorError("barrier.cluster.wait without arrive")
-        if state.phase > b.cluster_phase:
-            self.races.acquire(b, slice(None), state.done)
+        if m is not True or b.cluster_phase < 0:
+            raise EmulatorError("barrier.cluster.wait without arrive, or by a part of the warps (not emulated)")
+        barrier = self.clusters[b.cta // self.cluster]
+        if barrier.phase > b.cluster_phase:
+            self.races.acquire(b, slice(None), barrier.done)
             b.cluster_phase = -1
             b.pc = pc + 1
             self.events += 1

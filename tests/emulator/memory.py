@@ -22,14 +22,6 @@ class EmulatorError(Exception):
     """The kernel did what no kernel may, or what is not emulated."""
 
 
-class OutOfBounds(EmulatorError):
-    pass
-
-
-class Misaligned(EmulatorError):
-    pass
-
-
 class Region:
     """Memory that the kernel may touch: the storage of a tensor; `elements` marks the bytes it may read, None all."""
 
@@ -69,16 +61,16 @@ def locate(batch: Batch, q: Mask, address: Array, total: int, remote: bool = Fal
         own = batch.cta % machine.cluster
         rank = (a >> np.uint32(24)).astype(np.int64)
         if rank.max() > machine.cluster:
-            batch.fail("no such block in the cluster", kind=OutOfBounds)
+            batch.fail("no such block in the cluster")
         base = batch.base + (np.where(rank > 0, rank - 1, own) - own) * machine.shared_stride
         a = a & WINDOW
     offset = (a - np.uint32(SHARED_BASE)).astype(np.int64)
     if offset.max() > machine.shared_size - total:
         bad = np.flatnonzero(offset > machine.shared_size - total)
         what = f"shared memory: {offset[bad[0]]} + {total} of {machine.shared_size} bytes"
-        batch.fail(what, np.arange(batch.size)[lanes][bad], OutOfBounds)
+        batch.fail(what, np.arange(batch.size)[lanes][bad])
     if total > 1 and int(np.bitwise_or.reduce(a)) & (total - 1):
-        batch.fail(f"shared memory: not aligned to {total}", kind=Misaligned)
+        batch.fail(f"shared memory: not aligned to {total}")
     return lanes, offset + base
 
 
@@ -88,7 +80,7 @@ def load_shared(
     machine, total = batch.machine, size * len(rows)
     lanes, at = locate(batch, q, address, total, remote)
     if at.size:
-        machine.races.access_shared(batch, lanes, at, total, "read")
+        machine.races.access(batch, lanes, at, total, "read")
         view = machine.shared[size].view(f"{'i' if signed else 'u'}{size}")
         for j, row in enumerate(rows):
             row[lanes] = view[at // size + j]
@@ -107,7 +99,7 @@ def _write_shared(batch: Batch, lanes: Lanes, at: Array, view: Array, where: Arr
     machine, old = batch.machine, view[where]
     same = (old == new).all(1)
     near = same | close(old, new).all(1) if floats else same
-    machine.races.access_shared(batch, lanes, at, new.itemsize * new.shape[1], "write", same, near)
+    machine.races.access(batch, lanes, at, new.itemsize * new.shape[1], "write", same, near)
     if not same.all():
         machine.events += 1
         view[where] = new
@@ -119,7 +111,7 @@ def ldmatrix(batch: Batch, q: Mask, rows: list[Array], address: Array, trans: bo
     lanes, at = locate(batch, (batch.lane < 8 * len(rows)) & q, address, 16)
     if not at.size:
         return
-    batch.machine.races.access_shared(batch, lanes, at, 16, "read")
+    batch.machine.races.access(batch, lanes, at, 16, "read")
     start = np.zeros(batch.size, np.int64)
     start[lanes] = at
     g, t = batch.lane // 4, batch.lane % 4
@@ -158,26 +150,26 @@ def pieces(batch: Batch, q: Mask, address: Array, total: int, what: str) -> Iter
     lanes = np.arange(batch.size)[active(q)]
     a = np.broadcast_to(address, batch.size)[lanes]
     if total > 1 and int(np.bitwise_or.reduce(a, initial=0)) & (total - 1):
-        batch.fail(f"global memory: not aligned to {total}", kind=Misaligned)
+        batch.fail(f"global memory: not aligned to {total}")
     while a.size:
         region = batch.machine.region_of(int(a[0]))
         if region is None:
             near = batch.machine.describe(int(a[0]))
-            batch.fail(f"global memory {what}: {int(a[0]):#x} is in no tensor ({near})", lanes, OutOfBounds)
+            batch.fail(f"global memory {what}: {int(a[0]):#x} is in no tensor ({near})", lanes)
         offset = (a - np.uint64(region.start)).astype(np.int64)
         here = (offset >= 0) & (offset < region.size)
         over = np.flatnonzero(here & (offset > region.size - total))
         if over.size:
             text = f"global memory {what}: {offset[over[0]]} + {total} of {region.size} bytes of {region.name}"
-            batch.fail(text, lanes[over], OutOfBounds)
+            batch.fail(text, lanes[over])
         if region.readonly and what in ("store", "atomic"):
-            batch.fail(f"{what} to the input {region.name}", kind=OutOfBounds)
+            batch.fail(f"{what} to the input {region.name}")
         at = offset[here]
         if region.elements is not None:
             gaps = np.flatnonzero(~(region.elements[at] & region.elements[at + total - 1]))
             if gaps.size:
                 text = f"global memory {what}: between the elements of {region.name}, byte {at[gaps[0]]}"
-                batch.fail(text, lanes[here][gaps], OutOfBounds)
+                batch.fail(text, lanes[here][gaps])
         yield region, lanes[here], at
         lanes, a = lanes[~here], a[~here]
 
@@ -188,7 +180,7 @@ def load_global(batch: Batch, q: Mask, rows: list[Array], address: Array, size: 
         if order:
             races.synchronize(batch, lanes, region.start + at, order)
         elif not region.readonly:
-            races.access_global(batch, region, lanes, at, total, "read")
+            races.access(batch, lanes, at, total, "read", region=region)
         view = region.views[size].view(f"{'i' if signed else 'u'}{size}")
         for j, row in enumerate(rows):
             row[lanes] = view[at // size + j]
@@ -199,7 +191,8 @@ def store_global(batch: Batch, q: Mask, values: list[Array], address: Array, siz
     for region, lanes, at in pieces(batch, q, address, total, "store"):
         view, where = region.views[size], (at // size)[:, None] + np.arange(len(values))
         new = elements(batch, values, lanes, view.dtype)
-        machine.races.access_global(batch, region, lanes, at, total, "write", (view[where] == new).all(1))
+        same = (view[where] == new).all(1)
+        machine.races.access(batch, lanes, at, total, "write", same, same, region)
         view[where] = new
         machine.races.check_equal(view[where], new, size == 4)
         machine.events += 1

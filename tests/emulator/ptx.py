@@ -14,7 +14,18 @@ Mask = Literal[True] | Array  # which lanes of a batch: all, or one bool each
 
 SHARED_BASE = 1024  # where dynamic shared memory begins in the shared window
 REGISTER_CLASS = {"pred": "p", "8": "h", "16": "h", "32": "r", "64": "d"}  # by width; "h" holds 8 and 16 bits
+TOKEN = re.compile(
+    r"\s*(?:(?P<brace>[{}])|\.loc\s+(?P<file>\d+)\s+(?P<line>\d+)[^\n]*|(?P<label>[$\w]+):(?!:)"
+    r"|\.reg\s+\.(?P<kind>\w+)\s+(?P<names>[^;]*);|\.[^;\n]*;?|(?P<statement>[^;]*);)"
+)
 END = 1 << 30  # the "block" after the last
+
+
+Kind = Literal["fall", "branch", "return", "barrier", "cluster_wait"]
+ENDS: dict[str, Kind] = {
+    "bra": "branch", "ret": "return", "exit": "return", "bar.sync": "barrier", "barrier.sync": "barrier",
+    "barrier.cluster.wait": "cluster_wait",
+}  # fmt: skip
 
 
 class PTXError(Exception):
@@ -39,7 +50,7 @@ class Instruction:
 class Block:
     index: int
     body: list[Instruction] = field(default_factory=list)
-    kind: Literal["fall", "branch", "return", "barrier", "cluster_wait"] = "fall"
+    kind: Kind = "fall"
     end: Instruction | None = None
     target: int = -1
     join: int = END  # where lanes that part at its end meet again
@@ -72,87 +83,61 @@ class Program:
         self.instructions: list[Instruction] = []
         self.registers: dict[str, tuple[str, int]] = {}  # name -> class and number in it
         self.count = dict.fromkeys("phrd", 0)
-        self.params: dict[str, int] = {}
         self.blocks = [Block(0)]
         self.warnings: list[str] = []
         self.narrow_stores = bool(re.search(r"st\.shared\S*\.[bus](8|16)\b", text))  # of less than 4 bytes
-        self._items: list[str | Instruction] = []  # labels and instructions, in order
-        self._parse()
-        self._make_blocks()
+        self._parse(re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.S))
         self._find_joins()
         self._check_wgmma_fences()
 
-    def _parse(self) -> None:
-        text = re.sub(r"/\*.*?\*/", "", self.text, flags=re.S)
-        files = dict(re.findall(r'\.file\s+(\d+)\s+"([^"]*)"', text))
-        text = re.sub(r"//[^\n]*", "", text)
-        head = re.search(r"\.visible\s+\.entry\s+(\w+)\s*\((.*?)\)\s*([^{]*)\{", text, re.S)
+    def _parse(self, text: str) -> None:
+        head = re.search(r"\.entry\s+(\w+)\s*\((.*?)\)\s*([^{]*)", text, re.S)
         if not head:
             raise PTXError("no kernel")
-        self.name = head.group(1)
-        for i, declaration in enumerate(split_arguments(head.group(2))):
-            self.params[declaration.split()[-1].split("[")[0]] = i
-        threads = re.search(r"\.reqntid\s+(\d+)", head.group(3))
-        cluster = re.search(r"\.reqnctapercluster\s+(\d+)", head.group(3))
-        self.threads = int(threads.group(1)) if threads else 0
-        self.cluster = int(cluster.group(1)) if cluster else 1
+        self.name, parameters, directives = head.groups()
+        self.params = {p.split()[-1].split("[")[0]: i for i, p in enumerate(split_arguments(parameters))}
+        self.threads, self.cluster = (
+            int(found.group(1)) if (found := re.search(rf"\.{name}\s+(\d+)", directives)) else default
+            for name, default in (("reqntid", 0), ("reqnctapercluster", 1))
+        )
+        files = dict(re.findall(r'\.file\s+(\d+)\s+"(?:[^"]*/)?([^"]*)"', text))
+        local: dict[str, str] = {}  # names of inline assembly, which may come again -> unique ones
+        labels: dict[str, int] = {}
+        source, depth = "", 0
+        for token in TOKEN.finditer(text, head.end()):
+            if token["brace"]:
+                depth += 1 if token["brace"] == "{" else -1
+                if depth == 0:
+                    break
+            elif token["line"]:
+                source = f"{files.get(token['file'], '?')}:{token['line']}" if token["line"] != "0" else source
+            elif token["label"]:
+                name = token["label"]
+                if name[0] != "$":
+                    local[name] = f"{name}__{token.start()}"
+                if self.blocks[-1].body:
+                    self._new_block()
+                labels[local.get(name, name)] = self.blocks[-1].index
+            elif token["kind"]:
+                cls = REGISTER_CLASS[token["kind"].lstrip("busf")] if token["kind"] != "pred" else "p"
+                for name in names_in(token["names"]):
+                    stem, _, many = name.rstrip(">").partition("<")
+                    if not many:
+                        stem = local[name] = f"{name}__{token.start()}"
+                    for n in range(int(many or 1)):
+                        self.registers[f"{stem}{n}" if many else stem] = (cls, self.count[cls])
+                        self.count[cls] += 1
+            elif token["statement"]:
+                statement = " ".join(token["statement"].split())
+                for old, new in local.items():
+                    statement = re.sub(rf"(?<![\w%$.]){old}(?!\w)", new, statement)
+                self._add(statement, source)
+        for block in self.blocks:
+            if block.kind == "branch" and block.end:
+                block.target = labels[block.end.args[-1]]
 
-        label = re.compile(r"([$\w]+):(?!:)")
-        scopes: list[dict[str, str]] = [{}]  # names declared in braces -> unique ones
-        serial, source, i = 0, "", head.end()
-        while True:
-            while text[i].isspace():
-                i += 1
-            if text[i] == "{":
-                serial += 1
-                inside = text[i : self._end_of_scope(text, i)]
-                names = re.findall(r"\.reg\s+\.\w+\s+([A-Za-z_]\w*)\s*;", inside)
-                names += re.findall(r"(?:^|[\s;{])([A-Za-z_]\w*):", inside)
-                scopes.append(scopes[-1] | {name: f"{name}__{serial}" for name in names})
-                i += 1
-            elif text[i] == "}":
-                scopes.pop()
-                i += 1
-                if not scopes:
-                    return
-            elif found := label.match(text, i):
-                self._items.append(scopes[-1].get(found.group(1), found.group(1)))
-                i = found.end()
-            elif text.startswith((".loc", ".file"), i):
-                stop = text.index("\n", i)
-                location = re.match(r"\.loc\s+(\d+)\s+([1-9]\d*)", text[i:stop])
-                if location:
-                    source = f"{files.get(location.group(1), '?').rsplit('/', 1)[-1]}:{location.group(2)}"
-                i = stop
-            else:
-                stop = text.index(";", i)
-                statement = " ".join(text[i:stop].split())
-                i = stop + 1
-                if statement.startswith(".reg"):
-                    self._declare(statement, scopes[-1])
-                elif statement and not statement.startswith("."):
-                    for old, new in scopes[-1].items():
-                        statement = re.sub(rf"(?<![\w%$.]){old}(?!\w)", new, statement)
-                    self._add(statement, source)
-
-    @staticmethod
-    def _end_of_scope(text: str, i: int) -> int:
-        depth = 0
-        for j in range(i, len(text)):
-            depth += (text[j] == "{") - (text[j] == "}")
-            if depth == 0:
-                return j
-        raise PTXError("open brace")
-
-    def _declare(self, statement: str, scope: dict[str, str]) -> None:
-        _, kind, names = statement.split(None, 2)
-        cls = REGISTER_CLASS[kind.lstrip(".busf")] if kind != ".pred" else "p"
-        for name in names_in(names):
-            many = re.match(r"(%?\w+)<(\d+)>", name)
-            stem, count = (many.group(1), int(many.group(2))) if many else (scope.get(name, name), 1)
-            for n in range(count):
-                self.registers[f"{stem}{n}" if many else stem] = (cls, self.count[cls])
-                self.count[cls] += 1
+    def _new_block(self) -> None:
+        self.blocks.append(Block(len(self.blocks)))
 
     def _add(self, statement: str, source: str) -> None:
         text, predicate = statement, None
@@ -162,43 +147,17 @@ class Program:
         op, _, rest = statement.partition(" ")
         ins = Instruction(text, op, split_arguments(rest), predicate, source, len(self.instructions))
         self.instructions.append(ins)
-        self._items.append(ins)
-
-    def _make_blocks(self) -> None:
-        ends = {"bra": "branch", "ret": "return", "exit": "return", "bar": "barrier", "barrier": "barrier"}
-        jumps = [x for x in self._items if isinstance(x, Instruction) and x.op.split(".")[0] == "bra"]
-        targets = {ins.args[-1] for ins in jumps}
-        labels: dict[str, int] = {}
-
-        def new_block() -> None:
-            self.blocks.append(Block(len(self.blocks)))
-
-        for item in self._items:
-            if isinstance(item, str):
-                if item in targets:
-                    if self.blocks[-1].body:
-                        new_block()
-                    labels[item] = self.blocks[-1].index
-                continue
-            kind = ends.get(item.op.split(".")[0])
-            if item.op.startswith("barrier.cluster.wait"):
-                kind = "cluster_wait"
-                if self.blocks[-1].body:
-                    new_block()  # a block of its own, for it is tried until it succeeds
-            if kind is None or item.op.startswith(("barrier.cluster.arrive", "bar.warp")):
-                self.blocks[-1].body.append(item)
-                if self.cut and len(self.blocks[-1].body) >= self.cut:
-                    new_block()
-            else:
-                self.blocks[-1].end, self.blocks[-1].kind = item, kind  # type: ignore[assignment]
-                new_block()
-        for block in self.blocks:
-            if block.end is not None:
-                if block.kind == "branch":
-                    block.target = labels[block.end.args[-1]]
-                if block.end.predicate:
-                    name, negated = block.end.predicate
-                    block.predicate = (self.registers[name][1], negated)
+        if op.startswith("barrier.cluster.wait") and self.blocks[-1].body:
+            self._new_block()  # a block of its own, for it is tried until it succeeds
+        block = self.blocks[-1]
+        kind = next((kind for start, kind in ENDS.items() if op.startswith(start)), None)
+        if kind is None:
+            block.body.append(ins)
+        else:
+            block.end, block.kind = ins, kind
+            block.predicate = (self.registers[predicate[0]][1], predicate[1]) if predicate else None
+        if kind or (self.cut and len(block.body) >= self.cut):
+            self._new_block()
 
     def _find_joins(self) -> None:
         """Lanes that part at a branch meet again at its immediate post-dominator."""

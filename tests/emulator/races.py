@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .memory import Lanes, Region, active, close
-from .ptx import Array, Mask
+from .ptx import Array, Instruction, Mask
 
 if TYPE_CHECKING:
     from .machine import Batch, Machine
 
-TRACKED = 60_000_000  # stamps of reads per tensor at most
+Clock = Array | int  # 0 knows of nothing
 
 
 class History:
@@ -30,6 +30,7 @@ class History:
         self.readers = readers
         self.writer = np.full(places, -1, np.int32)
         self.written = np.zeros(places, np.int32)
+        self.copied = np.zeros(places, bool)  # by cp.async
         self.read = np.zeros((readers, places), np.int32)
 
 
@@ -47,18 +48,18 @@ class Races:
         self.grain = 1 if machine.program.narrow_stores else 4
         places, local = len(machine.shared[1]) // self.grain, machine.warps * machine.cluster
         self.shared = History(places, local)
-        self.copied = np.zeros(places, bool)  # last written by cp.async
         # of loads alone, for TMA: what the async proxy reads needs no fence
         self.loaded = np.zeros((local, places), np.int32) if "cp.async.bulk" in machine.program.text else None
         self.writing = np.zeros(places, np.int16)  # asynchronous writes and reads under way
         self.reading = np.zeros(places, np.int16)
-        self.tensors: dict[int, History | None] = {}  # by where they start; None: too large to follow
+        self.tensors: dict[int, History] = {}  # by where they start
         self.released: dict[int, Array] = {}  # by the address of an atomic
 
-    # reports
+    def _instruction(self) -> Instruction:
+        return self.machine.program.instructions[self.machine.index]
 
     def report(self, what: str) -> None:
-        ins = self.machine.program.instructions[self.machine.index]
+        ins = self._instruction()
         self.machine.note(f"{what}: `{ins.text[:90]}` from {ins.source}")
 
     def last_digits(self) -> None:
@@ -93,7 +94,7 @@ class Races:
         readers = (w - w % h.readers)[None, :] + np.arange(h.readers)[:, None]
         return (h.read[:, place] > self.clock[w[None, :], readers]).any(0)
 
-    def _access(self, h: History, place: Array, w: Array, what: str, same: Array | None, near: Array | None) -> None:
+    def _check(self, h: History, place: Array, w: Array, what: str, same: Array | None, near: Array | None) -> None:
         bad = self._after_write(h, place, w)
         if same is not None and near is not None:
             if (bad & near & ~same).any():
@@ -101,53 +102,39 @@ class Races:
             bad &= ~near
         if bad.any():
             self.report(f"race: {what} of what another warp has written, no barrier between")
-        if what == "read":
-            h.read[w % h.readers, place] = self.clock[w, w]
-            return
-        bad = self._after_read(h, place, w)
-        if (bad if same is None else bad & ~same).any():
-            self.report("race: write of what another warp has read, no barrier between")
+        if what == "write":
+            bad = self._after_read(h, place, w)
+            if (bad if same is None else bad & ~same).any():
+                self.report("race: write of what another warp has read, no barrier between")
 
-    def _wrote(self, h: History, place: Array, w: Array) -> None:
-        h.writer[place], h.written[place] = w, self.clock[w, w]
+    def _wrote(self, h: History, place: Array, w: Array, copied: bool) -> None:
+        h.writer[place], h.written[place], h.copied[place] = w, self.clock[w, w], copied
 
-    def access_shared(
+    def access(
         self, batch: Batch, lanes: Lanes, at: Array, total: int, what: str,
-        same: Array | None = None, near: Array | None = None,
+        same: Array | None = None, near: Array | None = None, region: Region | None = None,
     ) -> None:  # fmt: skip
-        """A load or store of `total` bytes by each lane; `same` and `near`: which stores leave what is there already,
-        or what differs from it in the last digits."""
-        place, w = self._places(at, total, self._of(batch, lanes), self.grain)
-        if self.writing.any() and (self.writing[place] > 0).any():
+        """A load or store of `total` bytes by each lane, of shared memory or a tensor. `same` and `near`: which stores
+        leave what is there already, or what differs from it in the last digits."""
+        history, grain = self.shared, self.grain
+        if region is not None:
+            if region.start not in self.tensors:
+                self.tensors[region.start] = History(-(-region.size // 4), self.warps)
+            history, grain = self.tensors[region.start], 4
+        place, w = self._places(at, total, self._of(batch, lanes), grain)
+        if region is None and self.writing.any() and (self.writing[place] > 0).any():
             self.report(f"race: {what} of shared memory that an asynchronous copy is writing")
-        if what == "write" and (self.reading[place] > 0).any():
+        if region is None and what == "write" and (self.reading[place] > 0).any():
             self.report("race: write of shared memory that a wgmma is reading")
         n = len(place) // len(at)
         same, near = (None if x is None else np.repeat(x, n) for x in (same, near))
-        self._access(self.shared, place, w, what, same, near)
+        self._check(history, place, w, what, same, near)
         if what == "write":
-            self._wrote(self.shared, place, w)
-            self.copied[place] = False
-        elif self.loaded is not None and self.machine.program.instructions[self.machine.index].op.startswith("ld"):
-            self.loaded[w % self.shared.readers, place] = self.clock[w, w]
-
-    def access_global(
-        self, batch: Batch, region: Region, lanes: Lanes, at: Array, total: int, what: str,
-        same: Array | None = None,
-    ) -> None:  # fmt: skip
-        words = -(-region.size // 4)
-        if region.start not in self.tensors:
-            small = self.warps * words <= TRACKED
-            self.tensors[region.start] = History(words, self.warps) if small else None
-            if not small:
-                self.machine.note(f"note: too large to follow for races: {region.name}")
-        history = self.tensors[region.start]
-        if history is not None:
-            place, w = self._places(at, total, self._of(batch, lanes), 4)
-            same = None if same is None else np.repeat(same, len(place) // len(at))
-            self._access(history, place, w, what, same, same)
-            if what == "write":
-                self._wrote(history, place, w)
+            self._wrote(history, place, w, copied=False)
+        else:
+            history.read[w % history.readers, place] = self.clock[w, w]
+            if region is None and self.loaded is not None and self._instruction().op.startswith("ld"):
+                self.loaded[w % history.readers, place] = self.clock[w, w]
 
     # asynchronous work in shared memory, from issue to completion
 
@@ -156,7 +143,7 @@ class Races:
             self.report("race: two asynchronous copies write the same place")
         if (self.reading[place] > 0).any():
             self.report("race: copy to shared memory that a wgmma is reading")
-        self._access(self.shared, place, w, "write", None, None)
+        self._check(self.shared, place, w, "write", None, None)
         np.add.at(self.writing, place, 1)
 
     def issue_copy(self, batch: Batch, lanes: Lanes, at: Array, size: int) -> None:
@@ -165,8 +152,7 @@ class Races:
     def complete_copy(self, batch: Batch, lanes: Lanes, at: Array, size: int) -> None:
         place, w = self._places(at, size, self._of(batch, lanes), self.grain)
         np.subtract.at(self.writing, place, 1)
-        self._wrote(self.shared, place, w)
-        self.copied[place] = True
+        self._wrote(self.shared, place, w, copied=True)
 
     def _unfenced(self, place: Array, w: int) -> Array:
         """Which places another proxy wrote without a fence since."""
@@ -189,16 +175,15 @@ class Races:
         self.clock[w, w] += 1
         return clock
 
-    def complete_transfer(self, batch: Batch, at: Array, clock: Array, at_mbarrier: Array | None) -> Array:
+    def complete_transfer(self, batch: Batch, at: Array, clock: Array, at_mbarrier: Clock) -> Clock:
         """The clock of the mbarrier afterwards."""
         place = np.unique(at // self.grain)
         engine = self.warps + batch.cta - self.first
         self.writing[place] -= 1
         self.clock[engine] = np.maximum(self.clock[engine], clock)
         self.clock[engine, engine] += 1
-        self._wrote(self.shared, place, np.full(len(place), engine))
-        self.copied[place] = False
-        return self.clock[engine].copy() if at_mbarrier is None else np.maximum(at_mbarrier, self.clock[engine])
+        self._wrote(self.shared, place, np.full(len(place), engine), copied=False)
+        return np.maximum(at_mbarrier, self.clock[engine])
 
     def issue_product(self, warp: int, at: Array) -> None:
         """wgmma by a warp of the launch reads an operand at these bytes."""
@@ -210,7 +195,7 @@ class Races:
             self.report("race: read of what another warp has written, no barrier between")
         unfenced = self._unfenced(place, w)
         if unfenced.any():
-            note = self.machine.options.copies_unfenced and self.copied[place][unfenced].all()
+            note = self.machine.options.copies_unfenced and self.shared.copied[place][unfenced].all()
             what = "note: wgmma on what cp.async" if note else "race: wgmma on what generic instructions"
             self.report(f"{what} wrote, no fence.proxy.async between")
         self.reading[place] += 1
@@ -226,11 +211,11 @@ class Races:
     def synchronize(self, batch: Batch, lanes: Lanes, addresses: Array, order: str) -> None:
         """Atomics and acquiring loads at these addresses."""
         for w, address in zip(self._of(batch, lanes).tolist(), addresses.tolist(), strict=True):
-            old, mine = self.released.get(address), self.clock[w].copy()
-            if order in ("acquire", "acq_rel") and old is not None:
+            old, mine = self.released.get(address, 0), self.clock[w].copy()
+            if order in ("acquire", "acq_rel"):
                 self.clock[w] = np.maximum(self.clock[w], old)
             if order in ("release", "acq_rel"):
-                self.released[address] = mine if old is None else np.maximum(old, mine)
+                self.released[address] = np.maximum(old, mine)
                 self.clock[w, w] += 1
 
     def barrier(self, cta: int) -> None:
@@ -240,17 +225,16 @@ class Races:
         self.fenced[ws] = self.fenced[ws].max(0)
         self.clock[ws, ws] += 1
 
-    def release(self, batch: Batch, lanes: Lanes, clock: Array | None) -> Array:
+    def release(self, batch: Batch, lanes: Lanes, clock: Clock) -> Clock:
         """What a barrier knows after these lanes arrived, given what it knew."""
         ws = np.unique(self._of(batch, lanes))
         known = self.clock[ws].max(0)
         self.clock[ws, ws] += 1
-        return known if clock is None else np.maximum(clock, known)
+        return np.maximum(clock, known)
 
-    def acquire(self, batch: Batch, lanes: Lanes, clock: Array | None) -> None:
-        if clock is not None:
-            ws = np.unique(self._of(batch, lanes))
-            self.clock[ws] = np.maximum(self.clock[ws], clock)
+    def acquire(self, batch: Batch, lanes: Lanes, clock: Clock) -> None:
+        ws = np.unique(self._of(batch, lanes))
+        self.clock[ws] = np.maximum(self.clock[ws], clock)
 
     def fence_proxy(self, batch: Batch, q: Mask) -> None:
         ws = np.unique(self._of(batch, active(q)))

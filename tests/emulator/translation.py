@@ -149,12 +149,10 @@ def translated(t: Translator, ins: Instruction, q: str) -> list[str]:
         return [f"np.{name}({values}, out={t.row(args[0], as_kind)}, where={q})"]
 
     def floating(function: str) -> list[str]:
-        if "ftz" not in flags or kind == "f64":
-            if function.startswith("np."):
-                return ufunc(function[3:], kind)
-            return put(kind, f"{function}({', '.join(value(i) for i in range(1, len(args)))})")
-        values = ", ".join(f"arithmetic.flush({value(i)})" for i in range(1, len(args)))
-        return put(kind, f"arithmetic.flush({function}({values}))")
+        values = [value(i) for i in range(1, len(args))]
+        flush = "arithmetic.flush" if "ftz" in flags and kind == "f32" else ""
+        called = function if function.endswith(",") else f"{function}("
+        return put(kind, f"{flush}({called}{', '.join(f'{flush}({v})' for v in values)}))")
 
     def call(function: str, *arguments: object) -> list[str]:
         return [f"M.index = {ins.index}; {function}({', '.join(map(str, ('B', q, *arguments)))})"]
@@ -167,13 +165,15 @@ def translated(t: Translator, ins: Instruction, q: str) -> list[str]:
         case ["add" | "sub" | "mul" | "div" | "neg" | "abs" | "sqrt" as root, *_, "f32" | "f64"] if (
             "approx" not in flags
         ):
-            return floating("arithmetic.div_f32" if "full" in flags else f"np.{UFUNC[root]}")
+            return floating("arithmetic.approximate('div'," if "full" in flags else f"np.{UFUNC[root]}")
         case ["min" | "max" as root, *_, "f32" | "f64"]:
             return floating(f"np.{root}imum" if "NaN" in flags else f"np.f{root}")
         case ["fma", *_, "f32" | "f64"]:
             return floating(f"arithmetic.fma{kind[1:]}")
-        case ["ex2" | "lg2" | "rcp" | "rsqrt" as root, *_, "f32" | "f64"] if "approx" in flags:
-            return floating(f"arithmetic.{root}_{kind}")
+        case ["ex2" | "lg2" | "rcp" | "rsqrt" as root, "approx", *_, "f32"]:
+            return floating(f"arithmetic.approximate('{root}',")
+        case ["rcp", "approx", "ftz", "f64"]:
+            return floating("arithmetic.rcp_f64")
         case ["rcp", *_, "f32" | "f64"]:
             return floating("np.reciprocal")
         case ["abs", "f16" | "bf16" | "f16x2" | "bf16x2"]:

@@ -1,0 +1,315 @@
+"""Label and predicted targets, and token statistics, in plain torch: one pass over the logits, by tiles of classes.
+
+For the target y the gradient's factor is p − e_y. Nothing here subtracts from 1: with the softmax p̃ among the classes
+other than y, m = max z_c, S = Σ exp((z_c − m)/T) and R_p = Σ exp(p·(z_c − m)/T) over them,
+
+    a = (m − z_y)/T + log S      ε = 1 − p_y = sigmoid(a)      log p_y = logsigmoid(−a)
+    ρ_p = Σ p̃_c^p = R_p/S^p      ‖p − e_y‖_p = ε (1 + ρ_p)^(1/p)      Σp² = p_y² + ε²ρ₂
+    entropy = −p_y log p_y − ε log ε + ε H      H = log S − Σ p̃_c (z_c − m)/T, the entropy of p̃
+
+Sums over a tile are in the dtype of the scores; those of tiles, and what is made of them, in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._targets import IGNORE
+from ._torch_backward import norm_gradient
+from ._torch_forward import budget_of, converted, feature_norms, logits_of, part, row_norm, usable, with_bias
+from .kernels.problem import Problem, Scores
+
+BUFFERS = 4  # of the size of a tile that are alive at once
+FEWEST = 64  # classes that take as much memory as the sums of a row
+FLOOR = -1000.0  # exp of which is 0: stands for −inf where that is multiplied by 0
+
+
+class Others(NamedTuple):
+    """Sums over the classes of each row but y, each (R, 1)."""
+
+    y: Tensor  #: the class, int64; 0 where the label is none
+    z_y: Tensor  #: its logit
+    m: Tensor  #: max z_c
+    s: Tensor  #: Σ exp(d_c), d_c = (z_c − m)/T
+    powers: Tensor  #: Σ exp(p·d_c)
+    products: Tensor  #: Σ d_c·exp(d_c)
+
+
+class Probabilities(NamedTuple):
+    """What the sums say, each (R, 1): p_y, its logarithm, ε = 1 − p_y, its logarithm, ρ_p and the entropy of p̃."""
+
+    p_y: Tensor
+    log_p_y: Tensor
+    rest: Tensor
+    log_rest: Tensor
+    rho: Tensor
+    entropy_of_others: Tensor
+
+    @property
+    def entropy(self) -> Tensor:
+        return -_times(self.p_y, self.log_p_y) - _times(self.rest, self.log_rest) + self.rest * self.entropy_of_others
+
+    @property
+    def sum_squares(self) -> Tensor:
+        """Σp², where ρ is ρ₂."""
+        return self.p_y.square() + self.rest.square() * self.rho
+
+    def residual_norm(self, p: float) -> Tensor:
+        """‖p − e_y‖_p, where ρ is ρ_p."""
+        return self.rest if p == math.inf else self.rest * (self.rho.log1p() / p).exp()
+
+
+def _times(weight: Tensor, value: Tensor) -> Tensor:
+    """weight·value, 0 where the weight is."""
+    return torch.where(weight == 0, 0.0, weight * value)
+
+
+def _blocks(problem: Problem, dtype: torch.dtype) -> Iterator[tuple[slice, Problem, int]]:
+    """Rows, the problem for them with features as the matmul takes them, and how many classes make a tile."""
+    budget, size = budget_of(problem.features.device), dtype.itemsize
+    (batch, depth), classes = problem.features.shape, problem.classes
+    elements = budget.chunk // BUFFERS // size
+    rows, columns = max(elements // max(classes, FEWEST), math.isqrt(elements)), classes
+    convertible = max(1, budget.operand // max(1, depth * size))
+    if not usable(problem.features, dtype):
+        rows = min(rows, convertible)
+    if problem.weight is not None and not usable(problem.weight, dtype):
+        columns = min(columns, convertible)
+    rows = min(rows, batch)
+    columns = min(columns, max(1, elements // max(1, rows)))
+    for i in range(0, batch, rows):
+        some = problem.rows(i, i + rows)
+        if not usable(some.features, dtype):
+            some = some._replace(features=converted(some.features, dtype))
+        yield slice(i, i + len(some.features)), some, columns
+
+
+def _tiles(problem: Problem, dtype: torch.dtype, columns: int) -> Iterator[tuple[slice, Tensor | None, Tensor]]:
+    """Tiles of the problem's logits: classes, their part of the weight, and z (R, C'), which may be overwritten."""
+    _, weight, bias, logits = problem[:4]
+    for i in range(0, problem.classes, columns):
+        stop = min(i + columns, problem.classes)
+        if weight is None:
+            assert logits is not None
+            yield slice(i, stop), None, part(logits, i, stop, 1).to(dtype, copy=True)
+        else:
+            w, b = part(weight, i, stop), None if bias is None else part(bias, i, stop)
+            if not usable(w, dtype):
+                w = converted(w, dtype)
+            with torch.autocast(w.device.type, enabled=False):  # it would cast what has been converted
+                z = logits_of(problem._replace(weight=w, bias=b), dtype)
+            yield slice(i, stop), w, z
+
+
+def _set_column(z: Tensor, classes: slice, y: Tensor, value: Tensor | float) -> Tensor:
+    """Put `value` in place of class y in the rows whose class y is in this tile; what was there, NaN elsewhere."""
+    at = y - classes.start
+    here, at = (at >= 0) & (at < z.shape[1]), at.clamp(0, z.shape[1] - 1)
+    old = z.gather(1, at)
+    z.scatter_(1, at, torch.where(here, value, old).to(z.dtype))
+    return torch.where(here, old, torch.nan)
+
+
+def _others(
+    problem: Problem, tiles: Iterator[tuple[slice, Tensor | None, Tensor]], powers: float, entropy: bool
+) -> Others:
+    """The sums for the problem's target in one pass; the powers are p-th ones, the products are 0 without entropy."""
+    n, device, inv_temperature = len(problem.features), problem.features.device, 1.0 / problem.temperature
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    m = z_y = torch.full((n, 1), -torch.inf, dtype=dtype, device=device)
+    s = r = q = torch.zeros_like(m)
+    given = isinstance(problem.target, Tensor)
+    y = torch.zeros((n, 1), dtype=torch.int64, device=device)
+    if isinstance(problem.target, Tensor):
+        labels = problem.target[:, None]
+        y = torch.where((labels >= 0) & (labels < problem.classes), labels, 0)
+    for classes, _, z in tiles:
+        if given:
+            old = _set_column(z, classes, y, -torch.inf)
+            z_y = torch.where((y >= classes.start) & (y < classes.stop), old.to(dtype), z_y)
+        else:  # the lesser of the tile's maximum and the one so far is one of the others
+            top, at = z.max(1, keepdim=True)
+            better = ~(top <= z_y)  # NaN too
+            z.scatter_(1, at, torch.where(better, z_y, top.to(dtype)).to(z.dtype))
+            z_y, y = torch.where(better, top.to(dtype), z_y), torch.where(better, at + classes.start, y)
+        tile_m = z.amax(1, keepdim=True)
+        d = z.sub_(torch.where(tile_m == -torch.inf, 0.0, tile_m))
+        if inv_temperature != 1.0:
+            d.mul_(inv_temperature)
+        tile_r = tile_q = torch.zeros_like(tile_m)
+        if powers not in (1.0, 2.0, math.inf):
+            tile_r = (d * powers).exp_().sum(1, keepdim=True)
+        if entropy:
+            t = d.clamp_min_(FLOOR).exp()
+            tile_q = d.mul_(t).sum(1, keepdim=True)
+        else:
+            t = d.exp_()
+        tile_s = t.sum(1, keepdim=True)
+        if powers == 2.0:
+            tile_r = t.square_().sum(1, keepdim=True)
+        # Both sums relative to the larger maximum. An empty sum has m = −inf.
+        tile_m, tile_s, tile_r, tile_q = (v.to(dtype) for v in (tile_m, tile_s, tile_r, tile_q))
+        new = torch.maximum(m, tile_m)
+        shift = torch.where(new == -torch.inf, 0.0, new)
+        merged = torch.zeros_like(m), torch.zeros_like(m), torch.zeros_like(m)
+        for old_m, sums in ((m, (s, r, q)), (tile_m, (tile_s, tile_r, tile_q))):
+            d = (old_m - shift) * inv_temperature
+            e = d.exp()
+            merged[0].addcmul_(sums[0], e)
+            merged[1].addcmul_(sums[1], (d * powers).exp() if powers < math.inf else e)
+            merged[2].addcmul_(sums[2] + sums[0] * d.clamp_min(FLOOR), e)
+        m, (s, r, q) = new, merged
+    return Others(y, z_y, m, s, r, q)
+
+
+def _probabilities(others: Others, inv_temperature: float, powers: float) -> Probabilities:
+    _, z_y, m, s, r, q = others
+    a = (m - torch.where(z_y == torch.inf, torch.nan, z_y)) * inv_temperature + s.log()
+    log = torch.nn.functional.logsigmoid
+    some = ~(s == 0)
+    if powers == math.inf:
+        rho = torch.zeros_like(s)
+    elif powers == 1.0:
+        rho = torch.ones_like(s)
+    else:
+        rho = torch.where(some, (r.log() - powers * s.log()).exp(), 0.0)
+    entropy = torch.where(some, s.log() - q / s, 0.0)
+    return Probabilities(a.neg().sigmoid(), log(-a), a.sigmoid(), log(a), rho, entropy)
+
+
+def _for_labels(problem: Problem, values: Tensor) -> Tensor:
+    """The values (R, 1) of the problem's rows: 0 where the label says to ignore the row, NaN where it is no class."""
+    if isinstance(problem.target, str):
+        return values
+    labels = problem.target[:, None]
+    exists = (labels >= 0) & (labels < problem.classes)
+    return torch.where(labels == IGNORE, 0.0, torch.where(exists, values, torch.nan))
+
+
+def _feature_norm(problem: Problem, dtype: torch.dtype) -> Tensor:
+    """‖x‖_p of each row, NaN where that is not finite.  # -> (R, 1)"""
+    norm = torch.empty(len(problem.features), 1, dtype=dtype, device=problem.features.device)
+    feature_norms(problem, norm[:, 0])
+    return norm
+
+
+def forward(problem: Problem, scores: Scores) -> None:
+    """Scores of the problem's rows, for a label or the predicted target."""
+    out, inv_temperature, p = scores.out[0], 1.0 / problem.temperature, problem.p
+    for rows, some, columns in _blocks(problem, out.dtype):
+        others = _others(some, _tiles(some, out.dtype, columns), p, False)
+        norm = _probabilities(others, inv_temperature, p).residual_norm(p) * inv_temperature
+        norm *= with_bias(_feature_norm(some, out.dtype), problem.bias_norm, p)
+        out[rows] = _for_labels(some, norm)[:, 0].to(out.dtype)
+
+
+def token_statistics(problem: Problem, out: Tensor) -> None:
+    """log p_y, entropy, Σp² and ‖p − e_y‖₂ of each row into out (4, B)."""
+    for rows, some, columns in _blocks(problem, out.dtype):
+        others = _others(some, _tiles(some, out.dtype, columns), 2.0, True)
+        found = _probabilities(others, 1.0 / problem.temperature, 2.0)
+        poison = _feature_norm(some, out.dtype) * 0.0
+        fields = found.log_p_y, found.entropy, found.sum_squares, found.residual_norm(2.0)
+        for k, value in enumerate(fields):
+            out[k, rows] = _for_labels(some, value + poison)[:, 0].to(out.dtype)
+
+
+class _Slope(NamedTuple):
+    """∂/∂z of a row's value, each (R, 1): p̃_c·(constant + linear·p̃_c + log·d_c) for c ≠ y, `own` for y."""
+
+    constant: Tensor
+    linear: Tensor
+    log: Tensor
+    own: Tensor
+
+
+def _propagate(
+    problem: Problem,
+    dtype: torch.dtype,
+    needed: list[bool],
+    powers: float,
+    entropy: bool,
+    slope_of: Callable[[slice, Problem, Probabilities, Others], tuple[_Slope, Tensor | None]],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for features, logits, weight and bias, empty where not needed, given each row's slope in z and x."""
+    inputs = problem.features, problem.logits, problem.weight, problem.bias
+    grad_x, grad_z, grad_w, grad_b = (
+        torch.zeros_like(t, dtype=dtype, memory_format=torch.contiguous_format)
+        if need and t is not None
+        else problem.features.new_empty(0)
+        for t, need in zip(inputs, needed, strict=True)
+    )
+    inv_temperature = 1.0 / problem.temperature
+    for rows, some, columns in _blocks(problem, dtype):
+        x = some.features
+        others = _others(some, _tiles(some, dtype, columns), powers, entropy)
+        slope, of_x = slope_of(rows, some, _probabilities(others, inv_temperature, powers), others)
+        constant, linear, log, own = (_for_labels(some, v).to(dtype) for v in slope)
+        shift = torch.where(others.m == -torch.inf, 0.0, others.m).to(dtype)
+        inv_s = torch.where(others.s > 0, 1.0 / others.s, others.s).to(dtype)
+        if needed[0] and of_x is not None:
+            grad_x[rows] = of_x
+        for classes, w, z in _tiles(some, dtype, columns):
+            _set_column(z, classes, others.y, -torch.inf)
+            d = z.sub_(shift).mul_(inv_temperature).clamp_min_(FLOOR)
+            p = d.exp().mul_(inv_s)
+            dz = d.mul_(log).add_(constant).addcmul_(p, linear).mul_(p)
+            _set_column(dz, classes, others.y, own)
+            if needed[0] and w is not None:
+                grad_x[rows].addmm_(dz, w)
+            if needed[1]:
+                grad_z[rows, classes] = dz
+            if needed[2]:
+                grad_w[classes].addmm_(dz.t(), x)
+            if needed[3]:
+                grad_b[classes] += dz.sum(0)
+    grads = zip((grad_x, grad_z, grad_w, grad_b), inputs, strict=True)
+    return tuple(g if t is None else g.to(t.dtype) for g, t in grads)  # type: ignore[return-value]
+
+
+def backward(grad: Tensor, problem: Problem, needed: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for features, logits, weight and bias, empty where not needed, given that of Scores.out (1, B).
+
+    With N = ‖p − e_y‖_p:  N = 2ε for p = 1, so ∂N/∂z_c = 2 p_y ε p̃_c/T;  for p = 2, N = ε√(1 + ρ) and ∂N/∂z_c =
+    ε p̃_c (p̃_c + p_y − ε ρ)/(√(1 + ρ) T). ∂N/∂z_y = −p_y N/T for both. The predicted class is taken as constant.
+    """
+    dtype, inv_temperature = grad.dtype, 1.0 / problem.temperature
+
+    def slope_of(rows: slice, some: Problem, found: Probabilities, others: Others) -> tuple[_Slope, Tensor]:
+        x, g, n = some.features, grad[0, rows, None], found.residual_norm(problem.p)
+        norm = with_bias(row_norm(x.clone(), problem.p), problem.bias_norm, problem.p)
+        to_z = g * norm * inv_temperature * inv_temperature
+        zero = torch.zeros_like(n)
+        if problem.p == 1.0:
+            slope = _Slope(to_z * found.p_y * n, zero, zero, -to_z * found.p_y * n)
+        else:
+            root = (1.0 + found.rho).sqrt()
+            constant = to_z * found.rest * (found.p_y - found.rest * found.rho) / root
+            slope = _Slope(constant, to_z * found.rest / root, zero, -to_z * found.p_y * n)
+        of_x = _for_labels(some, g * n * inv_temperature).to(dtype)
+        return slope, norm_gradient(x, norm, problem.p) * of_x
+
+    return _propagate(problem, dtype, needed, problem.p, False, slope_of)
+
+
+def token_statistics_backward(grad: Tensor, problem: Problem, needed: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for features, weight and bias, empty where not needed, given those of log p_y and entropy (2, B).
+
+    ∂log p_y/∂z = (e_y − p)/T;  ∂entropy/∂z_c = −p_c (log p_c + entropy)/T, with p_c = ε p̃_c.
+    """
+    inv_temperature = 1.0 / problem.temperature
+
+    def slope_of(rows: slice, some: Problem, found: Probabilities, others: Others) -> tuple[_Slope, None]:
+        g, h = (grad[:, rows, None] * inv_temperature).unbind(0)
+        log_s = torch.where(others.s > 0, others.s.log(), 0.0)
+        constant = -g * found.rest - h * _times(found.rest, found.log_rest - log_s + found.entropy)
+        own = g * found.rest - h * _times(found.p_y, found.log_p_y + found.entropy)
+        return _Slope(constant, torch.zeros_like(constant), -h * found.rest, own), None
+
+    x, _, w, b = _propagate(problem, grad.dtype, [needed[0], False, *needed[1:]], 2.0, True, slope_of)
+    return x, w, b
