@@ -1,10 +1,13 @@
-"""The torch path's promise: at most 32 MiB beside the result, whatever B·C is."""
+"""The torch path's promises: little memory beside the result, whatever B·C is, and few launches on a GPU."""
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradnorm_fast import fast_gradnorm, gradnorm_from_logits, head_scores
-from gradnorm_fast._torch_forward import MEMORY
+from gradnorm_fast._torch_backward import backward
+from gradnorm_fast._torch_forward import MEMORY, forward
+from gradnorm_fast.kernels.problem import Problem, Scores
 
 from measure import peak_extra_memory
 
@@ -56,3 +59,29 @@ def test_more_logits_than_fit_any_memory_or_int32():
     scores = gradnorm_from_logits(x, logits)
     late = [0, 2**19 - 1, 2**19, 2**20 - 1]  # the third begins at element 2^31 of the matrix
     assert torch.equal(scores[late], gradnorm_from_logits(x[late], logits[late].clone()))
+
+
+class Launches(TorchDispatchMode):
+    """Counts what would be launched: operators but for views and new memory."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not (function.is_view or "empty" in function.name() or "detach" in function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head", [False, True])
+def test_launches_on_a_gpu(dtype, head):
+    """4096 x 4096 x 128256, on tensors without memory. What bounds it is the size of the budgets there."""
+    x, w = (torch.empty(n, 4096, dtype=dtype, device="meta") for n in (4096, 128256))
+    bias, out = torch.empty(128256, dtype=dtype, device="meta"), torch.empty(6 if head else 1, 4096, device="meta")
+    prediction = torch.empty(4096, dtype=torch.int64, device="meta") if head else None
+    with Launches() as launches:
+        forward(Problem(x, w, bias, temperature=2.0), Scores(out, prediction))
+    assert launches.count < 800
+    with Launches() as launches:
+        backward(out, Problem(x, w, bias, temperature=2.0), [True, False, True, True])
+    assert launches.count < 800
+    print(launches.count)

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from gradnorm_fast import fast_gradnorm, gradnorm_from_logits, head_scores
 
 from conftest import DEVICE
+from families import deviation
 
-# A row's own float32 error is 2e-6 at most (test_gradnorm.py): two computations of it differ by twice that.
+# A row's own float32 error is at most 2e-6 (test_gradnorm.py): two computations of it differ by at most twice that.
 TWICE = dict(rtol=4e-6, atol=0.0)
 both = pytest.mark.parametrize("backend", ["torch", "triton"])
 quick = settings(max_examples=25, deadline=None)
@@ -27,6 +28,23 @@ def problems(draw):
 
 
 temperatures = st.floats(0.01, 1e4)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_scores_of_given_logits_are_exact(data):
+    """Groups of classes at heights of their own, each with a spread of its own, around any centre."""
+    classes = data.draw(st.sampled_from([2, 3, 10, 129, 1000, 10000]))
+    temperature = data.draw(st.sampled_from([0.01, 1.0, 3.0, 1e3, 1e6, 1e9]))
+    z = torch.full((1, classes), data.draw(st.sampled_from([0.0, 5.0, -300.0])))
+    normal = torch.randn(classes, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 2**32))))
+    for _ in range(data.draw(st.integers(1, 3))):
+        group = slice(data.draw(st.integers(0, classes - 1)), data.draw(st.integers(1, classes)))
+        height = data.draw(st.floats(-12, 12)) * data.draw(st.sampled_from([1.0, temperature]))
+        z[:, group] += height + normal[group] * data.draw(st.sampled_from([0.0, 1e-6, 1e-3, 0.1, 1.0]))
+    truth = deviation(z, temperature).item()
+    got = gradnorm_from_logits(torch.ones(1, 1), z, temperature=temperature, backend="torch").item()
+    assert abs(got - truth) <= 1e-6 * truth
 
 
 @both
