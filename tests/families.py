@@ -25,7 +25,28 @@ def deviation(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return torch.expm1(d - log_mean).abs().sum(1) / classes / temperature
 
 
-<<<<<<< HEAD
+def deviation_norm(logits: Tensor, temperature: float, p: float) -> Tensor:
+    """‖p − 1/C‖_p of float64 rows, likewise."""
+    d = (logits.double() - logits.double().amax(1, keepdim=True)) / temperature
+    mean = torch.expm1(d).mean(1, keepdim=True)
+    log_mean = torch.where(mean > -0.5, torch.log1p(mean), torch.logsumexp(d, 1, keepdim=True) - math.log(d.shape[1]))
+    return _norm(torch.expm1(d - log_mean).abs() / d.shape[1], p)
+
+
+def residual_norm(logits: Tensor, labels: Tensor, temperature: float, p: float) -> Tensor:
+    """‖p − e_y‖_p of float64 rows, where p_y rounds to 1 too: p_c of the others, and their sum."""
+    z = logits.double() / temperature
+    log_p = z - torch.logsumexp(z, 1, keepdim=True)
+    others = log_p.exp().scatter(1, labels[:, None], 0.0)
+    return _norm(torch.cat([others, others.sum(1, keepdim=True)], 1), p)
+
+
+def _norm(values: Tensor, p: float) -> Tensor:
+    largest = values.amax(1, keepdim=True)
+    unit = torch.where(largest > 0, largest, 1.0)
+    return torch.linalg.vector_norm(values / unit, p, 1) * unit[:, 0]
+
+
 def families(classes: int, most: int | None = None) -> Iterator[tuple[str, Tensor, float]]:
     """(name, float32 logits (1, C), temperature): all rows known to be hard, or a fixed choice of `most` of them."""
     cases = [*_outliers(classes), *_groups(classes)]
@@ -56,28 +77,6 @@ def _groups(classes: int) -> Iterator[Case]:
     """A share of the classes stands out, up to two thirds."""
     for share, height, sign, spread in itertools.product((0.1, 0.25, 0.4, 0.5, 0.66), HEIGHTS, (1, -1), (0.0, 1e-4)):
         yield max(1, int(share * classes)), sign * height, spread, 0.0, 1.0
-=======
-def deviation_norm(logits: Tensor, temperature: float, p: float) -> Tensor:
-    """‖p − 1/C‖_p of float64 rows, likewise."""
-    d = (logits.double() - logits.double().amax(1, keepdim=True)) / temperature
-    mean = torch.expm1(d).mean(1, keepdim=True)
-    log_mean = torch.where(mean > -0.5, torch.log1p(mean), torch.logsumexp(d, 1, keepdim=True) - math.log(d.shape[1]))
-    return _norm(torch.expm1(d - log_mean).abs() / d.shape[1], p)
-
-
-def residual_norm(logits: Tensor, labels: Tensor, temperature: float, p: float) -> Tensor:
-    """‖p − e_y‖_p of float64 rows, where p_y rounds to 1 too: p_c of the others, and their sum."""
-    z = logits.double() / temperature
-    log_p = z - torch.logsumexp(z, 1, keepdim=True)
-    others = log_p.exp().scatter(1, labels[:, None], 0.0)
-    return _norm(torch.cat([others, others.sum(1, keepdim=True)], 1), p)
-
-
-def _norm(values: Tensor, p: float) -> Tensor:
-    largest = values.amax(1, keepdim=True)
-    unit = torch.where(largest > 0, largest, 1.0)
-    return torch.linalg.vector_norm(values / unit, p, 1) * unit[:, 0]
->>>>>>> main
 
 
 def hard_logits(classes: int, rows: int = 2) -> Iterator[tuple[str, Tensor, float]]:

@@ -20,7 +20,7 @@ from gradnorm_fast.kernels.experimental import cluster
 from gradnorm_fast.kernels.problem import Problem, Scores
 
 from conftest import DEVICE
-from families import deviation, hard_logits
+from families import deviation, families
 
 pytestmark = pytest.mark.skipif(
     not INTERPRETED and torch.cuda.get_device_capability() < (8, 0), reason="needs compute capability 8.0"
@@ -79,16 +79,16 @@ def test_hard_rows(name):
     cluster kernel, rounded to float16); −inf comes by the bias, for a matmul cannot make it."""
     classes, dtype = 150, torch.float16 if name == "cluster" else torch.float32
     config = Config(16, 256, 16, 4, 2, tma=True) if name == "cluster" and DEVICE == "cpu" else None
-    families = [(label, z.to(dtype), t) for label, z, t in hard_logits(classes, rows=1)]
-    for temperature in {t for _, _, t in families}:
-        finite = [(label, z) for label, z, t in families if t == temperature and not z.isinf().any()][:64]
+    rows_ = [(label, z.to(dtype), t) for label, z, t in families(classes, most=150)]
+    for temperature in {t for _, _, t in rows_}:
+        finite = [(label, z) for label, z, t in rows_ if t == temperature and not z.isinf().any()][:64]
         x = torch.eye(64, dtype=dtype, device=DEVICE)[: len(finite)]
         weight = torch.zeros(classes, 64, dtype=dtype, device=DEVICE)
         weight[:, : len(finite)] = torch.cat([z for _, z in finite]).T
         got = scores_by(name, x, weight, None, temperature, config).gradnorm
         for i, (label, z) in enumerate(finite):
             assert relative(got[i : i + 1], deviation(z, temperature)) <= (1e-6 if INTERPRETED else 2e-6), label
-    for label, z, temperature in families:
+    for label, z, temperature in rows_:
         if z.isinf().any():
             weight = torch.zeros(classes, 64, dtype=dtype, device=DEVICE)
             got = scores_by(name, x[:1], weight, z[0].to(DEVICE), temperature, config).gradnorm

@@ -15,7 +15,9 @@ from gradnorm_fast import GradNorm, layer_gradnorms
 from command_line import FEATURES_RUN, MODEL_RUN, RUN, SCORE, run, table
 
 
-@pytest.mark.parametrize("layers", ["all", "head", ["body.0", "fc"], lambda name, p: p.dim() == 4], ids=str)
+@pytest.mark.parametrize(
+    "layers", ["all", "head", ["body.0", "fc"], lambda name, p: p.dim() == 4], ids=["all", "head", "names", "predicate"]
+)
 @pytest.mark.parametrize("options", [{}, {"temperature": 3.0, "reduction": "sum"}], ids=["plain", "T and sum"])
 def test_scores(layers, options):
     model, x = small(), images()
