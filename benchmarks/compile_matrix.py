@@ -6,9 +6,11 @@
 The launchers run on meta tensors, under a driver that compiles nothing but writes down what Triton would compile. So
 the signatures, the attributes of arguments (a multiple of 16, equal to 1, ...) and the options are those of real calls.
 
-Exits with 1 if a kernel spills registers, takes more shared memory than a block may have, misses the tensor cores it
-should use, has its asynchronous products serialised, loads halves one by one on the way to a product, stores a tile
-element by element, refills a buffer under a product (`buffer_reuse.py`) or splits the features over a cluster.
+Exits with 1 if a kernel spills registers in a loop or with more than 16 instructions outside, takes more shared memory
+than a block may have, misses the tensor cores it should use, has its asynchronous products serialised, loads halves one
+by one beside a product, stores a tile element by element, refills a buffer under a product (`buffer_reuse.py`) or
+splits the features over a cluster.
+
 A process with TRITON_INTERPRET=1 cannot compile.
 """
 
@@ -24,7 +26,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ ARCHITECTURES = {
     "sm_80": (163 * KIB, 108), "sm_89": (99 * KIB, 128), "sm_90": (227 * KIB, 132), "sm_100": (227 * KIB, 148),
     "sm_103": (227 * KIB, 148), "sm_120": (99 * KIB, 170), "gfx942": (64 * KIB, 304),
 }  # fmt: skip
+SPILLS = 16  # instructions that store or load a spilled register, once in a program that works for microseconds
 BATCHES = (1, 17, 33, 256, 1024, 2048, 10_000)
 DEPTHS = (1000, 342, 2048, 440, 768, 888, 1280, 1512, 2056)
 CLASSES = (10, 100, 257, 1000, 21_843)
@@ -91,19 +94,22 @@ class Outcome:
 class _Driver:
     """A device that is not there."""
 
+    devices = count()  # another one each time, for Triton keeps compiled kernels by device
+
     def __init__(self, arch: str) -> None:
         from triton.backends.compiler import GPUTarget
 
+        self.device = next(self.devices)
         amd = arch.startswith("gfx")
         self.target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch[3:]), 32)
 
     def get_current_target(self) -> Any:
         return self.target
 
-    def get_current_device(self) -> str:  # Triton keeps compiled kernels by device
-        return str(self.target.arch)
+    def get_current_device(self) -> int:
+        return self.device
 
-    def get_current_stream(self, device: str) -> int:
+    def get_current_stream(self, device: int) -> int:
         return 0
 
 
@@ -159,7 +165,8 @@ def specialisations(archs: Iterable[str]) -> list[Specialisation]:
     found: list[Specialisation] = []
 
     def note(source: Any, target: Any, options: dict[str, Any]) -> None:
-        constants = {source.fn.arg_names[at[0]]: value for at, value in source.constants.items()}
+        names = source.fn.arg_names  # before Triton 3.3 constants go by name
+        constants = {at if isinstance(at, str) else names[at[0]]: value for at, value in source.constants.items()}
         name = source.fn.__name__.removesuffix("_kernel")
         found.append(Specialisation(name, arch, NAMES[dtype], (b, d, c), constants, options, source, target))
 
@@ -217,12 +224,12 @@ def compile_one(each: Specialisation, keep: Path | None = None) -> Outcome:
     (_read_nvidia if nvidia else _read_amd)(kernel.asm, outcome)
     limit = ARCHITECTURES[each.arch][0]
     problems = {
-        f"{outcome.spills} spills": outcome.spills,
+        f"{outcome.spills} spills": outcome.spills > SPILLS,
         f"shared memory {outcome.shared} > {limit}": outcome.shared > limit,
         "tile stored element by element": nvidia and stores_a_tile(ttgir) and "st.global.v4" not in assembly,
     }
-    if each.dtype in ("fp16", "bf16"):
-        problems[f"{narrow_loads(assembly)} loads of 2 bytes beside a product"] = narrow_loads(assembly)
+    if each.dtype in ("fp16", "bf16") and (narrow := in_loops(assembly, NARROW, beside=MATMUL)):
+        outcome.problems.append(f"{narrow} loads of 2 bytes beside a product")
     if each.options["num_ctas"] > 1:
         problems["features split over the CTAs"] = not features_replicated(ttgir)
     expected = tensor_core_instruction(each.arch, each.options["num_warps"], kernel.asm["ttir"])
@@ -234,21 +241,22 @@ def compile_one(each: Specialisation, keep: Path | None = None) -> Outcome:
     return outcome
 
 
+SPILL = r"\b(?:STL|LDL)\b"
 MATMUL = r"mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma"
 NARROW = r"ld\.global(?!\S*\.v\d)\S*\.[bu]16\b|(?:global|buffer)_load_(?:ushort|short_d16|u16)"
 
 
-def narrow_loads(assembly: str) -> int:
-    """How many loads of 2 bytes stand in loops (of PTX or AMD assembly) that multiply on tensor cores."""
+def in_loops(assembly: str, pattern: str, beside: str = "") -> int:
+    """How many lines of PTX, SASS or AMD assembly match a pattern, of those in loops that have a match of `beside`."""
     lines = assembly.splitlines()
-    labels = {found[1]: i for i, line in enumerate(lines) if (found := re.match(r"(\S*BB\d+_\d+):", line))}
-    narrow: set[int] = set()
+    labels = {found[1]: i for i, line in enumerate(lines) if (found := re.match(r"([$.]L\w+):", line))}
+    matches: set[int] = set()
     for stop, line in enumerate(lines):
-        jump = re.search(r"\b(?:bra\S*|s_c?branch\S*)\s+(\S*BB\d+_\d+)", line)
-        start = labels.get(jump[1], stop) if jump else stop
-        if any(re.search(MATMUL, lines[i]) for i in range(start, stop)):
-            narrow.update(i for i in range(start, stop) if re.search(NARROW, lines[i]))
-    return len(narrow)
+        jump = re.search(r"\b(?:bra|BRA|s_c?branch)\S*\s.*?([$.]L\w+)", line)
+        loop = range(labels.get(jump[1], stop) if jump else stop, stop)
+        if any(re.search(beside, lines[i]) for i in loop):
+            matches.update(i for i in loop if re.search(pattern, lines[i]))
+    return len(matches)
 
 
 def stores_a_tile(ttgir: str) -> bool:
@@ -293,7 +301,9 @@ def _read_nvidia(asm: dict[str, Any], outcome: Outcome) -> None:
         if not stack and "wgmma" not in outcome.instructions:
             return
         sass = run(tools / "nvdisasm", "-c", file.name)
-    outcome.spills = len(re.findall(r"\b(?:STL|LDL)\b", sass))
+    outcome.spills = len(re.findall(SPILL, sass))
+    if inside := in_loops(sass, SPILL):
+        outcome.problems.append(f"{inside} spills in a loop")
     products = len(re.findall("HGMMA", sass))
     if 0 < products <= len(re.findall(r"WARPGROUP\.ARRIVE", sass)):
         outcome.problems.append("each wgmma waits for the one before")

@@ -92,10 +92,28 @@ AMD = """
 """
 
 
+SASS = """
+        /*0010*/                   STL [R1], R2 ;
+.L_x_1:
+        /*0020*/                   LDL R3, [R1] ;
+        /*0030*/               @P0 BRA `(.L_x_1) ;
+        /*0040*/                   LDL R3, [R1] ;
+        /*0050*/                   BRA `(.L_x_2);
+.L_x_2:
+"""
+
+
 @pytest.mark.parametrize("assembly", [PTX, AMD])
 def test_loads_of_two_bytes_count_where_a_loop_multiplies(assembly):
-    assert compile_matrix.narrow_loads(assembly) == 1
-    assert compile_matrix.narrow_loads(assembly.replace("mma", "add").replace("mfma", "add")) == 0
+    def narrow(assembly):
+        return compile_matrix.in_loops(assembly, compile_matrix.NARROW, beside=compile_matrix.MATMUL)
+
+    assert narrow(assembly) == 1
+    assert narrow(assembly.replace("mma", "add").replace("mfma", "add")) == 0
+
+
+def test_spills_count_in_loops():
+    assert compile_matrix.in_loops(SASS, compile_matrix.SPILL) == 1
 
 
 def test_the_tensor_core_instruction_follows_from_the_product():
