@@ -7,12 +7,12 @@ import pytest
 
 pytest.importorskip("triton", minversion="3.6", reason="the emulator's stand-in for the driver needs Triton 3.6")
 
-from emulator.cases import cases, execute
-from emulator.controls import CONTROLS, reported
+from emulator.cases import execute
+from emulator.controls import CONTROLS, quick, reported
 from emulator.machine import Options
 
 ADVERSARY = Options(copies="early", products="late")  # of a buffer that is filled again too soon
-QUICK = [pytest.param(case, arch, id=f"sm_{arch} {case}") for arch in (80, 90) for case in cases(arch) if case.quick]
+QUICK = [pytest.param(case, arch, id=f"sm_{arch} {case}") for arch in (80, 90) for case in quick(arch)]
 
 
 @pytest.fixture(scope="module")

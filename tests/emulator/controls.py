@@ -10,10 +10,12 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from .cases import Case, execute
+from .cases import Case, cases, execute
+from .execution import TRITON
 from .machine import SCHEDULES
 
 ALL = -1
+NOTHING = r"\Z"  # a kernel that is spoiled in its source
 
 
 class Control(NamedTuple):
@@ -22,7 +24,7 @@ class Control(NamedTuple):
     name: str
     arch: int
     case: Case
-    pattern: str = r"\Z"
+    pattern: str = NOTHING
     replacement: str = ""
     occurrence: int = ALL
     quick: bool = False  # part of `make test`
@@ -62,13 +64,13 @@ SPIN = rf"(ld\.shared\.b32 \t(%r\d+), \[global_smem[^\]]*\];\n{LOC}\tsetp\.)lt(\
 ARRIVE, WAIT = r"\tbarrier\.cluster\.arrive\.aligned;\n", r"\tbarrier\.cluster\.wait\.aligned;\n"
 MMA = r"(mma\.sync[^{]*\{[^}]*\}, "
 
-CONTROLS = [
+_ALL = [
     # barriers and waits
     Control("a bar.sync of the main loop is gone", 80, ONE, rf"({COPIES}\d+;\n{LOC}){SYNC}", r"\1", 2, quick=True),
     Control("a bar.sync of a reduction is gone", 80, ONE,
-            rf"(st\.shared::cta[^\n]*\n(?:[^\n]*\n){{0,4}}?){SYNC}", r"\1", 0, quick=True),
+            rf"(st\.shared[^\n]*\n(?:[^\n]*\n){{0,4}}?){SYNC}", r"\1", 0, quick=True),
     Control("no bar.sync before a buffer is filled again", 80, TILED,
-            rf"{SYNC}\n({OTHER}*?[^\n]*cp\.async\.cg)", r"\1"),
+            rf"{SYNC}\n({OTHER}*?[^\n]*cp\.async\.cg)", r"\1", quick=True),
     Control("cp.async.wait_group of the loop is gone", 80, ONE, rf"{COPIES}[1-9];", "", quick=True),
     Control("cp.async.wait_group waits for one group less", 80, ONE, rf"{COPIES}2;", "cp.async.wait_group 4;"),
     # numbers
@@ -124,12 +126,20 @@ CONTROLS = [
 ]  # fmt: skip
 
 
+# Triton 3.8 is the first that reduces across a cluster, and that emits the fence between cp.async and wgmma.
+CONTROLS = [c for c in _ALL if TRITON >= (3, 8) or (c.case != CLUSTER and c.name != "fence.proxy.async is gone")]
+
+
+def quick(arch: int) -> list[Case]:
+    """What `make test` executes on an architecture: also the cases of its spoiled kernels as they should be."""
+    spoiled = [c.case for c in CONTROLS if c.quick and c.arch == arch and c.pattern != NOTHING]
+    return list(dict.fromkeys([*(case for case in cases(arch) if case.quick), *spoiled]))
+
+
 def reported(control: Control) -> tuple[str, bool]:
     """What the emulator says of a spoiled kernel, and whether it says anything."""
     for options in SCHEDULES:
         outcome = execute(control.case, control.arch, options, control.edit)
-        if any("LookupError" in problem for problem in outcome.problems):
-            return f"MISSED sm_{control.arch} {control.name}: its pattern is not in the PTX", False
         if outcome.problems:
             return f"caught sm_{control.arch} {control.name:58} [{options}] {outcome.problems[0][:150]}", True
     return f"MISSED sm_{control.arch} {control.name}", False

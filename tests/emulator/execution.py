@@ -33,9 +33,13 @@ class Emulator:
     """
 
     def __init__(
-        self, arch: int, options: Options, inputs: dict[str, torch.Tensor],
-        processors: int = 0, edit: Edit | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        arch: int,
+        options: Options,
+        inputs: dict[str, torch.Tensor],
+        processors: int = 0,
+        edit: Edit | None = None,
+    ) -> None:
         self.options, self.edit = options, edit
         options.copies_unfenced = TRITON < (3, 8)  # as these compile them
         self.inputs = {t.untyped_storage().data_ptr(): (name, t) for name, t in inputs.items()}

@@ -19,8 +19,6 @@ TOKEN = re.compile(
     r"|\.reg\s+\.(?P<kind>\w+)\s+(?P<names>[^;]*);|\.[^;\n]*;?|(?P<statement>[^;]*);)"
 )
 END = 1 << 30  # the "block" after the last
-
-
 Kind = Literal["fall", "branch", "return", "barrier", "cluster_wait"]
 ENDS: dict[str, Kind] = {
     "bra": "branch", "ret": "return", "exit": "return", "bar.sync": "barrier", "barrier.sync": "barrier",
@@ -60,14 +58,7 @@ class Block:
 
 def split_arguments(text: str) -> list[str]:
     """Split at the commas outside of brackets."""
-    parts, depth, start = [], 0, 0
-    for i, c in enumerate(text):
-        depth += (c in "{[(") - (c in "}])")
-        if c == "," and depth == 0:
-            parts.append(text[start:i].strip())
-            start = i + 1
-    last = text[start:].strip()
-    return [*parts, last] if last else parts
+    return [part.strip() for part in re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,\[{])+", text)]
 
 
 def names_in(operand: str) -> list[str]:
@@ -119,7 +110,7 @@ class Program:
                     self._new_block()
                 labels[local.get(name, name)] = self.blocks[-1].index
             elif token["kind"]:
-                cls = REGISTER_CLASS[token["kind"].lstrip("busf")] if token["kind"] != "pred" else "p"
+                cls = REGISTER_CLASS[token["kind"].lstrip("busf")]
                 for name in names_in(token["names"]):
                     stem, _, many = name.rstrip(">").partition("<")
                     if not many:
