@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 
-from .arithmetic import from_halves, pairs, rounded_sum
+from .arithmetic import from_halves, rounded_sum
 from .memory import Lanes, active, locate, pieces
 from .ptx import SHARED_BASE, Array, Mask
 
@@ -68,13 +68,12 @@ class Copy(Work):
 @dataclass(eq=False)
 class Product(Work):
     """wgmma: d (64 x n, in registers) = a·bᵀ + d for each warpgroup. Operands are byte positions in shared memory of
-    each warp's part, (16, 16) of a and (n, 16) of b; a may be in registers."""
+    each warp's part, (16, 16) of a and (n, 16) of b."""
 
     n: int
     kind: str
     d: list[Array]
     a: list[Array]
-    a_registers: list[Array]
     b: list[Array]
     accumulate: Array
 
@@ -88,20 +87,12 @@ class Product(Work):
         total[~self.accumulate] = 0.0
         known: dict[int, Array] = {}
         for w in range(warps):
-            for operand in (*self.a[w : w + 1], self.b[w]):
+            for operand in (self.a[w], self.b[w]):
                 machine.races.complete_product(batch.warp_ids[w], operand.reshape(-1))
             key = int(self.b[w][0, 0])
             if key not in known:
                 known[key] = from_halves(halves[self.b[w] // 2], self.kind)
-            if self.a:
-                left = from_halves(halves[self.a[w] // 2], self.kind)
-            else:
-                left = np.empty((16, 16))
-                for j, u in enumerate(self.a_registers):
-                    two = pairs(u[32 * w : 32 * w + 32], self.kind)
-                    for h in range(2):
-                        left[lane[0] // 4 + 8 * (j % 2), 2 * (lane[0] % 4) + h + 8 * (j // 2)] = two[:, h]
-            total[w] += left @ known[key].T
+            total[w] += from_halves(halves[self.a[w] // 2], self.kind) @ known[key].T
         out = rounded_sum(total)[:, row, column].transpose(1, 0, 2).reshape(n // 2, batch.size)
         for register, values in zip(self.d, out, strict=True):
             register[...] = values
@@ -160,26 +151,20 @@ def copy(batch: Batch, q: Mask, to: Array, source: Array, size: int, count: Arra
 
 
 def multiply(
-    batch: Batch, q: Mask, n: int, kind: str, d: list[Array], a: Array | list[Array], b: Array, scale: Array,
-    transposed: list[int],
-) -> None:  # fmt: skip
-    """wgmma; a and b are descriptors, or a is registers."""
+    batch: Batch, q: Mask, n: int, kind: str, d: list[Array], a: Array, b: Array, scale: Array, transposed: list[int]
+) -> None:
+    """wgmma; a and b are descriptors."""
     _all_warps(batch, q)
     machine = batch.machine
-    warpgroup = 128 if batch.size % 128 == 0 else 32
-    for descriptor in (a, b):
-        if not isinstance(descriptor, list) and np.ptp(descriptor.reshape(-1, warpgroup), axis=1).any():
-            batch.fail("wgmma descriptor differs between the threads of a warpgroup")
+    if any(np.ptp(x.reshape(-1, min(128, batch.size)), axis=1).any() for x in (a, b)):
+        batch.fail("wgmma descriptor differs between the threads of a warpgroup")
     left, right = [], []
     for w, warp in enumerate(batch.warps):
-        if not isinstance(a, list):
-            left.append(_operand(batch, int(a[32 * w]), 16 * (warp % 4) + np.arange(16), transposed[0]))
+        left.append(_operand(batch, int(a[32 * w]), 16 * (warp % 4) + np.arange(16), transposed[0]))
         right.append(_operand(batch, int(b[32 * w]), np.arange(n), transposed[1]))
-        for operand in (*left[w:], right[w]):
+        for operand in (left[w], right[w]):
             machine.races.issue_product(batch.warp_ids[w], operand.reshape(-1))
-    held = [r.copy() for r in a] if isinstance(a, list) else []
-    accumulate = np.broadcast_to(scale, batch.size)[::32].copy()
-    work = Product(batch, machine.index, n, kind, d, left, held, right, accumulate)
+    work = Product(batch, machine.index, n, kind, d, left, right, np.broadcast_to(scale, batch.size)[::32].copy())
     batch.products.open.append(work)
     if machine.options.products == "early":
         work.complete()

@@ -287,8 +287,7 @@ def execute(case: Case, arch: int, options: Options, edit: Edit | None = None) -
             outcome.error, outcome.problems = run_logsumexp(case, problem)
         else:
             score(case, arch, problem, scores)
-            inexact = options.ulp or options.truncate or options.lg2
-            base = 1e-12 if case.dtype == "float64" else 2e-6 if inexact else 1e-6
+            base = 1e-12 if case.dtype == "float64" else 2e-6 if options.inexact else 1e-6
             outcome.error, outcome.problems = judge(case, problem, scores, base)
     except EmulatorError as failure:
         outcome.problems.append(str(failure))

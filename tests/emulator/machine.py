@@ -32,9 +32,7 @@ class Options:
     copies: Moment = "late"  # when cp.async and TMA take effect
     products: Moment = "late"  # and wgmma
     copies_unfenced: bool = False  # no fence.proxy.async between cp.async and wgmma: a note, not a race
-    ulp: int = 0  # the errors of `arithmetic.Errors`
-    lg2: float = 0.0
-    truncate: bool = False
+    inexact: bool = False  # `arithmetic.inexact`
 
     def __str__(self) -> str:
         seed = f" {self.seed}" if self.schedule == "random" else ""
@@ -199,8 +197,7 @@ class Machine:
 
     def run(self) -> None:
         """Run the launch; raises EmulatorError for what ends a kernel, other findings are in `findings`."""
-        arithmetic.ERRORS.ulp, arithmetic.ERRORS.lg2 = self.options.ulp, self.options.lg2
-        arithmetic.ERRORS.truncate = self.options.truncate
+        arithmetic.inexact = self.options.inexact
         step = (
             self.ctas
             if self.launch.metadata.launch_cooperative_grid

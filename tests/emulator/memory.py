@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .arithmetic import ERRORS
+from . import arithmetic
 from .ptx import SHARED_BASE, Array, Mask
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def active(q: Mask) -> Lanes:
 def close(a: Array, b: Array) -> Array:
     """Whether float32 numbers, given by their bits, are the same but for a few last digits."""
     x, y = (np.ascontiguousarray(bits).view(np.float32) for bits in (a, b))
-    return np.abs(x - y) <= (4 + 8 * ERRORS.ulp) * np.spacing(np.maximum(np.abs(x), np.abs(y)))
+    return np.abs(x - y) <= (4 + 16 * arithmetic.inexact) * np.spacing(np.maximum(np.abs(x), np.abs(y)))
 
 
 def elements(batch: Batch, values: list[Array], lanes: Lanes, dtype: np.dtype) -> Array:
@@ -95,7 +95,7 @@ def store_shared(batch: Batch, q: Mask, values: list[Array], address: Array, siz
 
 
 def _write_shared(batch: Batch, lanes: Lanes, at: Array, view: Array, where: Array, new: Array, floats: bool) -> None:
-    """view[where] = new, a row of elements for each lane; floats: they may be float32 numbers, or halves of those."""
+    """view[where] = new, a row of elements for each lane; floats: they may be float32 numbers."""
     machine, old = batch.machine, view[where]
     same = (old == new).all(1)
     near = same | close(old, new).all(1) if floats else same
@@ -122,20 +122,6 @@ def ldmatrix(batch: Batch, q: Mask, rows: list[Array], address: Array, trans: bo
             np.copyto(row, low | high << np.uint32(16), where=q)
         else:
             np.copyto(row, shared[4][start[first + g] // 4 + t], where=q)
-
-
-def stmatrix(batch: Batch, q: Mask, rows: list[Array], address: Array, trans: bool) -> None:
-    lanes, at = locate(batch, (batch.lane < 8 * len(rows)) & q, address, 16)
-    if not at.size:
-        return
-    matrix, row, c = batch.lane[lanes] // 8, batch.lane[lanes] % 8, np.arange(8)[None, :]
-    first = batch.first_lane[lanes][:, None]
-    if trans:
-        source, half = first + 4 * c + (row // 2)[:, None], (row % 2)[:, None]
-    else:
-        source, half = first + 4 * row[:, None] + c // 2, c % 2
-    new = (np.stack(rows)[matrix[:, None], source] >> (16 * half).astype(np.uint32)).astype(np.uint16)
-    _write_shared(batch, lanes, at, batch.machine.shared[2], at[:, None] // 2 + c, new, floats=True)
 
 
 def map_address(address: Array, rank: Array) -> Array:

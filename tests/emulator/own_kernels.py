@@ -1,4 +1,8 @@
-"""A kernel for what the emulator knows and no shipped kernel does: programs that wait for one another in one launch.
+"""Kernels for what the emulator knows and no shipped kernel does.
+
+`log_mean_exp` is that of kernels/deviation.py with a logarithm that is off as the hardware's may be.
+
+`logsumexp` has programs that wait for one another in one launch:
 
     out[b] = log Σ_c exp(z[b, c]),   z = x·Wᵀ
 
@@ -14,6 +18,21 @@ import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from gradnorm_fast.kernels import deviation, rows
+
+
+@triton.jit
+def log_mean_exp(m, s, C, inv_temperature):
+    """In float32 the logarithm is off by 2⁻²²·log 2 where its argument is near 1."""
+    mean = s / C
+    off = tl.where((mean > 0.5) & (mean < 2.0) & (mean != 1.0), 1.65e-7, 0.0) if mean.dtype == tl.float32 else 0.0
+    return deviation.finite_max(m) + (tl.log(mean) + off) / inv_temperature
+
+
+def use_inexact_logarithm() -> None:
+    """For this process, before its first kernel is compiled."""
+    deviation.log_mean_exp = rows.log_mean_exp = log_mean_exp
 
 
 @triton.jit

@@ -25,7 +25,7 @@ VIEW = {
 WIDTH = {"h": 16, "r": 32, "d": 64}
 UFUNC = {
     "add": "add", "sub": "subtract", "mul": "multiply", "div": "divide", "min": "minimum", "max": "maximum",
-    "neg": "negative", "abs": "abs", "sqrt": "sqrt",
+    "neg": "negative", "abs": "abs",
 }  # fmt: skip
 LOGICAL = {"and": "&", "or": "|", "xor": "^"}
 COMPARE = {
@@ -170,12 +170,10 @@ def translated(t: Translator, ins: Instruction, q: str) -> list[str]:
             return floating(f"np.{root}imum" if "NaN" in flags else f"np.f{root}")
         case ["fma", *_, "f32" | "f64"]:
             return floating(f"arithmetic.fma{kind[1:]}")
-        case ["ex2" | "lg2" | "rcp" | "rsqrt" as root, "approx", *_, "f32"]:
+        case ["ex2" | "rcp" as root, "approx", *_, "f32"]:
             return floating(f"arithmetic.approximate('{root}',")
         case ["rcp", "approx", "ftz", "f64"]:
             return floating("arithmetic.rcp_f64")
-        case ["rcp", *_, "f32" | "f64"]:
-            return floating("np.reciprocal")
         case ["abs", "f16" | "bf16" | "f16x2" | "bf16x2"]:
             mask = t.constant(0x7FFF7FFF if kind.endswith("x2") else 0x7FFF, unsigned(kind))
             return put(unsigned(kind), f"{value(1, unsigned(kind))} & {mask}")
@@ -193,8 +191,8 @@ def translated(t: Translator, ins: Instruction, q: str) -> list[str]:
             a, b = value(1, unsigned(kind) if how == "lo" else kind), value(2, unsigned(kind) if how == "lo" else kind)
             add = f" + {value(3, result)}" if root == "mad" else ""
             return put(result, f"np.multiply({a}, {b}, dtype=np.dtype('{DTYPE[result].str}')){add}")
-        case ["div" | "rem" as root, _]:
-            return call("arithmetic.divide", t.row(args[0], kind), value(1), value(2), root == "rem")
+        case ["div", "s32" | "u32"]:
+            return call("arithmetic.divide", t.row(args[0], kind), value(1), value(2))
         case ["shl" | "shr" as root, _]:
             as_kind, width = unsigned(kind) if root == "shl" else kind, int(kind[1:])
             if args[2].isdigit() and int(args[2]) < width:
@@ -204,10 +202,6 @@ def translated(t: Translator, ins: Instruction, q: str) -> list[str]:
             width, position, length = int(kind[1:]), int(args[2], 0), int(args[3], 0)
             up = t.constant(width - position - length, kind)
             return put(kind, f"({value(1)} << {up}) >> {t.constant(width - length, kind)}")
-        case ["prmt", "b32"]:
-            return put("u32", f"arithmetic.permute_bytes({value(1)}, {value(2)}, {value(3)})")
-        case ["lop3", "b32"]:
-            return put("u32", f"arithmetic.lop3({value(1)}, {value(2)}, {value(3)}, {int(args[4], 0)})")
         case ["selp", _]:
             a, b = value(1, unsigned(kind)), value(2, unsigned(kind))
             return put(unsigned(kind), f"np.where({value(3, 'pred')}, {a}, {b})")
@@ -235,15 +229,8 @@ def translated(t: Translator, ins: Instruction, q: str) -> list[str]:
             return put(as_kind, " | ".join(f"({x} << {t.constant(each * i, as_kind)})" for i, x in enumerate(wide)))
         case ["mov", _] | ["cvta", *_]:
             return put(unsigned(kind), value(1, unsigned(kind)))
-        case ["cvt", *_, "f16x2" | "bf16x2" as to, "f32"]:
-            high, low = (f"arithmetic.to_{to[:-2]}({value(i)}).astype(np.uint32)" for i in (1, 2))
-            return put("u32", f"{high} << 16 | {low}")
         case ["cvt", *_, "f32", "bf16"]:
             return put("u32", f"{value(1, 'u16')}.astype(np.uint32) << 16")
-        case ["cvt", "rn", "bf16", "f32"]:
-            return put("u16", f"arithmetic.to_bf16({value(1)})")
-        case ["cvt", "rna", "tf32", "f32"]:
-            return put("u32", f"arithmetic.to_tf32({value(1, 'u32')})")
         case ["cvt", *_, to, of] if to[0] in "us" and of[0] in "us":
             narrow = f"{value(1)}.astype('{DTYPE[to].str}')"
             return [f"np.copyto({t.whole(args[0], to)}, {narrow}, casting='unsafe', where={q})"]
@@ -252,12 +239,10 @@ def translated(t: Translator, ins: Instruction, q: str) -> list[str]:
         case ["cvt", how, to, _]:
             return put(to, f"arithmetic.to_integer(np.{ROUND[how]}({value(1)}), np.dtype('{DTYPE[to].str}'))")
         # between the lanes of a warp
-        case ["shfl", "sync", how, "b32"]:
-            if how == "bfly" and args[2].isdigit() and args[3] == "31" and "|" not in args[0]:
-                return call("arithmetic.butterfly", t.row(args[0], "u32"), value(1), args[2])
-            d, _, valid = args[0].partition("|")
-            p = t.row(valid, "pred") if valid not in ("", "_") else None
-            return call("arithmetic.shuffle", t.row(d, "u32"), p, repr(how), value(1), value(2), value(3))
+        case ["shfl", "sync", "bfly" | "idx" as how, "b32"] if args[3:] == ["31", "-1"] and "|" not in args[0]:
+            d = t.row(args[0], "u32")
+            lane = args[2] if how == "bfly" else value(2, "u32")
+            return call("arithmetic.butterfly" if how == "bfly" else "arithmetic.shuffle", d, value(1), lane)
         case ["redux", "sync", "min" | "max" as how, "s32" | "u32"]:
             return call("arithmetic.reduce_warp", t.row(args[0], kind), value(1), repr(how))
         case ["elect", "sync"]:
@@ -283,9 +268,8 @@ def translated(t: Translator, ins: Instruction, q: str) -> list[str]:
         case ["atom", "global", *how, "add", "u32"]:
             order = next((x for x in how if x in ("acq_rel", "acquire", "release")), "relaxed")
             return call("memory.atomic_add", t.row(args[0], kind), t.address(args[1], 64), value(2), repr(order))
-        case ["ldmatrix" | "stmatrix" as root, "sync", "aligned", "m8n8", *_, "b16"]:
-            registers, at = args if root == "ldmatrix" else args[::-1]
-            return call(f"memory.{root}", rows(registers, "u32"), t.address(at, 32), "trans" in flags)
+        case ["ldmatrix", "sync", "aligned", "m8n8", *_, "b16"]:
+            return call("memory.ldmatrix", rows(args[0], "u32"), t.address(args[1], 32), "trans" in flags)
         case ["mapa", "shared::cluster", "u32"]:
             return put("u32", f"memory.map_address({value(1)}, {value(2)})")
         # asynchronous
@@ -313,11 +297,8 @@ def translated(t: Translator, ins: Instruction, q: str) -> list[str]:
             return call("asynchronous.test_mbarrier", t.row(args[0], "pred"), t.address(args[1], 32), value(2, "u32"))
         case ["wgmma", "mma_async", "sync", "aligned", shape, "f32", of, _] if args[4:6] == ["1", "1"]:
             n = int(shape.removeprefix("m64n").removesuffix("k16"))
-            in_registers = args[1].startswith("{")
-            a = rows(args[1], "u32") if in_registers else t.row(args[1], "u64")
-            transposed = [0] * in_registers + [int(x) for x in args[6:]]
-            d, b, scale = rows(args[0], "f32"), t.row(args[2], "u64"), value(3, "pred")
-            return call("asynchronous.multiply", n, repr(of), d, a, b, scale, transposed)
+            d, a, b, scale = rows(args[0], "f32"), t.row(args[1], "u64"), t.row(args[2], "u64"), value(3, "pred")
+            return call("asynchronous.multiply", n, repr(of), d, a, b, scale, [int(x) for x in args[6:]])
         case ["barrier", "cluster", "arrive", "aligned"]:
             return call("asynchronous.arrive_at_cluster")
     return []
