@@ -8,7 +8,7 @@ rounded. mma and wgmma add a step's exact products and the accumulator in float6
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -51,9 +51,9 @@ def rcp_f64(a: Array) -> Array:
     return ((1.0 / a).view(np.uint64) & np.uint64(0xFFFFFFFF00000000)).view(np.float64)
 
 
-def to_integer(x: Array, dtype: np.dtype[Any]) -> Array:
-    limits = np.iinfo(dtype)
-    return np.clip(np.nan_to_num(x.astype(np.longdouble)), limits.min, limits.max).astype(dtype)
+def to_integer(x: Array) -> Array:
+    """cvt.rzi.s32.f32."""
+    return np.clip(np.nan_to_num(np.trunc(x.astype(np.float64))), -(2**31), 2**31 - 1).astype(np.int32)
 
 
 def from_halves(u: Array, kind: str) -> Array:
@@ -92,14 +92,8 @@ def whole_warps(batch: Batch, q: Mask) -> None:
             batch.fail("a warp-wide instruction reached by part of a warp")
 
 
-def butterfly(batch: Batch, q: Mask, d: Array, a: Array, mask: int) -> None:
-    """shfl.bfly across whole warps, which most shuffles are."""
-    whole_warps(batch, q)
-    np.copyto(d, a.take(batch.butterflies[mask]), where=q)
-
-
 def shuffle(batch: Batch, q: Mask, d: Array, a: Array, lane: Array) -> None:
-    """shfl.idx across whole warps."""
+    """What each lane gets from the lane of its warp that it names."""
     whole_warps(batch, q)
     np.copyto(d, np.broadcast_to(a, batch.size)[batch.first_lane + (lane & 31)], where=q)
 

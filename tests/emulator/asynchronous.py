@@ -143,9 +143,9 @@ def copy(batch: Batch, q: Mask, to: Array, source: Array, size: int, count: Arra
     source = np.broadcast_to(source, batch.size).copy()
     if int(np.bitwise_or.reduce(source[lanes][n > 0], initial=0)) & (size - 1):
         batch.fail(f"cp.async: source not aligned to {size}")
+    machine.races.issue_copy(batch, lanes, at, size)
     work = Copy(batch, machine.index, lanes, at, source, size, n)
     batch.copies.open.append(work)
-    machine.races.issue_copy(batch, lanes, at, size)
     if machine.options.copies == "early":
         work.complete()
 
@@ -194,10 +194,6 @@ def _operand(batch: Batch, descriptor: int, rows: Array, transposed: int) -> Arr
 def swizzled(address: Array, swizzle: int) -> Array:
     """Shared addresses as TMA and wgmma permute them: 16-byte pieces by the number of the 128-byte line."""
     return address ^ (((address >> 7) & ((1 << swizzle) - 1)) << 4) if swizzle else address
-
-
-def fence_proxy(batch: Batch, q: Mask) -> None:
-    batch.machine.races.fence_proxy(batch, q)
 
 
 # barriers with phases, and TMA
@@ -258,17 +254,16 @@ class Transfer(Work):
         self.mbarrier.check(batch)
 
 
-def _touch_mbarrier(batch: Batch, address: int, lanes: Array, what: str) -> None:
+def _mbarrier(batch: Batch, address: int, lanes: Array) -> Barrier:
+    _touch(batch, address, lanes, "read")
+    if (batch.cta, address) not in batch.machine.mbarriers:
+        batch.fail("no mbarrier is initialised there")
+    return batch.machine.mbarriers[batch.cta, address]
+
+
+def _touch(batch: Batch, address: int, lanes: Array, what: str) -> None:
     _, at = locate(batch, True, np.array([address], np.uint32), 8)
     batch.machine.races.access(batch, lanes[:1], at, 8, what)
-
-
-def _mbarrier(batch: Batch, address: int, lanes: Array) -> Barrier:
-    _touch_mbarrier(batch, address, lanes, "read")
-    found = batch.machine.mbarriers.get((batch.cta, address))
-    if found is None:
-        batch.fail("no mbarrier is initialised there")
-    return found
 
 
 def _by_address(batch: Batch, q: Mask, address: Array) -> list[tuple[int, Array]]:
@@ -282,7 +277,7 @@ def set_mbarrier(batch: Batch, q: Mask, address: Array, count: Array | None) -> 
     """mbarrier.init, or mbarrier.inval without a count."""
     machine = batch.machine
     for a, lanes in _by_address(batch, q, address):
-        _touch_mbarrier(batch, a, lanes, "write")
+        _touch(batch, a, lanes, "write")
         old = machine.mbarriers.pop((batch.cta, a), None)
         if count is not None:
             machine.mbarriers[batch.cta, a] = Barrier(int(np.broadcast_to(count, batch.size)[lanes[0]]))
@@ -313,17 +308,14 @@ def test_mbarrier(batch: Batch, q: Mask, predicate: Array, address: Array, parit
 def transfer(batch: Batch, q: Mask, shared: Array, tensor: Array, x: Array, y: Array, mbarrier: Array) -> None:
     machine = batch.machine
     for lane in np.arange(batch.size)[active(q)]:
-        to, number, column, row, bar = (
-            int(np.broadcast_to(v, batch.size)[lane]) for v in (shared, tensor, x, y, mbarrier)
-        )
+        operands = (shared, tensor, x, y, mbarrier)
+        to, number, column, row, bar = (int(np.broadcast_to(v, batch.size)[lane]) for v in operands)
         t = machine.tensor_map(number)
         if t is None:
             batch.fail("not a tensor map", lane[None])
         size = int(np.prod(t.box)) * t.itemsize
-        if to % 128:
-            batch.fail("TMA destination not aligned to 128", lane[None])
-        if not 0 <= to - SHARED_BASE <= machine.shared_size - size:
-            batch.fail("TMA destination outside shared memory", lane[None])
+        if to % 128 or not 0 <= to - SHARED_BASE <= machine.shared_size - size:
+            batch.fail("TMA destination not aligned to 128, or outside shared memory", lane[None])
         at = swizzled(to + np.arange(size), t.swizzle) - SHARED_BASE + batch.base
         found, clock = _mbarrier(batch, bar, lane[None]), machine.races.issue_transfer(batch, lane, at)
         work = Transfer(batch, machine.index, found, t, column, row, at, clock)

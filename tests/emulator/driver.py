@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,21 +24,15 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024}
 PROCESSORS = {80: 108, 90: 132}
 
 
-@dataclass
-class TensorMap:
+class TensorMap(NamedTuple):
     """What cuTensorMapEncodeTiled would be given, dimensions innermost last."""
 
     base: int
-    shape: list[int]
-    strides: list[int]  # in elements
-    box: list[int]
+    shape: Sequence[int]
+    strides: Sequence[int]  # in elements
+    box: Sequence[int]
     itemsize: int
     swizzle: int  # 0 none, 1 32 bytes, 2 64 bytes, 3 128 bytes
-
-    @classmethod
-    def of(cls, descriptor: Any, meta: dict[str, Any]) -> TensorMap:
-        shape, strides, box = list(descriptor.shape), list(descriptor.strides), list(meta["block_size"])
-        return cls(descriptor.base.data_ptr(), shape, strides, box, meta["elem_size"], meta["swizzle"])
 
 
 @dataclass
@@ -71,10 +65,12 @@ class _Launcher:
         for argument, kind in zip(rest[4:], self.signature.values(), strict=True):
             if kind.startswith("tensordesc"):
                 assert argument.strides[-1] == 1 and argument.padding == "zero"
-                launch.maps[len(launch.params)] = TensorMap.of(argument, next(boxes))
-                for value in (0, *argument.shape, *argument.strides):
+                base, shape, strides, box = argument.base, argument.shape, argument.strides, next(boxes)
+                of = TensorMap(base.data_ptr(), shape, strides, box["block_size"], box["elem_size"], box["swizzle"])
+                launch.maps[len(launch.params)] = of
+                for value in (0, *shape, *strides):
                     launch.add("i64", value)
-                launch.tensors.append(argument.base)
+                launch.tensors.append(base)
             elif isinstance(argument, torch.Tensor):
                 launch.add("i64", argument.data_ptr())
                 launch.tensors.append(argument)

@@ -33,12 +33,7 @@ class Emulator:
     """
 
     def __init__(
-        self,
-        arch: int,
-        options: Options,
-        inputs: dict[str, torch.Tensor],
-        processors: int = 0,
-        edit: Edit | None = None,
+        self, arch: int, options: Options, inputs: dict[str, torch.Tensor], processors: int, edit: Edit | None
     ) -> None:
         self.options, self.edit = options, edit
         options.copies_unfenced = TRITON < (3, 8)  # as these compile them
@@ -57,18 +52,19 @@ class Emulator:
             self.findings.update(machine.findings)
 
     def _regions(self, tensors: list[torch.Tensor]) -> list[Region]:
-        found: dict[int, Region] = {}
+        found = {}
         for i, t in enumerate(tensors):
             start, size = t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()
-            if size and start not in found:
-                name, declared = self.inputs.get(start, (f"argument {i} {t.dtype} {list(t.shape)}", None))
-                elements = None if declared is None else _elements(declared)
-                found[start] = Region(start, size, name, declared is not None, elements)
+            name, declared = self.inputs.get(start, (f"argument {i} {t.dtype} {list(t.shape)}", None))
+            if size:
+                found[start] = Region(start, size, name, declared is not None, _elements(declared))
         return list(found.values())
 
 
-def _elements(t: torch.Tensor) -> Array | None:
+def _elements(t: torch.Tensor | None) -> Array | None:
     """Which bytes of its storage are elements of a tensor; None if all are."""
+    if t is None:
+        return None
     used = torch.zeros(t.untyped_storage().nbytes() // t.element_size(), dtype=torch.bool)
     used.as_strided(t.shape, t.stride(), t.storage_offset())[...] = True
     return None if used.all() else np.repeat(used.numpy(), t.element_size())

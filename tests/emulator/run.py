@@ -39,9 +39,8 @@ def run(job: tuple[Case, int, Sequence[Options]]) -> tuple[str, bool]:
         return f"FAIL sm_{arch} {case!s:70} {type(failure).__name__}: {failure}", False
     good = not any(outcome.problems for outcome in outcomes)
     worst = max(outcome.error for outcome in outcomes)
-    lines = [
-        f"{'ok  ' if good else 'FAIL'} sm_{arch} {case!s:70} {worst:.1e} {sum(o.seconds for o in outcomes):6.1f} s"
-    ]
+    seconds = sum(outcome.seconds for outcome in outcomes)
+    lines = [f"{'ok  ' if good else 'FAIL'} sm_{arch} {case!s:70} {worst:.1e} {seconds:6.1f} s"]
     for options, outcome in zip(schedules, outcomes, strict=True):
         lines += [f"     [{options}] {problem[:300]}" for problem in outcome.problems]
     notes = {note.split(" (")[0] for outcome in outcomes for note in outcome.notes}
@@ -55,10 +54,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the cases of `make test`")
     parser.add_argument("--controls", action="store_true", help="spoiled kernels instead")
     parser.add_argument("--schedule", help="lockstep or random:SEED, in place of the three")
-    parser.add_argument(
-        "--copies", choices=("late", "early", "random"), default="late", help="when cp.async and TMA land"
-    )
-    parser.add_argument("--products", choices=("late", "early", "random"), default="late", help="when wgmma is done")
+    when = ("late", "early", "random")
+    parser.add_argument("--copies", choices=when, default="late", help="when cp.async and TMA take effect")
+    parser.add_argument("--products", choices=when, default="late", help="and when wgmma does")
     parser.add_argument("--inexact", action="store_true", help="approximate functions, logarithms and sums may be off")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
