@@ -28,12 +28,9 @@ def flush(x: Array) -> Array:
     return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
 
 
-def fma32(a: Array, b: Array, c: Array) -> Array:
-    return (np.multiply(a, b, dtype=np.float64) + c).astype(np.float32)
-
-
-def fma64(a: Array, b: Array, c: Array) -> Array:
-    return (np.multiply(a, b, dtype=np.longdouble) + c).astype(np.float64)
+def fma(a: Array, b: Array, c: Array) -> Array:
+    wide = np.multiply(a, b, dtype=np.float64 if a.dtype == np.float32 else np.longdouble)
+    return (wide + c).astype(a.dtype)
 
 
 def approximate(root: str, *values: Array) -> Array:

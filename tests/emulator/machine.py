@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import numpy as np
 
 from . import arithmetic
 from .asynchronous import Barrier, Copy, Product, Queue, Transfer
-from .driver import Launch, TensorMap
 from .memory import EmulatorError, Region
 from .ptx import DESCRIPTORS, END, Array, Block, Mask, Program
 from .races import Races
+
+if TYPE_CHECKING:
+    from .driver import Launch, TensorMap
 
 Moment = Literal["late", "early", "random"]
 NAN = {"h": (2, 0xFFFF), "r": (4, 0x7FC0DEAD), "d": (8, 0x7FF8DEADDEADBEEF)}  # what registers hold at first

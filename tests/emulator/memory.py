@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from .machine import Batch
 
 Lanes = slice | Array  # lanes of a batch, as an index
-WINDOW = np.uint32(0xFFFFFF)  # an address in the shared memory of block r of the cluster has r + 1 above these bits
 
 
 class EmulatorError(Exception):
@@ -59,11 +58,11 @@ def locate(batch: Batch, q: Mask, address: Array, total: int, remote: bool = Fal
     base: int | Array = batch.base
     if remote:
         own = batch.cta % machine.cluster
-        rank = (a >> np.uint32(24)).astype(np.int64)
+        rank = (a >> np.uint32(24)).astype(np.int64)  # + 1, where `mapa` made the address
         if rank.max() > machine.cluster:
             batch.fail("no such block in the cluster")
         base = batch.base + (np.where(rank > 0, rank - 1, own) - own) * machine.shared_stride
-        a = a & WINDOW
+        a = a & np.uint32(0xFFFFFF)
     offset = (a - np.uint32(SHARED_BASE)).astype(np.int64)
     if offset.max() > machine.shared_size - total:
         bad = np.flatnonzero(offset > machine.shared_size - total)
@@ -122,10 +121,6 @@ def ldmatrix(batch: Batch, q: Mask, rows: list[Array], address: Array, trans: bo
             np.copyto(row, low | high << np.uint32(16), where=q)
         else:
             np.copyto(row, shared[4][start[first + g] // 4 + t], where=q)
-
-
-def map_address(address: Array, rank: Array) -> Array:
-    return (address & WINDOW) | (rank.astype(np.uint32) + np.uint32(1)) << np.uint32(24)
 
 
 # global memory

@@ -24,10 +24,7 @@ UFUNC = {
 LOGICAL = {"and": "&", "or": "|", "xor": "^"}
 COMPARE = {"eq": "==", "ne": "!=", "neu": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 OPPOSITE = {"ltu": "ge", "leu": "gt", "gtu": "le", "geu": "lt"}  # true of NaN: the negation of what is not
-IGNORED = (
-    "fence.mbarrier_init", "fence.acq_rel", "fence.sc", "membar", "wgmma.fence", "prefetch", "nanosleep",
-    "griddepcontrol", "bar.warp.sync", "createpolicy",
-)  # fmt: skip
+IGNORED = ("wgmma.fence", "bar.warp.sync", "fence.mbarrier_init")
 
 
 def unsigned(kind: str) -> str:
@@ -157,7 +154,7 @@ def translated(t: Translator, ins: Instruction, q: str) -> list[str]:
         case ["min" | "max" as root, *_, "f32" | "f64"]:
             return floating(f"np.{root}imum" if "NaN" in flags else f"np.f{root}")
         case ["fma", *_, "f32" | "f64"]:
-            return floating(f"arithmetic.fma{kind[1:]}")
+            return floating("arithmetic.fma")
         case ["ex2" | "rcp" as root, "approx", *_, "f32"]:
             return floating(f"arithmetic.approximate('{root}',")
         case ["rcp", "approx", "ftz", "f64"]:
@@ -259,7 +256,7 @@ def translated(t: Translator, ins: Instruction, q: str) -> list[str]:
         case ["ldmatrix", "sync", "aligned", "m8n8", *_, "b16"]:
             return call("memory.ldmatrix", rows(args[0], "u32"), t.address(args[1], 32), "trans" in flags)
         case ["mapa", "shared::cluster", "u32"]:
-            return put("u32", f"memory.map_address({value(1)}, {value(2)})")
+            return put("u32", f"{value(1)} & np.uint32(0xFFFFFF) | ({value(2)} + np.uint32(1)) << np.uint32(24)")
         # asynchronous
         case ["cp", "async", "ca" | "cg", "shared", "global", *_]:
             size = int(args[2], 0)
