@@ -66,13 +66,6 @@ def pairs(u: Array, kind: str) -> Array:
     return from_halves(halves, kind)
 
 
-def shifted(a: Array, n: Array, width: int, left: bool) -> Array:
-    n = np.broadcast_to(n, a.shape)
-    limited = np.minimum(n, width - 1).astype(a.dtype)
-    result = a << limited if left else a >> limited
-    return result if a.dtype.kind == "i" and not left else np.where(n >= width, a.dtype.type(0), result)
-
-
 def divide(batch: Batch, q: Mask, d: Array, a: Array, b: Array) -> None:
     """div.s32 and div.u32, towards zero."""
     if ((b == 0) & q).any():

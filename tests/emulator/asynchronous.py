@@ -13,7 +13,7 @@ import numpy as np
 
 from .arithmetic import from_halves, rounded_sum
 from .memory import Lanes, active, locate, pieces
-from .ptx import SHARED_BASE, Array, Mask
+from .ptx import DESCRIPTORS, SHARED_BASE, Array, Mask
 
 if TYPE_CHECKING:
     from .driver import TensorMap
@@ -310,7 +310,7 @@ def transfer(batch: Batch, q: Mask, shared: Array, tensor: Array, x: Array, y: A
     for lane in np.arange(batch.size)[active(q)]:
         operands = (shared, tensor, x, y, mbarrier)
         to, number, column, row, bar = (int(np.broadcast_to(v, batch.size)[lane]) for v in operands)
-        t = machine.tensor_map(number)
+        t = machine.launch.maps.get(number - DESCRIPTORS)
         if t is None:
             batch.fail("not a tensor map", lane[None])
         size = int(np.prod(t.box)) * t.itemsize

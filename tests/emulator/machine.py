@@ -15,11 +15,11 @@ import numpy as np
 from . import arithmetic
 from .asynchronous import Barrier, Copy, Product, Queue, Transfer
 from .memory import EmulatorError, Region
-from .ptx import DESCRIPTORS, END, Array, Block, Mask, Program
+from .ptx import END, Array, Block, Mask, Program
 from .races import Races
 
 if TYPE_CHECKING:
-    from .driver import Launch, TensorMap
+    from .driver import Launch
 
 Moment = Literal["late", "early", "random"]
 NAN = {"h": (2, 0xFFFF), "r": (4, 0x7FC0DEAD), "d": (8, 0x7FF8DEADDEADBEEF)}  # what registers hold at first
@@ -172,9 +172,6 @@ class Machine:
         if program.threads not in (0, 32 * self.warps) or program.cluster != self.cluster:
             raise EmulatorError("launched with other threads or clusters than the kernel asks for")
 
-    def tensor_map(self, address: int) -> TensorMap | None:
-        return self.launch.maps.get(address - DESCRIPTORS)
-
     def region_of(self, address: int) -> Region | None:
         return next((r for r in self.regions if r.start <= address < r.start + r.size), None)
 
@@ -185,11 +182,8 @@ class Machine:
     def run(self) -> None:
         """Run the launch; raises EmulatorError for what ends a kernel, other findings are in `findings`."""
         arithmetic.inexact = self.options.inexact
-        step = (
-            self.ctas
-            if self.launch.metadata.launch_cooperative_grid
-            else max(self.cluster, BLOCKS // self.cluster * self.cluster)
-        )
+        together = self.ctas if self.launch.metadata.launch_cooperative_grid else BLOCKS
+        step = max(self.cluster, together // self.cluster * self.cluster)
         with np.errstate(all="ignore"):
             for first in range(0, self.ctas, step):
                 self._run_blocks(first, min(first + step, self.ctas))

@@ -123,6 +123,15 @@ def ldmatrix(batch: Batch, q: Mask, rows: list[Array], address: Array, trans: bo
             np.copyto(row, shared[4][start[first + g] // 4 + t], where=q)
 
 
+def stmatrix(batch: Batch, q: Mask, rows: list[Array], address: Array) -> None:
+    lanes, at = locate(batch, (batch.lane < 8 * len(rows)) & q, address, 16)
+    if at.size:
+        matrix, c = batch.lane[lanes] // 8, np.arange(8)[None, :]
+        source = (batch.first_lane[lanes] + 4 * (batch.lane[lanes] % 8))[:, None] + c // 2
+        new = (np.stack(rows)[matrix[:, None], source] >> (16 * (c % 2)).astype(np.uint32)).astype(np.uint16)
+        _write_shared(batch, lanes, at, batch.machine.shared[2], at[:, None] // 2 + c, new, floats=True)
+
+
 # global memory
 
 

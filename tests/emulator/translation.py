@@ -178,11 +178,9 @@ def translated(t: Translator, ins: Instruction, q: str) -> list[str]:
             return put(result, f"np.multiply({a}, {b}, dtype=np.dtype('{DTYPE[result].str}')){add}")
         case ["div", "s32" | "u32"]:
             return call("arithmetic.divide", t.row(args[0], kind), value(1), value(2))
-        case ["shl" | "shr" as root, _]:
-            as_kind, width = unsigned(kind) if root == "shl" else kind, int(kind[1:])
-            if args[2].isdigit() and int(args[2]) < width:
-                return put(as_kind, f"{value(1, as_kind)} {'<<' if root == 'shl' else '>>'} {value(2, as_kind)}")
-            return put(as_kind, f"arithmetic.shifted({value(1, as_kind)}, {value(2, 'u32')}, {width}, {root == 'shl'})")
+        case ["shl" | "shr" as root, _] if args[2].isdigit() and int(args[2]) < int(kind[1:]):
+            as_kind = unsigned(kind) if root == "shl" else kind
+            return put(as_kind, f"{value(1, as_kind)} {'<<' if root == 'shl' else '>>'} {value(2, as_kind)}")
         case ["bfe", _]:
             width, position, length = int(kind[1:]), int(args[2], 0), int(args[3], 0)
             up = t.constant(width - position - length, kind)
@@ -192,17 +190,15 @@ def translated(t: Translator, ins: Instruction, q: str) -> list[str]:
             return put(unsigned(kind), f"np.where({value(3, 'pred')}, {a}, {b})")
         case ["setp", "num", "f32" | "f64"]:
             return put("pred", f"~np.isnan({value(1)} + {value(2)})")
-        case ["setp", how, *more, _]:
-            a, b, other = value(1), value(2), ""
+        case ["setp", how, _]:
+            a, b = value(1), value(2)
             if how in OPPOSITE:
                 compared = f"~({a} {COMPARE[OPPOSITE[how]]} {b})"
             elif (how, kind[0]) == ("ne", "f"):  # numpy's != is true of NaN, as is neu
                 compared = f"(({a} < {b}) | ({a} > {b}))"
             else:
                 compared = f"({a} {COMPARE[how]} {b})"
-            if more:
-                other = f" {LOGICAL[more[0]]} {'~' * (args[3][0] == '!')}{t.value(args[3].lstrip('!'), 'pred')}"
-            return put("pred", f"{compared}{other}") if "|" not in args[0] else []
+            return put("pred", compared)
         # moves and conversions
         case ["mov", _] if args[0].startswith("{"):
             names, as_kind = names_in(args[0]), unsigned(kind)
@@ -255,6 +251,8 @@ def translated(t: Translator, ins: Instruction, q: str) -> list[str]:
             return call("memory.atomic_add", t.row(args[0], kind), t.address(args[1], 64), value(2), repr(order))
         case ["ldmatrix", "sync", "aligned", "m8n8", *_, "b16"]:
             return call("memory.ldmatrix", rows(args[0], "u32"), t.address(args[1], 32), "trans" in flags)
+        case ["stmatrix", "sync", "aligned", "m8n8", _, "shared", "b16"]:
+            return call("memory.stmatrix", rows(args[1], "u32"), t.address(args[0], 32))
         case ["mapa", "shared::cluster", "u32"]:
             return put("u32", f"{value(1)} & np.uint32(0xFFFFFF) | ({value(2)} + np.uint32(1)) << np.uint32(24)")
         # asynchronous
