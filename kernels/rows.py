@@ -225,7 +225,7 @@ TABLE: Table = {
         Line("float64", ANY, ANY, Config(1, 1024, 256, 8, 2)),
         Line("any", ANY, 16, Config(64, 16, 32, 4, 2)),
         Line("any", 64, 512, Config(1, 512, 512, 4, 3)),
-        Line("any", ANY, 128, Config(8, 128, 256, 4, 3)),
+        Line("any", ANY, 128, Config(4, 128, 256, 4, 2)),
         Line("any", 64, 1024, Config(1, 1024, 512, 4, 3)),
         Line("any", ANY, 1024, Config(2, 1024, 1024, 4, 2)),
         Line("any", ANY, 4096, Config(1, 4096, 2048, 8, 2)),
