@@ -71,8 +71,8 @@ _ALL = [
     Control("a bar.sync of the main loop is gone", 80, ONE, rf"({COPIES}\d+;\n{LOC}){SYNC}", r"\1", 2, quick=True),
     Control("no bar.sync in a reduction", 80, ONE, rf"(st\.shared{REST}{LINE}{{0,4}}?){SYNC}", r"\1", 0, quick=True),
     Control("no bar.sync before a refill", 80, TILED, rf"{SYNC}\n({OTHER}*?[^\n]*cp\.async\.cg)", r"\1", quick=True),
-    Control("cp.async.wait_group of the loop is gone", 80, ONE, rf"{COPIES}[1-9];", "", quick=True),
-    Control("cp.async.wait_group waits for one group less", 80, ONE, rf"{COPIES}2;", "cp.async.wait_group 4;"),
+    Control("cp.async.wait_group of the loop is gone", 80, TILED, rf"{COPIES}[1-9];", "", quick=True),
+    Control("cp.async.wait_group waits for one group less", 80, TILED, rf"{COPIES}2;", "cp.async.wait_group 4;"),
     # numbers
     Control("another factor in expm1", 80, BULK, r"(fma\.rn\.f32[^\n]*), 0f3F000000;", r"\1, 0f3F000200;", quick=True),
     Control("log2(e) is off by 3e-6", 80, EXACT, r"(mul\.f32 [^\n]*), 0f3FB8AA3B;", r"\1, 0f3FB8AA5B;"),
