@@ -8,6 +8,7 @@ from gradnorm_fast.reference import autograd_gradnorm
 
 from conftest import DEVICE
 from families import deviation, families, hard_logits
+from problems import end_to_end_tolerance, problem, relative
 
 BACKENDS = ["torch", "triton"]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -17,36 +18,6 @@ SHAPES = [
     (4, 63, 128), (3, 20, 129), (2, 30, 255), (2, 30, 256), (3, 31, 257), (65, 40, 300), (5, 130, 1000), (2, 8, 1025),
     (1, 4, 4097), (2, 3, 8193),
 ]  # fmt: skip
-
-
-def relative(actual, expected):
-    """Largest relative difference; absolute where the truth is 0."""
-    expected = expected.double()
-    error = (actual.double().cpu() - expected.cpu()).abs() / expected.cpu().abs().where(expected.cpu() != 0, 1.0)
-    return error.max().item() if error.numel() else 0.0
-
-
-def problem(b, d, c, dtype, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    x, w, bias = (torch.randn(*s, generator=g).to(dtype) for s in ((b, d), (c, d), (c,)))
-    return x.to(DEVICE), w.to(DEVICE), bias.to(DEVICE)
-
-
-def end_to_end_tolerance(x, w, bias, temperature, dtype):
-    """2e-6 for the score of given logits and, from the float32 matmul, what its rounding can move Σ|p − 1/C|.
-
-    A sum of n = D + 1 terms errs by at most γ·Σ|terms|, γ = n·2⁻²⁴ always and 4√n·2⁻²⁴ but for one sum in a thousand
-    (Higham & Mary, 2019), before the blocking that makes both generous. An error ε in every logit moves p_c by at most
-    p_c·(exp(2ε/T) − 1), for it moves z_c by ε and the logsumexp by no more, and so Σ|p − 1/C| by exp(2ε/T) − 1.
-    """
-    if dtype == torch.float64:
-        return 1e-12
-    x, w, bias = x.double(), w.double(), bias.double()
-    n = x.shape[1] + 1
-    size = (x.abs() @ w.abs().T + bias.abs()).amax(1)
-    epsilon = min(n, 4 * n**0.5) * 2.0**-24 * size
-    score = deviation(x @ w.T + bias, temperature) * temperature
-    return 2e-6 + (torch.expm1(2 * epsilon / temperature) / score).max().item()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
