@@ -8,11 +8,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from classifiers import images, loader, small, truth
 from torch import nn
 
 from gradnorm_fast import GradNorm, fast_gradnorm
 
+from classifiers import images, loader, small, truth
 from conftest import DEVICE
 
 

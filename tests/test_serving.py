@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from classifiers import Calls, images, loader, small
 from torch import nn
 
 from gradnorm_fast import GradNorm, Prediction
 
+from classifiers import Calls, images, loader, small
 from conftest import DEVICE
 
 
