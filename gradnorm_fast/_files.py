@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import re
 import threading
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -21,6 +24,9 @@ def replacing(path: str | os.PathLike[str], mode: str = "w", **options: Any) -> 
     Where `path` is a symbolic link, the file that it points to is replaced.
     """
     target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    _remove_abandoned(target)
     partial = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
         with open(partial, mode, **options) as file:
@@ -34,6 +40,15 @@ def replacing(path: str | os.PathLike[str], mode: str = "w", **options: Any) -> 
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what a process that was killed while it wrote to `target` has left: not written to for an hour."""
+    name = re.compile(re.escape(f".{target.name}.") + r"\d+-\d+\.partial")
+    with suppress(OSError):  # whatever is wrong with the folder, opening the file says better
+        for entry in os.scandir(target.parent):
+            if name.fullmatch(entry.name) and entry.stat().st_mtime < time.time() - 3600:
+                os.unlink(entry.path)
 
 
 def digest_of(data: str | bytes) -> str:

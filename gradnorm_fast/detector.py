@@ -363,10 +363,10 @@ class GradNorm:
                 wrong.append(f"{len(different)} of {len(saved.tensors)} tensors differ: {gate.at_most(different)}")
         if wrong and not force:
             raise ValueError(
-                f"{path}: fitted to something else: {'; '.join(wrong)}. Fit it again, or load with force=True"
+                f"{path}: saved for something else: {'; '.join(wrong)}. Fit it again, or load with force=True"
             )
         if wrong:
-            warnings.warn(f"{path}: loaded by force, fitted to something else: {'; '.join(wrong)}", stacklevel=2)
+            warnings.warn(f"{path}: loaded by force, saved for something else: {'; '.join(wrong)}", stacklevel=2)
         if rounded:
             warnings.warn(
                 f"{path}: the model has another dtype than the one it was fitted to. {len(rounded)} tensors are "

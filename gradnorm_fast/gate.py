@@ -71,7 +71,7 @@ def read(path: str | os.PathLike[str]) -> Gate:
     get = _Keys(path, state)
     number = state["format"]
     if type(number) is not int or number not in (1, FORMAT):
-        newer = "; it is of a newer gradnorm_fast" if type(number) is int and number > FORMAT else ""
+        newer = "; it is written by a newer gradnorm_fast" if type(number) is int and number > FORMAT else ""
         raise ValueError(f'{path}: "format": expected 1 or {FORMAT}, got {_short(number)}{newer}')
     options = {"temperature": get.number("temperature"), "include_bias": get.of_type("include_bias", bool)}
     options["reduction"] = get.one_of("reduction", ("mean", "sum"))

@@ -232,7 +232,7 @@ def module_named(model: nn.Module, head: str | nn.Module) -> tuple[str, nn.Modul
     if isinstance(head, nn.Module):
         name = next((name for name, module in modules.items() if module is head), None)
         if name is None:
-            raise ValueError(f"head: this {type(head).__name__} is no part of the model")
+            raise ValueError(f"head: this {type(head).__name__} is not part of the model")
     elif isinstance(head, str):
         name = head
     else:

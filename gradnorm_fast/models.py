@@ -84,7 +84,7 @@ def device_of(name: str | None) -> torch.device:
         if device.type != "cuda":
             torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
-        raise ValueError(f"device: expected one that is here, as cpu, cuda or cuda:N, got {name!r}") from None
+        raise ValueError(f"device: expected cpu, cuda, cuda:N or another device here, got {name!r}") from None
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:

@@ -89,7 +89,7 @@ class ServedModel(nn.Module):
             features = self._checked_features(images)
         if features.shape[1] != self.weight.shape[1]:
             raise ValueError(
-                f"model: expected features (B, {self.weight.shape[1]}) of it without its head, got "
+                f"model: expected features (B, {self.weight.shape[1]}) from it without its head, got "
                 f"{tuple(features.shape)}: it does more with the head's output than return it"
             )
         features = features.to(self.weight.dtype)

@@ -28,31 +28,37 @@ WRONG = [
     (("--images", "id", "--model", "resnet18", "--weights", "BEST"), "weights: resnet18 has IMAGENET1K_V1"),
     (("--images", "id", "--batch-size", "0"), "expected a whole number above 0"),
     (("--images", "id", "--device", "cuda:99"), "device: 'cuda:99' is not there"),
-    (("--images", "id", "--device", "fpga9"), "device: expected one that is here"),
+    (("--images", "id", "--device", "fpga9"), "device: expected cpu, cuda, cuda:N or another device here"),
     (("--images", "id", "--detector", "own.py"), "expected a detector saved"),
     (("--images", "id", "--reduction", "max"), "invalid choice"),
     (("--images", "own.py"), "none of 1 can be read: own.py: not an image"),
     (("--images", "id", "--std", "0", "0", "0"), "std: expected three numbers above 0"),
     (("--images", "id", "--model", "own:no_tensor"), "expected the preprocessing to return a tensor, got Image"),
     (("--images", "id", "--threshold", "nan"), "threshold: expected a finite number"),
-    (("--images", "id", "--weight", "W.npy"), "weight: it does not go with images (pretrained weights are"),
-    (("--images", "id", "--detector", "g.json", "--temperature", "2"), "temperature: it does not go with --detector"),
-    (("--images", "id", "--detector", "g.json", "--threshold", "2"), "threshold: it does not go with --detector"),
+    (("--images", "id", "--weight", "W.npy"), "weight: it cannot be combined with images (pretrained weights are"),
+    (
+        ("--images", "id", "--detector", "g.json", "--temperature", "2"),
+        "temperature: it cannot be combined",
+    ),
+    (
+        ("--images", "id", "--detector", "g.json", "--threshold", "2"),
+        "threshold: it cannot be combined",
+    ),
     (("--images", "id", "--detector", "g.json"), "g.json: No such file"),
     (("--images", "id", "--std", "nan", "1", "1"), "std: expected a finite number"),
     (("--images", "id", "--mean", "inf", "1", "1"), "mean: expected a finite number"),
     (("--images", "id", "--temperature", "nan"), "temperature: expected a finite number"),
-    (("--images", "id", "--device", "mps"), "device: expected one that is here"),
+    (("--images", "id", "--device", "mps"), "device: expected cpu, cuda, cuda:N or another device here"),
     (("--images", "id", "--model", ":"), "expected module:function"),
     (("--images", "id", "--classes", "7"), "classes: 'own:small' decides that itself"),
     (("--images", "id", "--batch-size", 20 * "9"), "batch-size: expected a whole number, got"),
-    (("--images", "id", "--score", "auto"), "score: auto goes with fit alone"),
-    (("--images", "id", "--resume", "--restart"), "resume: it does not go with --restart"),
+    (("--images", "id", "--score", "auto"), "score: auto is for fit alone"),
+    (("--images", "id", "--resume", "--restart"), "resume: it cannot be combined with --restart"),
     ((), "expected --images with --model, or --features"),
     (("--features", "nothing.npy", "--weight", "W.npy"), "features: no file nothing.npy"),
     (("--features", "own.py", "--weight", "W.npy"), "features: cannot read own.py"),
     (("--features", "own.py"), "weight: expected --weight"),
-    (("--features", "F.npy", "--weight", "W.npy", "--head", "fc"), "head: it does not go with --features"),
+    (("--features", "F.npy", "--weight", "W.npy", "--head", "fc"), "head: it cannot be combined with --features"),
 ]
 
 
@@ -87,7 +93,7 @@ def test_more_mistakes(place, capsys):
     wrong.append(((*SCORE, "--images", "id", "--checkpoint", "other.pt", "--out", "s.csv"), "is of another model"))
     for i, size in enumerate((9, 12)):
         Image.new("RGB", (size, size)).save(place / f"empty/{i}.png")
-    wrong.append(((*SCORE, "--images", "empty", "--out", "s.csv"), "of several sizes"))
+    wrong.append(((*SCORE, "--images", "empty", "--out", "s.csv"), "images: expected one size"))
     for arguments, message in wrong:
         assert run(*arguments) == 2, arguments
         err = capsys.readouterr().err
@@ -142,7 +148,7 @@ def test_switches_that_are_none(monkeypatch, capsys):
         fast_gradnorm(torch.ones(2, 3), torch.ones(4, 3), backend="torch")
     for name, value, message in (
         ("GRADNORM_FAST_BATCH_INVARIANT", "true", "GRADNORM_FAST_BATCH_INVARIANT: expected 0 or 1, got 'true'"),
-        ("GRADNORM_FAST_AUTOTUNING", "1", "GRADNORM_FAST_AUTOTUNING: no such environment variable"),
+        ("GRADNORM_FAST_AUTOTUNING", "1", "GRADNORM_FAST_AUTOTUNING: unknown environment variable"),
     ):
         with monkeypatch.context() as patch:
             patch.delenv("GRADNORM_FAST_BATCH_INVARIANT")

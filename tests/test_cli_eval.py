@@ -142,7 +142,10 @@ def test_what_eval_refuses(place, capsys):
             ("eval", *MODEL_RUN, "--id", "id", "--ood", "a=F.npy", "--out", "r"),
             "a: expected images, as id, got features",
         ),
-        (("eval", *MODEL_RUN, "--id", "id", "F.npy", "--ood", "a=ood", "--out", "r"), "expected images, or one file"),
+        (
+            ("eval", *MODEL_RUN, "--id", "id", "F.npy", "--ood", "a=ood", "--out", "r"),
+            "id: expected images, or one file",
+        ),
         (("eval", *MODEL_RUN, "--id", "id", "--out", "r"), "ood: expected at least one set"),
         (("eval", "--id", "few.csv", "--ood", "a=few.csv", "--out", "r"), "expected the column 'feature_norm'"),
         ((*fit, "words.csv"), "expected numbers in column 'gradnorm' of words.csv"),

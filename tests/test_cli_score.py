@@ -1,6 +1,7 @@
 """Scores of images and of features into files."""
 
 import csv
+import errno
 import importlib
 import io
 import json
@@ -187,7 +188,7 @@ def test_no_input_is_overwritten(place, link, capsys):
     ):
         before = {path: path.read_bytes() for path in place.glob("*.npy")}
         assert run(*wrong) == 2
-        assert "is used by this run" in capsys.readouterr().err
+        assert "is read by this run" in capsys.readouterr().err
         assert before == {path: path.read_bytes() for path in place.glob("*.npy")}
     picture = Path("id/00.png").read_bytes()
     assert run("fit", *MODEL_RUN, "--id", "id", "--out", "id/00.png") == 2
@@ -295,6 +296,25 @@ def test_save_features(place, interrupt):
     assert not list(place.glob("*.part*"))
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="no posix_fallocate here")
+def test_features_have_their_room_on_the_disk_before_any_work(place, interrupt, monkeypatch, capsys):
+    """Writing to a mapped file on a full disk ends the process without a word."""
+    arguments = (*SCORE, "--images", "id", "--out", "s.csv", "--save-features", "f.npy", "--batch-size", 4)
+    interrupt(2)
+    assert run(*arguments) == 130
+    part = Path("s.part-features").stat()
+    assert part.st_blocks * 512 >= part.st_size > 20 * 8 * 4
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    sizes = interrupt(0)
+    assert run(*arguments, "--restart") == 2 and sum(sizes) == 0
+    assert re.search(r"s.part-features: 640 bytes of features: No space left on device", capsys.readouterr().err)
+    assert not Path("s.part-features").exists()
+
+
 def test_an_own_model_may_import_beside_itself_while_it_runs(place):
     Path("beside.py").write_text("SCALE = 1")
     Path("late.py").write_text(
@@ -325,7 +345,7 @@ def test_a_gate_fitted_to_features_or_scores(place, capsys):
     one, two = (json.loads(Path(name).read_text()) for name in ("g.json", "h.json"))
     assert one == two
     assert run("fit", "--id", "s.csv", "--quiet", "--out", "h.json") == 2
-    assert "does not tell whose they are" in capsys.readouterr().err
+    assert "does not say which model made it" in capsys.readouterr().err
     assert run(*SCORE, "--images", "id", "--out", "i.csv") == 0
     assert run("fit", *MODEL_RUN, "--head", "4", "--id", "i.csv", "--out", "i.json") == 0
     assert run(*SCORE, "--images", "id", "--detector", "i.json", "--out", "s.csv") == 0
@@ -425,7 +445,7 @@ def test_report(place, capsys):
         assert run(*arguments, path) == 2
         assert message in capsys.readouterr().err and not Path("s.csv").exists()
     os.link("W.npy", "W.html")
-    assert run(*features, "W.html") == 2 and "report: W.html is used by this run" in capsys.readouterr().err
+    assert run(*features, "W.html") == 2 and "report: W.html is read by this run" in capsys.readouterr().err
 
 
 def test_a_damaged_shard_is_not_taken_for_a_shorter_one(place, capsys):

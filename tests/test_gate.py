@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import warnings
 
 import pytest
@@ -55,6 +56,16 @@ def test_saving_needs_a_head_and_keeps_links(path, tmp_path):
         other = small()
         other.fc = nn.Sequential(other.fc)
         GradNorm.load(path, other)
+
+
+def test_what_a_killed_process_left_is_removed_after_an_hour(path, tmp_path):
+    left = {age: tmp_path / f".gate.json.{age}-1.partial" for age in (1, 2)}
+    others = [tmp_path / ".gate.json.partial", tmp_path / ".other.json.1-1.partial", tmp_path / "gate.json.1-1.partial"]
+    for file in (*left.values(), *others):
+        file.write_text("half")
+        os.utime(file, (0, 0) if file != left[1] else None)
+    saved(path)
+    assert not left[2].exists() and left[1].exists() and all(file.exists() for file in others)
 
 
 def test_tpr_can_be_changed_after_loading(path):
@@ -212,7 +223,7 @@ BAD = [
     (DEEP, "nested too deeply"),
     ("[1]", 'an object with the key "format"'),
     ("{}", 'an object with the key "format"'),
-    ({"format": 3}, '"format": expected 1 or 2, got 3; it is of a newer'),
+    ({"format": 3}, '"format": expected 1 or 2, got 3; it is written by a newer'),
     ({"format": True}, '"format": expected 1 or 2, got true'),
     ({"format": "2"}, '"format": expected 1 or 2, got "2"'),
     ({"head": 3}, '"head": expected a string, got 3'),

@@ -144,14 +144,14 @@ def test_commands(place, capsys):
     for arguments, message in (
         ((*SCORE, "--images", "id", *by_all, "--head", "4", "--out", "t.csv"), "head: expected None where layers"),
         ((*SCORE, "--images", "id", *by_all, "--compile", "--out", "t.csv"), "compile: gradients of layers"),
-        ((*SCORE, "--images", "id", *by_all, *gate, "--out", "t.csv"), "layers: it does not go with --detector"),
+        ((*SCORE, "--images", "id", *by_all, *gate, "--out", "t.csv"), "layers: it cannot be combined with --detector"),
         (
             (*SCORE, "--images", "id", *by_all, "--save-features", "f.npy", "--out", "t.csv"),
-            "layers: it does not go with --save-features",
+            "layers: it cannot be combined with --save-features",
         ),
         (
             ("score", "--features", "F.npy", *FEATURES_RUN, *by_all, "--out", "t.csv"),
-            "layers: it does not go with --features",
+            "layers: it cannot be combined with --features",
         ),
         (("score", "--features", "F.npy", *FEATURES_RUN, *gate, "--out", "t.csv"), "fitted to gradients of layers"),
         ((*SCORE, "--images", "id", "--layers", "5", "--out", "t.csv"), "layers: the model has no module '5'"),
@@ -162,4 +162,4 @@ def test_commands(place, capsys):
     assert run("fit", "--model", "own:small", *by_all, "--id", "s.csv", "--out", "g.json") == 0
     assert json.loads(Path("g.json").read_text())["layers"] == "all"
     saved = ("score", "--model", "own:other", *RUN, "--images", "id", *gate)
-    assert run(*saved, "--out", "t.csv") == 2 and "fitted to something else" in capsys.readouterr().err
+    assert run(*saved, "--out", "t.csv") == 2 and "saved for something else" in capsys.readouterr().err

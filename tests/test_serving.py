@@ -127,7 +127,7 @@ def test_what_cannot_be_served():
         GradNorm(small()).fit_scores(torch.rand(30)).module()
     model = Calls(lambda fc, x: fc(x)[:, :6]).to(DEVICE)  # does nothing to six logits, cuts the eight features
     model.fc = nn.Linear(8, 6).to(DEVICE)
-    with pytest.raises(ValueError, match=r"expected features \(B, 8\) of it without its head, got \(6, 6\)"):
+    with pytest.raises(ValueError, match=r"expected features \(B, 8\) from it without its head, got \(6, 6\)"):
         fitted(model).module()(images())
     model = Calls(lambda fc, x: fc(x).clamp(-3, 3)).to(DEVICE)  # which these logits do not meet, but features do
     model.fc.weight.data *= 1e-3

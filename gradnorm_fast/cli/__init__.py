@@ -75,5 +75,5 @@ def _check_environment() -> None:
     for name in os.environ:
         if name.startswith("GRADNORM_FAST_"):
             if name not in SWITCHES:
-                raise ValueError(f"{name}: no such environment variable; there are {' and '.join(SWITCHES)}")
+                raise ValueError(f"{name}: unknown environment variable; known: {', '.join(SWITCHES)}")
             switch(name)

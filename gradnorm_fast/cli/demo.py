@@ -30,9 +30,9 @@ def add_parser(subparsers: Subparsers, common: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     if args.images and not args.imagenet:
-        raise ValueError("images: they go with --imagenet")
+        raise ValueError("images: only with --imagenet")
     if args.seed is not None and args.imagenet:
-        raise ValueError("seed: it does not go with --imagenet, where nothing is random")
+        raise ValueError("seed: it cannot be combined with --imagenet, where nothing is random")
     from .. import demo, demo_imagenet
     from ..models import device_of
 

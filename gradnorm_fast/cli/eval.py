@@ -134,7 +134,7 @@ def _sets(args: argparse.Namespace) -> tuple[dict[str, list[str]], dict[str, lis
             if not separator or not name or not source:
                 raise ValueError(f"--{option}: expected NAME=PATH, got {item!r}")
             if os.path.basename(name) != name or not name.isprintable():
-                raise ValueError(f"--{option}: expected a name that can be part of a file's, got {name!r}")
+                raise ValueError(f"--{option}: expected a name that can be part of a file name, got {name!r}")
             if name in taken:
                 raise ValueError(f"--{option}: the name {name!r} is taken")
             taken.add(name)

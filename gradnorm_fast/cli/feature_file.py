@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from .._files import replacing
 from ..detector import GradNorm
-from .run_log import features_part, parts_of, rank_and_world
+from .run_log import features_part, parts_of, rank_and_world, resumable
 from .tables import Table
 
 
@@ -33,7 +34,19 @@ class FeatureFile:
         if resume and parts_of(out) and not self.part.exists():
             raise ValueError(f"save-features: {self.part} is gone, with the features of the run; --restart begins anew")
         if rank_and_world()[0] == 0 and not (resume and self.part.exists()):
-            self._map("w+")
+            self._create()
+
+    def _create(self) -> None:
+        """With its room on the disk: a process that writes to a mapped file for which there is none is killed."""
+        rows = self._map("w+")
+        if hasattr(os, "posix_fallocate"):
+            try:
+                with open(self.part, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), rows.offset, rows.nbytes)
+            except OSError as error:
+                self.part.unlink()
+                reason = f"{rows.nbytes} bytes of features: {error.strerror}"
+                raise OSError(error.errno, reason, str(self.part)) from error
 
     def _map(self, mode: Any) -> Any:
         return np.lib.format.open_memmap(self.part, mode=mode, dtype=self.dtype, shape=self.shape)
@@ -57,7 +70,7 @@ class FeatureFile:
     def finish(self, table: Table) -> None:
         """Write the features of the table's rows."""
         rows = np.load(self.part, mmap_mode="r")
-        with replacing(self.path, "wb") as file:
+        with resumable(self.path), replacing(self.path, "wb") as file:
             shape = (len(table.indices), rows.shape[1])
             np.lib.format.write_array_header_1_0(
                 file, {"descr": np.lib.format.dtype_to_descr(rows.dtype), "fortran_order": False, "shape": shape}

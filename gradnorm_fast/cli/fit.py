@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
         detector = chosen.detector
         if detector is None:
             raise ValueError(
-                "fit: a file of scores does not tell whose they are: expected --model and --head, or --weight"
+                "fit: a file of scores does not say which model made it: add --model and --head, or --weight"
             )
         for name, table in tables.items():
             if message := table.nan_message(detector.score_name):

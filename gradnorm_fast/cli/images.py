@@ -133,7 +133,7 @@ def _collate(items: list[Tensor | str | ValueError]) -> tuple[Tensor | None, lis
     images = [item for item in items if isinstance(item, Tensor)]
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) > 1:
-        wrong.append(ValueError(f"images: of several sizes, {sorted(shapes)[:2]}; use --resize N"))
+        wrong.append(ValueError(f"images: expected one size, got {sorted(shapes)[:2]}; use --resize N"))
     if wrong:
         return wrong[0]
     return torch.stack(images) if images else None, [item if isinstance(item, str) else None for item in items]

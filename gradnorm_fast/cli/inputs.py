@@ -243,4 +243,4 @@ def check_output(option: str, out: str | os.PathLike[str], read: Iterable[str | 
         elif os.path.realpath(source) == target or (
             os.path.exists(source) and os.path.exists(target) and os.path.samefile(source, target)
         ):
-            raise ValueError(f"{option}: {os.fspath(out)} is used by this run; writing would destroy it")
+            raise ValueError(f"{option}: {os.fspath(out)} is read by this run; writing would destroy it")

@@ -57,4 +57,4 @@ def refuse(args: argparse.Namespace, given: str, *names: str) -> None:
     for name in names:
         if getattr(args, name) is not None:
             hint = " (pretrained weights are --weights)" if name == "weight" else ""
-            raise ValueError(f"{name}: it does not go with {given}{hint}")
+            raise ValueError(f"{name}: it cannot be combined with {given}{hint}")

@@ -107,10 +107,10 @@ def locked(out: Path) -> Iterator[None]:
 def check_progress(out: Path, resume: bool, restart: bool) -> None:
     """Refuse to start over where an interrupted run has rows, unless the user says what to do with them; ValueError."""
     if resume and restart:
-        raise ValueError("resume: it does not go with --restart")
+        raise ValueError("resume: it cannot be combined with --restart")
     for part, magic in ((_part(out, *rank_and_world()), _MAGIC), (features_part(out), b"\x93NUMPY")):
         if part.exists() and part.stat().st_size and not _starts_with(part, magic):
-            raise ValueError(f"out: {part} is in the way: it is no part of a run")
+            raise ValueError(f"out: {part} is in the way: it is not a part of a run; choose another name")
     if resume or restart:
         return
     kept = sum(max(0, part.stat().st_size - len(_header_of(part))) // _ROW.itemsize for part in parts_of(out))
@@ -161,7 +161,7 @@ def run(job: Job, batches: Batches, out: Path, *, resume: bool = False, progress
     todo = np.setdiff1d(np.arange(len(job.names)), scored)[rank::world].tolist()  # unreadable and NaN ones again
     bar.start(len(todo))
     if rank == 0 and progress and resume:
-        bar.say(f"{len(scored)} of {len(job.names)} {job.unit} are there already")
+        bar.say(f"{len(scored)} of {len(job.names)} {job.unit} are already scored")
     try:
         with open(part, "ab", buffering=0) as file:
             for batch in batches(todo):

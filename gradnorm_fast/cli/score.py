@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if (args.features is None) == (args.images is None):
         raise ValueError("score: expected --images with --model, or --features with --weight")
     if args.score == "auto":
-        raise ValueError("score: auto goes with fit alone, which has OOD images to choose by; name one")
+        raise ValueError("score: auto is for fit alone, which has OOD images to choose by; name a score")
     if args.features is not None:
         refuse(args, "--features", "head", *options.MODEL_OPTIONS)
     if args.detector is not None:

@@ -53,7 +53,7 @@ class Scorer(Protocol):
 
 def scorer(args: argparse.Namespace, sets: dict[str, list[str]]) -> Scorer:
     """Of the kind that all sets are of; ValueError where they differ, or options are missing or do not fit."""
-    kinds = {name: kind_of(sources) for name, sources in sets.items()}
+    kinds = {name: kind_of(name, sources) for name, sources in sets.items()}
     (name, kind), *others = kinds.items()
     for other, its in others:
         if its != kind:
@@ -63,11 +63,11 @@ def scorer(args: argparse.Namespace, sets: dict[str, list[str]]) -> Scorer:
     return HeadScorer(args) if kind == "features" else FileScorer(args)
 
 
-def kind_of(sources: list[str]) -> Kind:
+def kind_of(name: str, sources: list[str]) -> Kind:
     """What a set is made of: images unless it is a .npy file of features, or a file that `score` wrote."""
     kinds = {_kind(Path(source)) for source in sources}
     if len(kinds) > 1 or (len(sources) > 1 and "images" not in kinds):
-        raise ValueError(f"expected images, or one file of features or scores, got {' '.join(sources)}")
+        raise ValueError(f"{name}: expected images, or one file of features or scores, got {' '.join(sources)}")
     return kinds.pop()
 
 
