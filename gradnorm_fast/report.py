@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _EXTRA = 'pip install "gradnorm_fast[eval]"'
 _THUMBNAIL = 160  # pixels, of the longer side
+_LONG = ' class="long"'  # of a detail that takes a line of its own
 _PIXELATED = 64  # images up to this size are enlarged without smoothing
 _FIELDS = {
     "gradnorm": "GradNorm",
@@ -200,7 +201,8 @@ def _overview(tables: dict[str, _Table], score: str, threshold: float | None, de
             row.append(f"{below:,} ({below / len(values):.1%})" if len(values) else "none")
         rows.append(row)
     facts = "".join(
-        f"<div><dt>{escape(_shown(str(k)))}</dt><dd>{escape(_shown(str(v)))}</dd></div>" for k, v in details.items()
+        f"<div{_LONG if len(str(v)) > 60 else ''}><dt>{escape(_shown(str(k)))}</dt><dd>{escape(_shown(str(v)))}</dd></div>"
+        for k, v in details.items()
     )
     return (f"<dl>{facts}</dl>" if facts else "") + _html_table(head, rows)
 
@@ -407,6 +409,8 @@ dl { margin: 0 0 1rem; }
 body > dl { display: grid; gap: .2rem 1.5rem; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); }
 dl div { display: flex; gap: .5rem; justify-content: space-between; }
 body > dl div { justify-content: flex-start; }
+body > dl .long { grid-column: 1 / -1; }
+figcaption dd { white-space: nowrap; }
 dt { color: #5b6570; }
 dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 .wide { overflow-x: auto; }
