@@ -29,6 +29,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy gradnorm_fast
 	$(BIN)/mypy --explicit-package-bases kernels
+	$(BIN)/mypy --explicit-package-bases benchmarks
 
 kernels: $(STAMP)
 	$(BIN)/python benchmarks/compile_matrix.py
