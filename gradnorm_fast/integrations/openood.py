@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from .._progress import with_bar
 from ..functional import fast_gradnorm
 
 try:  # OpenOOD's Evaluator takes only what inherits from its own class
@@ -214,8 +215,4 @@ def _with_bar(loader: Iterable[Any], progress: bool) -> Iterable[Any]:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not progress or (distributed and torch.distributed.get_rank() != 0):
         return loader
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:  # a bar is not worth an error
-        return loader
-    return tqdm(loader)
+    return with_bar(loader)
