@@ -77,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
     for path in (out, *files.values()):
         check_output("out", path, read)
     report.check(args, read, new_folder=out)
-    if find_spec("sklearn") is None or find_spec("matplotlib") is None:
-        raise ImportError('eval needs scikit-learn and matplotlib: pip install "gradnorm_fast[eval]"')
+    if find_spec("matplotlib") is None:
+        raise ImportError('eval needs matplotlib: pip install "gradnorm_fast[eval]"')
     existed = out.exists()
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -167,8 +167,7 @@ def _write(out: Path, results: Results, args: argparse.Namespace, scorer: Scorer
     if accuracy is not None:
         note += f" ID accuracy: {100 * accuracy:.2f}."
     repeat = {
-        "versions": {"gradnorm_fast": __version__}
-        | {p: version_of(p) for p in ("torch", "torchvision", "scikit-learn")},
+        "versions": {"gradnorm_fast": __version__} | {p: version_of(p) for p in ("torch", "torchvision")},
         "folder": os.getcwd(),
         "arguments": {name: value for name, value in vars(args).items() if name != "command"},
         **scorer.description(),
