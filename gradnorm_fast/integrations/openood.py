@@ -36,7 +36,7 @@ class GradNormPostprocessor(BasePostprocessor):
         args: `config.postprocessor.postprocessor_args`, None without a config.
         num_classes: of the data set that the config names, None where it names none that is known.
 
-    Example:
+    Examples:
         >>> features, weight = torch.rand(4, 8), torch.randn(5, 8)
         >>> GradNormPostprocessor().gradnorm(features, weight).shape  # as OpenOOD's evaluator calls it
         (4,)
@@ -133,7 +133,7 @@ def register() -> None:
         ImportError: OpenOOD is not installed.
         RuntimeError: an OpenOOD whose registries are not those of v1.5.
 
-    Example:
+    Examples:
         >>> register()  # doctest: +SKIP
     """
     import openood.postprocessors as postprocessors  # type: ignore
