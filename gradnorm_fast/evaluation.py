@@ -90,7 +90,7 @@ def evaluate(
     Raises:
         ValueError: scores that are not a non-empty one-dimensional array of finite real numbers; a wrong option.
 
-    Example:
+    Examples:
         >>> metrics = evaluate(id_scores=[3.0, 2.5, 2.0], ood_scores=[1.0, 2.2])
         >>> round(metrics["auroc"], 3)
         0.833
@@ -127,7 +127,7 @@ def compare_methods(id_scores: HeadScores, ood_scores: Mapping[str, HeadScores],
     The last entry, "average", is the mean over the OOD sets. TypeError for what are not `HeadScores`, ValueError for no
     OOD set.
 
-    Example:
+    Examples:
         >>> inside, outside = detector.head_scores_loader(id_loader), detector.head_scores_loader(ood_loader)
         >>> results = compare_methods(inside, {"places": outside})
         >>> auroc = results["places"]["GradNorm"]["auroc"]
@@ -153,7 +153,7 @@ def results_table(results: Results) -> str:
 
     FPR95 is that of the convention the results were made with; without one, ID is the positive class.
 
-    Example:
+    Examples:
         >>> table = results_table(compare_methods(id_scores, {"places": ood_scores}))
         >>> table.splitlines()[0]
         '| | places FPR95 ↓ | AUROC ↑ | average FPR95 ↓ | AUROC ↑ |'
@@ -178,7 +178,7 @@ def results_table(results: Results) -> str:
 def results_csv(results: Results) -> str:
     """One line per OOD set and method with every metric, fractions in [0, 1].
 
-    Example:
+    Examples:
         >>> results_csv(compare_methods(id_scores, {"places": ood_scores})).splitlines()[0]
         'ood,method,auroc,aupr_in,aupr_out,fpr95_id_positive,fpr95_ood_positive,n_id,n_ood'
     """
@@ -216,7 +216,7 @@ def plot_scores(
         ValueError: as in `evaluate`, or ``ood_scores`` is an empty mapping.
         ImportError: matplotlib is not installed.
 
-    Example:
+    Examples:
         >>> ax = plot_scores(id_scores.gradnorm, {"places": ood_scores.gradnorm})
         >>> ax.figure.savefig("scores.png")
     """
@@ -248,7 +248,7 @@ def plot_roc(id_scores: ScoresLike, ood_scores: ScoresLike | Mapping[str, Scores
         ValueError: as in `evaluate`, or ``ood_scores`` is an empty mapping.
         ImportError: matplotlib is not installed.
 
-    Example:
+    Examples:
         >>> ax = plot_roc(id_scores.gradnorm, {"places": ood_scores.gradnorm})
         >>> ax.figure.savefig("roc.png")
     """
