@@ -64,8 +64,12 @@ def sharded_gradnorm(
         RuntimeError: torch.distributed is not initialised; or what it raises when a rank does not answer within the
             timeout that the group was made with.
 
-    Example:
-        >>> scores = sharded_gradnorm(features, lm_head.weight, target=labels, p=2.0)  # doctest: +SKIP
+    Examples:
+        >>> features, weight = torch.rand(4, 8), torch.randn(5, 8)  # here the only rank, with all classes
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> sharded_gradnorm(features, weight, p=2.0).shape
+        torch.Size([4])
+        >>> dist.destroy_process_group()
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("group: torch.distributed is not initialised; call torch.distributed.init_process_group")

@@ -89,6 +89,11 @@ def evaluate(
 
     Raises:
         ValueError: scores that are not a non-empty one-dimensional array of finite real numbers; a wrong option.
+
+    Examples:
+        >>> metrics = evaluate(id_scores=[3.0, 2.5, 2.0], ood_scores=[1.0, 2.2])
+        >>> round(metrics["auroc"], 3)
+        0.833
     """
     if convention is not None and convention not in CONVENTIONS:
         raise ValueError(f"convention: expected None or one of {', '.join(CONVENTIONS)}, got {convention!r}")
@@ -121,6 +126,11 @@ def compare_methods(id_scores: HeadScores, ood_scores: Mapping[str, HeadScores],
 
     The last entry, "average", is the mean over the OOD sets. TypeError for what are not `HeadScores`, ValueError for no
     OOD set.
+
+    Examples:
+        >>> inside, outside = detector.head_scores_loader(id_loader), detector.head_scores_loader(ood_loader)
+        >>> results = compare_methods(inside, {"places": outside})
+        >>> auroc = results["places"]["GradNorm"]["auroc"]
     """
     if not isinstance(ood_scores, Mapping):
         raise TypeError(f"ood_scores: expected HeadScores by name, got {type(ood_scores).__name__}")
@@ -142,6 +152,11 @@ def results_table(results: Results) -> str:
     """Markdown in the layout of the paper's Table 1: a row per method; FPR95 and AUROC of each OOD set, in %.
 
     FPR95 is that of the convention the results were made with; without one, ID is the positive class.
+
+    Examples:
+        >>> table = results_table(compare_methods(id_scores, {"places": ood_scores}))
+        >>> table.splitlines()[0]
+        '| | places FPR95 ↓ | AUROC ↑ | average FPR95 ↓ | AUROC ↑ |'
     """
     names = [name.replace("|", "\\|") for name in results]
     lines = [
@@ -161,7 +176,12 @@ def results_table(results: Results) -> str:
 
 
 def results_csv(results: Results) -> str:
-    """One line per OOD set and method with every metric, fractions in [0, 1]."""
+    """One line per OOD set and method with every metric, fractions in [0, 1].
+
+    Examples:
+        >>> results_csv(compare_methods(id_scores, {"places": ood_scores})).splitlines()[0]
+        'ood,method,auroc,aupr_in,aupr_out,fpr95_id_positive,fpr95_ood_positive,n_id,n_ood'
+    """
     keys = list(dict.fromkeys(k for of_set in results.values() for m in of_set.values() for k in m))
     lines = [",".join(["ood", "method", *keys])]
     for name, of_set in results.items():
@@ -195,6 +215,10 @@ def plot_scores(
     Raises:
         ValueError: as in `evaluate`, or ``ood_scores`` is an empty mapping.
         ImportError: matplotlib is not installed.
+
+    Examples:
+        >>> ax = plot_scores(id_scores.gradnorm, {"places": ood_scores.gradnorm})
+        >>> ax.figure.savefig("scores.png")
     """
     inside, outside = _as_scores("id_scores", id_scores), _as_named_scores(ood_scores)
     ax = _axes("plot_scores", ax)
@@ -223,6 +247,10 @@ def plot_roc(id_scores: ScoresLike, ood_scores: ScoresLike | Mapping[str, Scores
     Raises:
         ValueError: as in `evaluate`, or ``ood_scores`` is an empty mapping.
         ImportError: matplotlib is not installed.
+
+    Examples:
+        >>> ax = plot_roc(id_scores.gradnorm, {"places": ood_scores.gradnorm})
+        >>> ax.figure.savefig("roc.png")
     """
     inside, outside = _as_scores("id_scores", id_scores), _as_named_scores(ood_scores)
     ax = _axes("plot_roc", ax)
