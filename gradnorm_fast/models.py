@@ -99,7 +99,8 @@ def _torchvision(name: str, weights: str | None, classes: int | None) -> tuple[n
 
     known = torchvision.models.list_models(torchvision.models)
     if name not in known:
-        near = ", ".join(n for n in known if n.startswith(name[:4])) or ", ".join(known[:5]) + ", ..."
+        names = [n for n in known if n.startswith(name[:4])] or known
+        near = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         raise ValueError(
             f"model: torchvision has no classifier {name!r} (near: {near}); others are timm:NAME or module:function"
         )

@@ -201,10 +201,8 @@ def _overview(tables: dict[str, _Table], score: str, threshold: float | None, de
             below = int((values < threshold).sum())
             row.append(f"{below:,} ({below / len(values):.1%})" if len(values) else "none")
         rows.append(row)
-    facts = "".join(
-        f"<div{_LONG if len(str(v)) > 60 else ''}><dt>{escape(_shown(str(k)))}</dt><dd>{escape(_shown(str(v)))}</dd></div>"
-        for k, v in details.items()
-    )
+    texts = {escape(_shown(str(k))): escape(_shown(str(v))) for k, v in details.items()}
+    facts = "".join(f"<div{_LONG if len(v) > 60 else ''}><dt>{k}</dt><dd>{v}</dd></div>" for k, v in texts.items())
     return (f"<dl>{facts}</dl>" if facts else "") + _html_table(head, rows)
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -94,6 +95,13 @@ def test_more_mistakes(place, capsys):
     for i, size in enumerate((9, 12)):
         Image.new("RGB", (size, size)).save(place / f"empty/{i}.png")
     wrong.append(((*SCORE, "--images", "empty", "--out", "s.csv"), "images: expected one size"))
+    np.save("objects.npy", np.array([{}]), allow_pickle=True)
+    Path("cut.npy").write_bytes(b"\x93NUMPY")
+    Path("nothing.csv").touch()
+    for file in ("objects.npy", "cut.npy", "own.py"):
+        features = ("score", "--features", "F.npy", "--device", "cpu", "--out", "s.csv", "--weight", file)
+        wrong.append((features, f"weight: cannot read {file} as a NumPy array: it is damaged, or no .npy file"))
+    wrong.append((("eval", "--id", "nothing.csv", "--ood", "a=nothing.csv", "--out", "r", "--quiet"), "it is empty"))
     for arguments, message in wrong:
         assert run(*arguments) == 2, arguments
         err = capsys.readouterr().err

@@ -113,7 +113,10 @@ def read_table(path: Path, fields: Iterable[str] = FIELDS) -> Table:
 def _read_columns(path: Path) -> dict[str, Any]:
     if path.suffix == ".csv":
         with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-            header, *rows = csv.reader(file)
+            lines = list(csv.reader(file))
+        if not lines:
+            raise ValueError("it is empty")
+        header, *rows = lines
         uneven = next((i for i, row in enumerate(rows, 2) if len(row) != len(header)), None)
         if uneven is not None:
             raise ValueError(f"line {uneven} has {len(rows[uneven - 2])} values, the header {len(header)}")
