@@ -43,7 +43,7 @@ def replacing(path: str | os.PathLike[str], mode: str = "w", **options: Any) -> 
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Remove what a process that was killed while it wrote to `target` has left: not written to for an hour."""
+    """Remove what killed processes left half written beside `target`: files untouched for an hour."""
     name = re.compile(re.escape(f".{target.name}.") + r"\d+-\d+\.partial")
     with suppress(OSError):  # whatever is wrong with the folder, opening the file says better
         for entry in os.scandir(target.parent):

@@ -368,10 +368,10 @@ class GradNorm:
                 wrong.append(f"{len(different)} of {len(saved.tensors)} tensors differ: {gate.at_most(different)}")
         if wrong and not force:
             raise ValueError(
-                f"{path}: saved for something else: {'; '.join(wrong)}. Fit it again, or load with force=True"
+                f"{path}: this gate does not match: {'; '.join(wrong)}. Fit it again, or load with force=True"
             )
         if wrong:
-            warnings.warn(f"{path}: loaded by force, saved for something else: {'; '.join(wrong)}", stacklevel=2)
+            warnings.warn(f"{path}: loaded by force, does not match: {'; '.join(wrong)}", stacklevel=2)
         if rounded:
             warnings.warn(
                 f"{path}: the model has another dtype than the one it was fitted to. {len(rounded)} tensors are "

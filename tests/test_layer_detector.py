@@ -162,4 +162,4 @@ def test_commands(place, capsys):
     assert run("fit", "--model", "own:small", *by_all, "--id", "s.csv", "--out", "g.json") == 0
     assert json.loads(Path("g.json").read_text())["layers"] == "all"
     saved = ("score", "--model", "own:other", *RUN, "--images", "id", *gate)
-    assert run(*saved, "--out", "t.csv") == 2 and "saved for something else" in capsys.readouterr().err
+    assert run(*saved, "--out", "t.csv") == 2 and "this gate does not match" in capsys.readouterr().err

@@ -37,7 +37,7 @@ class FeatureFile:
             self._create()
 
     def _create(self) -> None:
-        """With its room on the disk: a process that writes to a mapped file for which there is none is killed."""
+        """Make the file and allocate all of it: writing to a mapped file on a full disk kills the process."""
         rows = self._map("w+")
         if hasattr(os, "posix_fallocate"):
             try:
