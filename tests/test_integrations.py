@@ -502,6 +502,13 @@ def test_openood_refuses_what_does_not_fit():
     for batch, got in (((x, x), "tuple"), ({"data": x}, "the keys data")):
         with pytest.raises(TypeError, match=f'data_loader: expected .* keys "data" and "label", got {got}'):
             postprocessor.inference(Net(), [batch], progress=False)
+    for batch in ({"data": None, "label": [1]}, {"data": x, "label": "cat"}):
+        with pytest.raises(TypeError, match=r"(data|label): expected a tensor or a NumPy array, got (NoneType|str)"):
+            postprocessor.inference(Net(), [batch], progress=False)
+    head = {"x": np.ones((2, 3)), "w": np.ones((4, 3)), "b": np.ones(4)}
+    for name in head:
+        with pytest.raises(TypeError, match=f"^{name}: expected a tensor or a NumPy array, got str"):
+            postprocessor.gradnorm(**{**head, name: "features"})
 
 
 # pytorch-ood

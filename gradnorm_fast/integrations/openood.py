@@ -66,11 +66,11 @@ class GradNormPostprocessor(BasePostprocessor):
             (B,), float32, or float64 where the head is.
 
         Raises:
-            ValueError: features that do not fit the head.
+            TypeError: no tensors. ValueError: features that do not fit the head.
         """
-        x = torch.as_tensor(x)
-        w = torch.as_tensor(w).to(x.device)
-        b = None if b is None else torch.as_tensor(b).to(w)
+        x = _tensor("x", x)
+        w = _tensor("w", w).to(x.device)
+        b = None if b is None else _tensor("b", b).to(w)
         scores: npt.NDArray[Any] = fast_gradnorm(x.to(w.dtype), w, b, reduction="sum").cpu().numpy()
         return scores
 
@@ -115,12 +115,20 @@ class GradNormPostprocessor(BasePostprocessor):
             if not isinstance(batch, Mapping) or not {"data", "label"} <= batch.keys():
                 got = f"the keys {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
                 raise TypeError(f'data_loader: expected dictionaries with the keys "data" and "label", got {got}')
-            pred, conf = self.postprocess(net, batch["data"].to(device))
-            batches.append((pred.cpu(), conf.cpu(), batch["label"].cpu()))
+            data, label = _tensor("data", batch["data"]), _tensor("label", batch["label"])
+            pred, conf = self.postprocess(net, data.to(device))
+            batches.append((pred.cpu(), conf.cpu(), label.cpu()))
         if not batches:
             raise ValueError("data_loader: expected at least one batch, got none")
         preds, confs, labels = (torch.cat(parts).numpy() for parts in zip(*batches, strict=True))
         return preds.astype(int), confs, labels.astype(int)
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name}: expected a tensor or a NumPy array, got {type(value).__name__}") from None
 
 
 def register() -> None:
