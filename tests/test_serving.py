@@ -116,7 +116,7 @@ def test_threads_share_the_module():
 
 def test_autocast_and_dtypes():
     detector = fitted()
-    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16), pytest.warns(UserWarning, match="fitted with autocast off"):
         assert_same(detector.module()(images()), detector.predict(images()))
 
 
