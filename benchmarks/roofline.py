@@ -24,6 +24,7 @@ from gradnorm_fast.kernels import dispatch, library, one_tile, tiled
 from gradnorm_fast.kernels.config import Config, cdiv
 from gradnorm_fast.kernels.experimental import cluster
 from gradnorm_fast.kernels.problem import Problem
+from gradnorm_fast.kernels.rows import rows_per_chunk
 
 import report
 from workloads import DTYPES, SHAPES, Workload
@@ -64,7 +65,7 @@ def predicted(kernel: str, w: Workload) -> float | None:
     else:
         config, tiles, beside = library.CONFIGURATION, 0, w.batch * w.depth * w.itemsize  # the features once more
     logits = 4 * w.batch * w.classes * config.slices
-    chunks = max(1, cdiv(logits, max(config.workspace * 2**20, 4 * tiled.MIN_ROWS * w.classes * config.slices)))
+    chunks = cdiv(w.batch, rows_per_chunk(w.batch, 4 * w.classes * config.slices, config))
     if kernel == "tiled":
         rows = Workload(cdiv(w.batch, chunks), w.depth, w.classes, w.dtype)
         matmul = chunks * matmul_seconds(rows, config, tiles, config.slices)

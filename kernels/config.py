@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .device import family
+from .device import tuned_as
 
 ANY = 2**63 - 1
 
@@ -30,8 +30,8 @@ class Line(NamedTuple):
     """A line of a kernel's table: the configuration up to so many rows and classes."""
 
     dtype: str  #: "half", "float32", "float64", or "any"
-    rows: int
-    classes: int
+    max_rows: int
+    max_classes: int
     config: Config
 
 
@@ -41,9 +41,9 @@ Table = dict[str, list[Line]]  #: by architecture; one that has lines of a dtype
 def choose(table: Table, b: int, c: int, dtype: torch.dtype, arch: str) -> Config:
     """The first line that fits; ValueError if none does."""
     name = {torch.float32: "float32", torch.float64: "float64"}.get(dtype, "half")
-    own = [line for line in table.get(family(arch), ()) if line.dtype in (name, "any")]
+    own = [line for line in table.get(tuned_as(arch), ()) if line.dtype in (name, "any")]
     lines = own or [line for line in table["any"] if line.dtype in (name, "any")]
-    config = next((line.config for line in lines if b <= line.rows and c <= line.classes), None)
+    config = next((line.config for line in lines if b <= line.max_rows and c <= line.max_classes), None)
     if config is None:
         raise ValueError(f"this kernel takes no {b} rows of {c} classes in {dtype}")
     # AMD's pipelines have two stages, and its CUs 64 KiB to hold them.

@@ -64,7 +64,7 @@ def any_row(flags):
 
 
 @triton.jit
-def needs_care(v):
+def needs_careful_form(v):
     """Whether the quick form's result is too small to have its digits.  # (B,)"""
     return v < 0.25
 
@@ -107,7 +107,7 @@ def deviation_of_rows(z, valid, C, inv_temperature):
     t = tl.exp((z - finite_max(m)[:, None]) * inv_temperature)
     s = tl.sum(t, 1)
     v = sum_deviations(tl.where(valid, t - (s / C)[:, None], 0.0), C) / s
-    small = needs_care(v)
+    small = needs_careful_form(v)
     if any_row(small):
         r = log_mean_exp(m, s, C, inv_temperature)
         q = tl.sum(tl.where(valid, expm1((z - r[:, None]) * inv_temperature), 0.0), 1)

@@ -36,7 +36,7 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
 
 
-def family(arch: str) -> str:
+def tuned_as(arch: str) -> str:
     """The architecture whose tables and tensor cores this one has."""
     return {"sm_103": "sm_100"}.get(arch, arch)
 
@@ -74,7 +74,7 @@ def vector(depth: int, *strides: int) -> int:
 
 def has_tma(arch: str) -> bool:
     """Whether kernels can read by tensor descriptors here."""
-    return TensorDescriptor is not None and (INTERPRETED or family(arch) in ("sm_90", "sm_100"))
+    return TensorDescriptor is not None and (INTERPRETED or tuned_as(arch) in ("sm_90", "sm_100"))
 
 
 def tma_reads(arch: str, *matrices: torch.Tensor) -> bool:

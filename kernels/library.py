@@ -1,7 +1,7 @@
 """GradNorm scores from the library's matmul: z = x·Wᵀ in float32 (or float64) to a bounded workspace, then rows.py.
 
 Traffic: the matmul's own; 8·B·C bytes of logits, written and read; the features once more, for ‖x‖₁. Rows come in
-chunks that keep the workspace at 64 MiB (`Config.workspace`), or at MIN_ROWS rows where those are more. For halves the
+chunks that keep the workspace at 64 MiB (`Config.workspace`), or at 512 rows where those are more. For halves the
 library must return float32 from half operands: torch 2.8 on CUDA, tried once per device and dtype.
 """
 
@@ -11,9 +11,8 @@ import torch
 
 from .config import Config, cdiv
 from .problem import Problem, Scores, copies
-from .rows import Workspace, score_rows
+from .rows import Workspace, rows_per_chunk, score_rows
 
-MIN_ROWS = 512
 CONFIGURATION = Config(0, 0, 0, 0, 0)  # there is only a workspace to choose
 HALF_TO_FLOAT32 = "dtype_out" in torch.ops.aten.mm.overloads()
 _tried: dict[tuple[torch.device, torch.dtype], str] = {}
@@ -65,7 +64,7 @@ def score_library(problem: Problem, scores: Scores, config: Config | None = None
         raise ValueError(f"library {'takes a weight, not logits' if w is None else reason}")
     b, c = len(features), len(w)
     cfg, width = config or CONFIGURATION, cdiv(c, 16) * 16
-    chunk = min(b, max(MIN_ROWS, cfg.workspace * 2**20 // (out.itemsize * width) // MIN_ROWS * MIN_ROWS))
+    chunk = rows_per_chunk(b, out.itemsize * width, cfg)
     logits = torch.empty((1, chunk, width), dtype=out.dtype, device=features.device)
     options = {"out_dtype": torch.float32} if half else {}
     for start in range(0, b, chunk):

@@ -26,7 +26,7 @@ from .deviation import (
     finite_max,
     first_at,
     log_mean_exp,
-    needs_care,
+    needs_careful_form,
     sign_of,
     statistics_of_tile,
 )
@@ -37,6 +37,7 @@ from .problem import Problem, Scores
 
 MAX_RESIDENT = 8192
 TILES = 256  # class tiles whose statistics are read at a time
+MIN_ROWS = 512  # whose logits a workspace holds at least
 
 
 @triton.jit
@@ -189,7 +190,7 @@ def rows_kernel(
         )  # fmt: skip
         s += delta  # Σt once more, now without the many merges
         deviation = total / s
-        small = needs_care(deviation)
+        small = needs_careful_form(deviation)
         if any_row(small):
             r = log_mean_exp(m, s, C, inv_temperature)
             q = _sum_of_expm1(
@@ -247,6 +248,11 @@ class Workspace(NamedTuple):
     classes: int
     statistics: torch.Tensor | None = None  #: m and S of each tile of long rows: (2, B, tiles)
     tile_c: int = 0  #: classes of such a tile
+
+
+def rows_per_chunk(batch: int, row_bytes: int, config: Config) -> int:
+    """How many rows' logits the workspace holds at a time, if a row takes so many bytes of it."""
+    return min(batch, max(MIN_ROWS, config.workspace * 2**20 // row_bytes // MIN_ROWS * MIN_ROWS))
 
 
 def why_not(problem: Problem, arch: str) -> str:

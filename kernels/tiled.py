@@ -7,7 +7,7 @@
 For a few rows reading W is all the work: tiles have few classes, and the features are split until every multiprocessor
 has work.
 Traffic: B·D features and C·D weights per chunk of rows; 8·B·C bytes of logits per slice, written and read. Chunks keep
-the workspace at 64 MiB (`Config.workspace`), or at MIN_ROWS rows where those are more.
+the workspace at 64 MiB (`Config.workspace`), or at 512 rows where those are more.
 """
 
 import torch
@@ -27,14 +27,13 @@ from .device import (
 )
 from .launch import launch
 from .problem import Problem, Scores
-from .rows import MAX_RESIDENT, Workspace, score_rows
+from .rows import MAX_RESIDENT, Workspace, rows_per_chunk, score_rows
 from .tile import logits_tile, norm_share
 
-MIN_ROWS = 512
 SLICED_MAX_ROWS = 64  # up to which the features are sliced
 SLICED_MAX_CLASSES = 4096  # up to which few rows go here and not to the library
 MAX_SLICES = 16
-GROUP = 8  # row tiles that share a weight tile while it is in L2
+ROW_TILES_PER_GROUP = 8  # that share a weight tile while it is in L2
 
 
 @triton.jit(do_not_specialize=["B", "n_class_tiles"])
@@ -166,7 +165,7 @@ def score_tiled(problem: Problem, scores: Scores, config: Config | None = None) 
     width = cdiv(c, 16) * 16
     slice_d = cdiv(cdiv(d, cfg.slices), cfg.block_d) * cfg.block_d
     row_bytes = 4 * (cfg.slices * (width + tiles) + (2 * tiles if long else 0))
-    chunk = min(batch, max(MIN_ROWS, cfg.workspace * 2**20 // row_bytes // MIN_ROWS * MIN_ROWS))
+    chunk = rows_per_chunk(batch, row_bytes, cfg)
     logits = torch.empty(cfg.slices * chunk * width, dtype=torch.float32, device=device)
     shares = torch.empty(chunk * cfg.slices * tiles, dtype=torch.float32, device=device)
     statistics = torch.empty(2 * chunk * tiles, dtype=torch.float32, device=device) if long else None
@@ -184,8 +183,9 @@ def score_tiled(problem: Problem, scores: Scores, config: Config | None = None) 
             0 if bias is None else bias.stride(0), width, b * width,
         ), dict(
             VEC=vec, HAS_BIAS=bias is not None, EVEN_D=d % cfg.block_d == 0, TMA=tma,
-            PRECISION=dot_precision(x.dtype, arch, cfg.float32), UPCAST=upcast(x.dtype), LONG=long, GROUP=GROUP,
-            BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d, STAGES=cfg.num_stages,
+            PRECISION=dot_precision(x.dtype, arch, cfg.float32), UPCAST=upcast(x.dtype), LONG=long,
+            GROUP=ROW_TILES_PER_GROUP, BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d,
+            STAGES=cfg.num_stages,
         ))  # fmt: skip
         n = cfg.slices * tiles
         score_rows(

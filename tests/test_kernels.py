@@ -15,7 +15,7 @@ from test_gradnorm import end_to_end_tolerance, problem, relative
 from gradnorm_fast import HeadScores, _backends, fast_gradnorm, gradnorm_from_logits, head_scores, warmup
 from gradnorm_fast.kernels import dispatch, library, one_tile, rows, tiled
 from gradnorm_fast.kernels.config import ANY, Config, Line, choose
-from gradnorm_fast.kernels.device import INTERPRETED, architecture, family, tma_reads, vector
+from gradnorm_fast.kernels.device import INTERPRETED, architecture, tma_reads, tuned_as, vector
 from gradnorm_fast.kernels.experimental import cluster
 from gradnorm_fast.kernels.problem import Problem, Scores
 
@@ -129,7 +129,7 @@ def test_long_rows_from_the_statistics_of_their_tiles(tile, spread):
 @pytest.mark.parametrize("name", ["tiled", "library"])
 def test_chunks_of_rows_that_bound_the_workspace(monkeypatch, name):
     x, w, bias = problem(40, 16, 300, torch.float32)
-    monkeypatch.setattr(tiled if name == "tiled" else library, "MIN_ROWS", 16)
+    monkeypatch.setattr(rows, "MIN_ROWS", 16)
     config = Config(16, 64, 16, 4, 2, workspace=0) if name == "tiled" else library.CONFIGURATION._replace(workspace=0)
     got = scores_by(name, x, w, bias, 2.0, config)  # 16, 16 and 8 rows
     assert relative(got.gradnorm, truth(x, w, bias, 2.0)) <= end_to_end_tolerance(x, w, bias, 2.0, torch.float32)
@@ -155,7 +155,7 @@ def test_vectors_divide_all_they_are_for(depth, stride, other):
 SHIPPED = [
     (name, line)
     for name, module in (("one_tile", one_tile), ("tiled", tiled), ("rows", rows))
-    for line in module.TABLE.get(family(ARCH), []) + module.TABLE["any"]
+    for line in module.TABLE.get(tuned_as(ARCH), []) + module.TABLE["any"]
 ]
 
 
@@ -164,8 +164,8 @@ SHIPPED = [
 )
 def test_every_shipped_configuration_gives_the_same_bits_each_time(name, line):
     dtype = {"half": torch.bfloat16, "float64": torch.float64}.get(line.dtype, torch.float32)
-    c = 9000 if name == "rows" and line.classes == ANY else min(line.classes, 260 if name == "tiled" else ANY)
-    b = min(line.rows, line.config.block_b + 3 if DEVICE == "cuda" else 3)
+    c = 9000 if name == "rows" and line.max_classes == ANY else min(line.max_classes, 260 if name == "tiled" else ANY)
+    b = min(line.max_rows, line.config.block_b + 3 if DEVICE == "cuda" else 3)
     x, w, bias = problem(b, 2 * line.config.block_d + 8 if name != "rows" else 40, c, dtype)
     out = torch.empty(6, b, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=DEVICE)
     prediction = torch.empty(b, dtype=torch.int64, device=DEVICE)
@@ -216,7 +216,7 @@ def test_every_data_centre_blackwell_has_the_tables_of_the_first(monkeypatch):
     for capability, expected in {(9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100", (12, 0): "sm_120"}.items():
         monkeypatch.setattr(torch.version, "hip", None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, is_=capability: is_)
-        assert family(architecture.__wrapped__(torch.device("cuda", 0))) == expected
+        assert tuned_as(architecture.__wrapped__(torch.device("cuda", 0))) == expected
 
 
 def meta(b, d, c, dtype):

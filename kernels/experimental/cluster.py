@@ -18,7 +18,7 @@ import triton.language as tl
 
 from ..config import ANY, Config, Line, Table, cdiv, choose
 from ..deviation import deviation_of_rows, first_at
-from ..device import INTERPRETED, architecture, descriptor, family, tma_reads, upcast, vector
+from ..device import INTERPRETED, architecture, descriptor, tma_reads, tuned_as, upcast, vector
 from ..launch import launch
 from ..output import store_scores
 from ..problem import Problem, Scores
@@ -89,7 +89,7 @@ def configuration(b: int, c: int, d: int, dtype: torch.dtype, arch: str) -> Conf
 
 def why_not(problem: Problem, arch: str) -> str:
     """Why this kernel does not take the problem; empty where it does."""
-    x, w, most = problem.features, problem.weight, MAX_CLASSES.get(family(arch), 4096)
+    x, w, most = problem.features, problem.weight, MAX_CLASSES.get(tuned_as(arch), 4096)
     if w is None:
         return "takes a weight, not logits"
     if x.dtype.itemsize != 2:

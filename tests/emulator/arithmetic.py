@@ -1,16 +1,14 @@
 """What arithmetic and warp-wide instructions compute.
 
-add, sub, mul, div and sqrt round as IEEE says. fma.f32 goes through float64 and fma.f64 through 80-bit longdouble, so
-both round twice and may be off in the last bit in rare ties. ex2, lg2, rcp, rsqrt .approx and div.full are the exact
-function, rounded, plus the error that `ERRORS` asks for. mma and wgmma add a step's exact products and the accumulator
-in float64 and round to float32 once.
+add, sub, mul and div round as IEEE says. fma.f32 goes through float64 and fma.f64 through 80-bit longdouble, so both
+round twice and may be off in the last bit in rare ties. ex2.approx, rcp.approx and div.full are the exact function,
+rounded. mma and wgmma add a step's exact products and the accumulator in float64 and round to float32 once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,50 +18,28 @@ if TYPE_CHECKING:
     from .machine import Batch
 
 
-@dataclass
-class Errors:
-    """By how much hardware may be off where IEEE does not bind it."""
-
-    ulp: int = 0  # units in the last place of the approximate functions
-    lg2: float = 0.0  # absolute error of lg2 for arguments in (1/2, 2), where the result is near 0
-    truncate: bool = False  # tensor cores round their sums towards zero
-
-
-ERRORS = Errors()
+# As inexact as hardware may be: approximate functions off by up to 2 units in the last place, tensor cores rounding
+# towards zero. Triton takes logarithms by a polynomial, not by lg2.approx: `own_kernels.log_mean_exp`.
+inexact = False
+EXACT: dict[str, Callable[..., Array]] = {"ex2": np.exp2, "rcp": np.reciprocal, "div": np.divide}
 
 
 def flush(x: Array) -> Array:
     return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
 
 
-def fma32(a: Array, b: Array, c: Array) -> Array:
-    return (np.multiply(a, b, dtype=np.float64) + c).astype(np.float32)
-
-
-def fma64(a: Array, b: Array, c: Array) -> Array:
-    return (np.multiply(a, b, dtype=np.longdouble) + c).astype(np.float64)
-
-
-def _mixed(x: Array) -> Array:
-    """Numbers that look random, the same for the same float32: an error must be repeatable, as in hardware."""
-    return (x.view(np.uint32) * np.uint32(2654435761)) >> np.uint32(13)
-
-
-EXACT: dict[str, Callable[..., Array]] = {
-    "ex2": np.exp2, "lg2": np.log2, "rcp": np.reciprocal, "rsqrt": lambda a: 1 / np.sqrt(a), "div": np.divide,
-}  # fmt: skip
+def fma(a: Array, b: Array, c: Array) -> Array:
+    wide = np.multiply(a, b, dtype=np.float64 if a.dtype == np.float32 else np.longdouble)
+    return (wide + c).astype(a.dtype)
 
 
 def approximate(root: str, *values: Array) -> Array:
-    """ex2, lg2, rcp, rsqrt .approx.f32, div.full.f32."""
+    """ex2.approx, rcp.approx and div.full in float32."""
     x = EXACT[root](*(v.astype(np.float64) for v in values)).astype(np.float32)
-    if ERRORS.ulp:
-        units = (_mixed(x) % np.uint32(2 * ERRORS.ulp + 1)).astype(np.float32) - np.float32(ERRORS.ulp)
-        x = np.where(np.isfinite(x) & (x != 0) & (x != 1), x + units * np.spacing(x), x)  # ex2(0) is 1
-    if root == "lg2" and ERRORS.lg2:
-        sign = np.where(_mixed(x) & np.uint32(1), np.float32(1), np.float32(-1))
-        near = (values[0] > 0.5) & (values[0] < 2) & (values[0] != 1)
-        x = np.where(near, x + sign * np.float32(ERRORS.lg2), x)
+    if inexact:  # by what looks random but is the same for the same result
+        units = (x.view(np.uint32) * np.uint32(2654435761) >> np.uint32(13)) % np.uint32(5)
+        off = x + (units.astype(np.float32) - 2) * np.spacing(x)
+        x = np.where(np.isfinite(x) & (x != 0) & (x != 1), off, x)  # ex2(0) is 1
     return x
 
 
@@ -72,24 +48,9 @@ def rcp_f64(a: Array) -> Array:
     return ((1.0 / a).view(np.uint64) & np.uint64(0xFFFFFFFF00000000)).view(np.float64)
 
 
-def to_bf16(x: Array) -> Array:
-    u = x.view(np.uint32)
-    rounded = ((u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
-    return np.where(np.isnan(x), np.uint16(0x7FFF), rounded)
-
-
-def to_f16(x: Array) -> Array:
-    return x.astype(np.float16).view(np.uint16)
-
-
-def to_tf32(u: Array) -> Array:
-    special = (u & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
-    return np.where(special, u, (u + np.uint32(0x1000)) & np.uint32(0xFFFFE000))
-
-
-def to_integer(x: Array, dtype: np.dtype[Any]) -> Array:
-    limits = np.iinfo(dtype)
-    return np.clip(np.nan_to_num(x.astype(np.longdouble)), limits.min, limits.max).astype(dtype)
+def to_integer(x: Array) -> Array:
+    """cvt.rzi.s32.f32."""
+    return np.clip(np.nan_to_num(np.trunc(x.astype(np.float64))), -(2**31), 2**31 - 1).astype(np.int32)
 
 
 def from_halves(u: Array, kind: str) -> Array:
@@ -105,41 +66,12 @@ def pairs(u: Array, kind: str) -> Array:
     return from_halves(halves, kind)
 
 
-def shifted(a: Array, n: Array, width: int, left: bool) -> Array:
-    n = np.broadcast_to(n, a.shape)
-    limited = np.minimum(n, width - 1).astype(a.dtype)
-    result = a << limited if left else a >> limited
-    return result if a.dtype.kind == "i" and not left else np.where(n >= width, a.dtype.type(0), result)
-
-
-def permute_bytes(a: Array, b: Array, selector: Array) -> Array:
-    a, b, selector = np.broadcast_arrays(a, b, selector)
-    source = a.astype(np.uint64) | (b.astype(np.uint64) << np.uint64(32))
-    out = np.zeros(a.shape, np.uint32)
-    for i in range(4):
-        s = (selector >> np.uint32(4 * i)) & np.uint32(0xF)
-        byte = (source >> ((s & np.uint32(7)).astype(np.uint64) * np.uint64(8))).astype(np.uint32) & np.uint32(0xFF)
-        sign = np.where(byte & np.uint32(0x80), np.uint32(0xFF), np.uint32(0))
-        out |= np.where(s & np.uint32(8), sign, byte) << np.uint32(8 * i)
-    return out
-
-
-def lop3(a: Array, b: Array, c: Array, table: int) -> Array:
-    a, b, c = np.broadcast_arrays(a, b, c)
-    out = np.zeros(a.shape, np.uint32)
-    for i in range(8):
-        if table >> i & 1:
-            out |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
-    return out
-
-
-def divide(batch: Batch, q: Mask, d: Array, a: Array, b: Array, remainder: bool) -> None:
-    a, b = np.broadcast_arrays(a, b)
+def divide(batch: Batch, q: Mask, d: Array, a: Array, b: Array) -> None:
+    """div.s32 and div.u32, towards zero."""
     if ((b == 0) & q).any():
         batch.fail("integer division by zero")
-    b = np.where(b == 0, b.dtype.type(1), b)
-    quotient = np.floor_divide(np.abs(a), np.abs(b)) * (np.sign(a) * np.sign(b)) if a.dtype.kind == "i" else a // b
-    np.copyto(d, a - quotient * b if remainder else quotient, where=q)
+    a, b = np.broadcast_arrays(a.astype(np.int64), np.where(b == 0, b.dtype.type(1), b).astype(np.int64))
+    np.copyto(d, np.abs(a) // np.abs(b) * np.sign(a) * np.sign(b), casting="unsafe", where=q)
 
 
 def whole_warps(batch: Batch, q: Mask) -> None:
@@ -150,26 +82,10 @@ def whole_warps(batch: Batch, q: Mask) -> None:
             batch.fail("a warp-wide instruction reached by part of a warp")
 
 
-def butterfly(batch: Batch, q: Mask, d: Array, a: Array, mask: int) -> None:
-    """shfl.bfly across whole warps, which most shuffles are."""
+def shuffle(batch: Batch, q: Mask, d: Array, a: Array, lane: Array) -> None:
+    """What each lane gets from the lane of its warp that it names."""
     whole_warps(batch, q)
-    np.copyto(d, a.take(batch.butterflies[mask]), where=q)
-
-
-def shuffle(batch: Batch, q: Mask, d: Array, valid: Array | None, how: str, a: Array, b: Array, c: Array) -> None:
-    whole_warps(batch, q)
-    lane = batch.lane
-    b = np.broadcast_to(b, lane.shape).astype(np.int64) & 31
-    c = np.broadcast_to(c, lane.shape).astype(np.int64)
-    clamp, segment = c & 31, (c >> 8) & 31
-    least = lane & segment
-    most = least | (clamp & ~segment)
-    source = {"up": lane - b, "down": lane + b, "bfly": lane ^ b, "idx": least | (b & ~segment)}[how]
-    good = source >= most if how == "up" else source <= most
-    source = np.where(good, source, lane)
-    np.copyto(d, np.broadcast_to(a, lane.shape)[batch.first_lane + source], where=q)
-    if valid is not None:
-        np.copyto(valid, good, where=q)
+    np.copyto(d, np.broadcast_to(a, batch.size)[batch.first_lane + (lane & 31)], where=q)
 
 
 def reduce_warp(batch: Batch, q: Mask, d: Array, a: Array, how: str) -> None:
@@ -187,7 +103,7 @@ def elect(batch: Batch, q: Mask, leader: Array, predicate: Array) -> None:
 def rounded_sum(x: Array) -> Array:
     """float64 sums of a tensor core as the float32 that it gives."""
     y = x.astype(np.float32)
-    if ERRORS.truncate:
+    if inexact:
         y = np.where(np.abs(y.astype(np.float64)) > np.abs(x), np.nextafter(y, np.float32(0)), y)
     return y
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 
-from .arithmetic import from_halves, pairs, rounded_sum
+from .arithmetic import from_halves, rounded_sum
 from .memory import Lanes, active, locate, pieces
-from .ptx import SHARED_BASE, Array, Mask
+from .ptx import DESCRIPTORS, SHARED_BASE, Array, Mask
 
 if TYPE_CHECKING:
     from .driver import TensorMap
@@ -68,13 +68,12 @@ class Copy(Work):
 @dataclass(eq=False)
 class Product(Work):
     """wgmma: d (64 x n, in registers) = a·bᵀ + d for each warpgroup. Operands are byte positions in shared memory of
-    each warp's part, (16, 16) of a and (n, 16) of b; a may be in registers."""
+    each warp's part, (16, 16) of a and (n, 16) of b."""
 
     n: int
     kind: str
     d: list[Array]
     a: list[Array]
-    a_registers: list[Array]
     b: list[Array]
     accumulate: Array
 
@@ -88,20 +87,12 @@ class Product(Work):
         total[~self.accumulate] = 0.0
         known: dict[int, Array] = {}
         for w in range(warps):
-            for operand in (*self.a[w : w + 1], self.b[w]):
+            for operand in (self.a[w], self.b[w]):
                 machine.races.complete_product(batch.warp_ids[w], operand.reshape(-1))
             key = int(self.b[w][0, 0])
             if key not in known:
                 known[key] = from_halves(halves[self.b[w] // 2], self.kind)
-            if self.a:
-                left = from_halves(halves[self.a[w] // 2], self.kind)
-            else:
-                left = np.empty((16, 16))
-                for j, u in enumerate(self.a_registers):
-                    two = pairs(u[32 * w : 32 * w + 32], self.kind)
-                    for h in range(2):
-                        left[lane[0] // 4 + 8 * (j % 2), 2 * (lane[0] % 4) + h + 8 * (j // 2)] = two[:, h]
-            total[w] += left @ known[key].T
+            total[w] += from_halves(halves[self.a[w] // 2], self.kind) @ known[key].T
         out = rounded_sum(total)[:, row, column].transpose(1, 0, 2).reshape(n // 2, batch.size)
         for register, values in zip(self.d, out, strict=True):
             register[...] = values
@@ -152,34 +143,28 @@ def copy(batch: Batch, q: Mask, to: Array, source: Array, size: int, count: Arra
     source = np.broadcast_to(source, batch.size).copy()
     if int(np.bitwise_or.reduce(source[lanes][n > 0], initial=0)) & (size - 1):
         batch.fail(f"cp.async: source not aligned to {size}")
+    machine.races.issue_copy(batch, lanes, at, size)
     work = Copy(batch, machine.index, lanes, at, source, size, n)
     batch.copies.open.append(work)
-    machine.races.issue_copy(batch, lanes, at, size)
     if machine.options.copies == "early":
         work.complete()
 
 
 def multiply(
-    batch: Batch, q: Mask, n: int, kind: str, d: list[Array], a: Array | list[Array], b: Array, scale: Array,
-    transposed: list[int],
-) -> None:  # fmt: skip
-    """wgmma; a and b are descriptors, or a is registers."""
+    batch: Batch, q: Mask, n: int, kind: str, d: list[Array], a: Array, b: Array, scale: Array, transposed: list[int]
+) -> None:
+    """wgmma; a and b are descriptors."""
     _all_warps(batch, q)
     machine = batch.machine
-    warpgroup = 128 if batch.size % 128 == 0 else 32
-    for descriptor in (a, b):
-        if not isinstance(descriptor, list) and np.ptp(descriptor.reshape(-1, warpgroup), axis=1).any():
-            batch.fail("wgmma descriptor differs between the threads of a warpgroup")
+    if any(np.ptp(x.reshape(-1, min(128, batch.size)), axis=1).any() for x in (a, b)):
+        batch.fail("wgmma descriptor differs between the threads of a warpgroup")
     left, right = [], []
     for w, warp in enumerate(batch.warps):
-        if not isinstance(a, list):
-            left.append(_operand(batch, int(a[32 * w]), 16 * (warp % 4) + np.arange(16), transposed[0]))
+        left.append(_operand(batch, int(a[32 * w]), 16 * (warp % 4) + np.arange(16), transposed[0]))
         right.append(_operand(batch, int(b[32 * w]), np.arange(n), transposed[1]))
-        for operand in (*left[w:], right[w]):
+        for operand in (left[w], right[w]):
             machine.races.issue_product(batch.warp_ids[w], operand.reshape(-1))
-    held = [r.copy() for r in a] if isinstance(a, list) else []
-    accumulate = np.broadcast_to(scale, batch.size)[::32].copy()
-    work = Product(batch, machine.index, n, kind, d, left, held, right, accumulate)
+    work = Product(batch, machine.index, n, kind, d, left, right, np.broadcast_to(scale, batch.size)[::32].copy())
     batch.products.open.append(work)
     if machine.options.products == "early":
         work.complete()
@@ -209,10 +194,6 @@ def _operand(batch: Batch, descriptor: int, rows: Array, transposed: int) -> Arr
 def swizzled(address: Array, swizzle: int) -> Array:
     """Shared addresses as TMA and wgmma permute them: 16-byte pieces by the number of the 128-byte line."""
     return address ^ (((address >> 7) & ((1 << swizzle) - 1)) << 4) if swizzle else address
-
-
-def fence_proxy(batch: Batch, q: Mask) -> None:
-    batch.machine.races.fence_proxy(batch, q)
 
 
 # barriers with phases, and TMA
@@ -273,17 +254,16 @@ class Transfer(Work):
         self.mbarrier.check(batch)
 
 
-def _touch_mbarrier(batch: Batch, address: int, lanes: Array, what: str) -> None:
+def _mbarrier(batch: Batch, address: int, lanes: Array) -> Barrier:
+    _touch(batch, address, lanes, "read")
+    if (batch.cta, address) not in batch.machine.mbarriers:
+        batch.fail("no mbarrier is initialised there")
+    return batch.machine.mbarriers[batch.cta, address]
+
+
+def _touch(batch: Batch, address: int, lanes: Array, what: str) -> None:
     _, at = locate(batch, True, np.array([address], np.uint32), 8)
     batch.machine.races.access(batch, lanes[:1], at, 8, what)
-
-
-def _mbarrier(batch: Batch, address: int, lanes: Array) -> Barrier:
-    _touch_mbarrier(batch, address, lanes, "read")
-    found = batch.machine.mbarriers.get((batch.cta, address))
-    if found is None:
-        batch.fail("no mbarrier is initialised there")
-    return found
 
 
 def _by_address(batch: Batch, q: Mask, address: Array) -> list[tuple[int, Array]]:
@@ -297,7 +277,7 @@ def set_mbarrier(batch: Batch, q: Mask, address: Array, count: Array | None) -> 
     """mbarrier.init, or mbarrier.inval without a count."""
     machine = batch.machine
     for a, lanes in _by_address(batch, q, address):
-        _touch_mbarrier(batch, a, lanes, "write")
+        _touch(batch, a, lanes, "write")
         old = machine.mbarriers.pop((batch.cta, a), None)
         if count is not None:
             machine.mbarriers[batch.cta, a] = Barrier(int(np.broadcast_to(count, batch.size)[lanes[0]]))
@@ -328,17 +308,14 @@ def test_mbarrier(batch: Batch, q: Mask, predicate: Array, address: Array, parit
 def transfer(batch: Batch, q: Mask, shared: Array, tensor: Array, x: Array, y: Array, mbarrier: Array) -> None:
     machine = batch.machine
     for lane in np.arange(batch.size)[active(q)]:
-        to, number, column, row, bar = (
-            int(np.broadcast_to(v, batch.size)[lane]) for v in (shared, tensor, x, y, mbarrier)
-        )
-        t = machine.tensor_map(number)
+        operands = (shared, tensor, x, y, mbarrier)
+        to, number, column, row, bar = (int(np.broadcast_to(v, batch.size)[lane]) for v in operands)
+        t = machine.launch.maps.get(number - DESCRIPTORS)
         if t is None:
             batch.fail("not a tensor map", lane[None])
         size = int(np.prod(t.box)) * t.itemsize
-        if to % 128:
-            batch.fail("TMA destination not aligned to 128", lane[None])
-        if not 0 <= to - SHARED_BASE <= machine.shared_size - size:
-            batch.fail("TMA destination outside shared memory", lane[None])
+        if to % 128 or not 0 <= to - SHARED_BASE <= machine.shared_size - size:
+            batch.fail("TMA destination not aligned to 128, or outside shared memory", lane[None])
         at = swizzled(to + np.arange(size), t.swizzle) - SHARED_BASE + batch.base
         found, clock = _mbarrier(batch, bar, lane[None]), machine.races.issue_transfer(batch, lane, at)
         work = Transfer(batch, machine.index, found, t, column, row, at, clock)

@@ -17,8 +17,7 @@ from gradnorm_fast.kernels.experimental import cluster
 from gradnorm_fast.kernels.problem import FIELDS, Problem, Scores
 
 from . import own_kernels
-from .driver import PROCESSORS
-from .execution import Edit, Emulator
+from .driver import PROCESSORS, Edit, Emulator
 from .machine import Options
 from .memory import EmulatorError
 from families import deviation
@@ -44,68 +43,80 @@ class Case:
     tma: str = ""  # tiled by tensor descriptors, of so many rows x classes
     processors: int = 0  # multiprocessors of the device; 0: the architecture's
     tf32: bool = False
-    quick: bool = False  # part of `make test`
 
     def __str__(self) -> str:
-        options = [
-            f"{f.name}={getattr(self, f.name)}" for f in fields(self)[5:-1] if getattr(self, f.name) != f.default
-        ]
+        options = [f"{f.name}={getattr(self, f.name)}" for f in fields(self)[5:] if getattr(self, f.name) != f.default]
         return " ".join([self.kernel, self.dtype, f"{self.b}x{self.d}x{self.c}", *options])
 
 
-ROWS: dict[str, dict[str, Any]] = {
-    "near": dict(rows="near", bias="none"),
-    "near, hot": dict(rows="near", bias="none", temperature=1000.0),
-    "saturated": dict(rows="saturated", temperature=0.5),
-    "nan": dict(rows="nan", bias="masked"),
-    "exact": dict(rows="exact", temperature=20.0),
-    "near exact": dict(rows="near exact", bias="none"),
-    "bulk": dict(rows="bulk"),
-    "bulk at 5": dict(rows="bulk", level=5.0, above=3.0, fields=False),
-    "bulk, hot": dict(rows="bulk", above=800.0, temperature=1000.0),
-    "bulk at -300, hot": dict(rows="bulk", level=-300.0, above=-8.0, temperature=1e6),
-}
+ROWS: tuple[dict[str, Any], ...] = (
+    dict(rows="near", bias="none"),
+    dict(rows="near", bias="none", temperature=1000.0),
+    dict(rows="saturated", temperature=0.5),
+    dict(rows="nan", bias="masked"),
+    dict(rows="exact", temperature=20.0),
+    dict(rows="near exact", bias="none"),
+    dict(rows="bulk"),
+    dict(rows="bulk", level=5.0, above=3.0, fields=False),
+    dict(rows="bulk", level=-300.0, above=-8.0, temperature=1e6),
+    dict(rows="bulk", above=800.0, temperature=1000.0),
+)
+
+
+def quick_cases(arch: int) -> list[Case]:
+    """Every kernel once."""
+    float32 = Case("one_tile", "float32", 18, 64, 12, rows="nan", bias="masked")
+    float64 = Case("library", "float64", 9, 40, 100, rows="bulk")
+    wgmma = Case("one_tile", "float16", 65, 160, 200, as_if=50000)
+    vectors = Case("tiled", "float16", 6, 1000, 300, processors=30)
+    return [
+        Case("tiled", "float16", 9, 256, 258, processors=20, **ROWS[-1]),
+        Case("library", "float16", 2, 40, 1025, rows="bulk"),
+        Case("rows", "float16", 2, 33, 8193, rows="near"),
+        *((float32, float64) if arch == 80 else (wgmma, vectors)),
+    ]
 
 
 def cases(arch: int) -> list[Case]:
     """Every kernel and tile, every kind of row, bias and layout; shapes one off the tiles."""
-    found: list[Case] = []
+    found = quick_cases(arch)
 
-    def add(kernel: str, dtype: str, b: int, d: int, c: int, quick: bool = False, **more: Any) -> None:
-        found.append(Case(kernel, dtype, b, d, c, quick=quick, **more))
+    def add(kernel: str, dtype: str, b: int, d: int, c: int, **more: Any) -> None:
+        found.append(Case(kernel, dtype, b, d, c, **more))
 
-    def add_rows(kernel: str, dtype: str, b: int, d: int, c: int, quick: str = "", **more: Any) -> None:
-        for name, kind in ROWS.items():
-            add(kernel, dtype, b, d, c, quick=name == quick, **kind, **more)
+    def add_rows(kernel: str, dtype: str, b: int, d: int, c: int, **more: Any) -> None:
+        found.extend(Case(kernel, dtype, b, d, c, **kind, **more) for kind in ROWS)
 
+    layouts = ("offset", "strided", "transposed")
     for dtype in ("float16", "bfloat16", "float32"):
-        half, f16 = dtype != "float32", dtype == "float16"
+        half = dtype != "float32"
+        vectors = (342, 440, 1000) if half else ()  # of 2 and 8 elements
         for c, d in ((16, 64), (17, 96), (129, 64), (255, 96)):
             add("one_tile", dtype, 17, d, c)
-        for as_if in (5000, 50000):
-            for c in (9, 127, 200):
-                add("one_tile", dtype, 65, 160, c, as_if=as_if, quick=f16 and arch == 90 and as_if > 5000 and c == 200)
-        add_rows("one_tile", dtype, 18, 64, 12, quick="nan" if not half and arch == 80 else "")
+        for c in (9, 127, 200):
+            add("one_tile", dtype, 65, 160, c, as_if=5000)
+            add("one_tile", dtype, 65, 160, c, as_if=50000)
+        add_rows("one_tile", dtype, 18, 64, 12)
         add_rows("one_tile", dtype, 66, 96, 190, as_if=50000)
         add("one_tile", dtype, 33, 67, 100, fields=False, bias="none")
-        for d in (342, 440, 1000) if half else ():  # vectors of 2 and 8 elements
+        for d in vectors:
             add("one_tile", dtype, 65, d, 100, as_if=50000 if d == 440 else 0)
-        for layout in ("offset", "strided", "transposed"):
+        for layout in layouts:
             add("one_tile", dtype, 18, 64, 20, layout=layout)
             add("one_tile", dtype, 65, 96, 130, layout=layout, as_if=50000)
-        # tiled: slices of the features for a few rows, the table's other tiles, rows too long for a program to hold
+        # slices of the features for a few rows, the table's other tiles, rows too long for a program to hold
         for b, d, c in ((1, 256, 257), (17, 300, 300), (33, 128, 289), (64, 256, 320)):
             add("tiled", dtype, b, d, c, processors=40)
-        add_rows("tiled", dtype, 9, 256, 258, processors=20, quick="bulk, hot" if f16 else "")
+        add_rows("tiled", dtype, 9, 256, 258, processors=20)
         for as_if in (200, 900, 2000, 50000):
             add("tiled", dtype, 65, 160, 300, as_if=as_if)
-        for d in (342, 440, 1000) if half else ():
-            add("tiled", dtype, 6, d, 300, processors=30, quick=f16 and arch == 90 and d == 1000)
+        for d in vectors:
+            add("tiled", dtype, 6, d, 300, processors=30)
             add("tiled", dtype, 18, d, 300, as_if=50000)
         if dtype != "bfloat16":
             add_rows("tiled", dtype, 18, 64, 300, as_if=50000)
             add_rows("tiled", dtype, 3, 16, 8225, as_if=900)
-        for layout in ("offset", "strided", "transposed"):
+        for layout in layouts:
             add("tiled", dtype, 6, 67, 300, layout=layout, processors=20, fields=False)
             add("tiled", dtype, 66, 64, 300, layout=layout, as_if=50000)
         if arch == 90 and half:
@@ -117,21 +128,21 @@ def cases(arch: int) -> list[Case]:
                 add("cluster", dtype, 65, 136, c)
                 add("cluster", dtype, 66, 64, c, rows="bulk", above=3.0)
             add("cluster", dtype, 66, 1000, 300)
-            add_rows("cluster", dtype, 66, 320, 300, quick="bulk" if f16 else "")
-    quick = (("float16", 1025), ("float64", 100))[: 2 if arch == 80 else 1]
+            add_rows("cluster", dtype, 66, 320, 300)
     for dtype in ("float16", "float32", "float64"):
-        for c in (15, 100, 513, 1025, 2049, 4097, 8193):
-            b = 9 if c < 600 else 2
-            add("library", dtype, b, 40, c, rows="bulk", bias="none", quick=(dtype, c) in quick)
-            add("rows", dtype, b, 33, c, rows="near", quick=dtype == "float16" and c == 8193)
-            add("rows", dtype, b, 33, c, layout="offset" if c % 2 else "strided", temperature=2.0)
+        for b, c in ((9, 15), (9, 100), (9, 513), (2, 1025), (2, 2049), (2, 4097), (2, 8193)):
+            add("library", dtype, b, 40, c, rows="bulk")
+            add("rows", dtype, b, 33, c, rows="near")
+            add("rows", dtype, b, 33, c, layout="offset" if b == 9 else "strided", temperature=2.0)
         add_rows("library", dtype, 9, 40, 300)
         add_rows("library", dtype, 4, 40, 9000)
     for kernel, c in (("one_tile", 20), ("tiled", 300), ("library", 300)):
         add(kernel, "float32", 18, 64, c, tf32=True)
-    for groups, tma in ((2, ""), (3, ""), (2, "64x64"), (3, "64x64"))[: 4 if arch == 90 else 2]:
-        add("logsumexp", "float16", 230, 192, 130, processors=groups, tma=tma)
-    return found
+    for groups in (2, 3):
+        add("logsumexp", "float16", 230, 192, 130, processors=groups)
+        if arch == 90:
+            add("logsumexp", "float16", 230, 192, 130, processors=groups, tma="64x64")
+    return list(dict.fromkeys(found))
 
 
 @dataclass
@@ -139,7 +150,7 @@ class Outcome:
     error: float = math.nan  # the worst relative error of a score
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    seconds: float = 0.0
+    seconds: float = 0.0  # of the processor
 
 
 def lay(t: torch.Tensor, layout: str) -> torch.Tensor:
@@ -264,11 +275,9 @@ def score(case: Case, arch: int, problem: Problem, scores: Scores) -> None:
         kernel(problem, scores, configuration(case, arch, problem))
 
 
-def run_logsumexp(case: Case, problem: Problem) -> tuple[float, list[str]]:
-    assert problem.weight is not None
-    two_slots = "one slot" not in case.kernel
-    out = own_kernels.logsumexp(problem.features, problem.weight, case.processors, bool(case.tma), two_slots).double()
-    expected = torch.logsumexp(problem.features.double() @ problem.weight.double().T, 1)
+def run_logsumexp(case: Case, x: torch.Tensor, w: torch.Tensor) -> tuple[float, list[str]]:
+    out = own_kernels.logsumexp(x, w, case.processors, bool(case.tma), "one slot" not in case.kernel).double()
+    expected = torch.logsumexp(x.double() @ w.double().T, 1)
     error = ((out - expected) / expected).abs().nan_to_num(torch.inf).max().item()
     return error, [f"off by {error:.2e}"] if error > 1e-6 else []
 
@@ -283,12 +292,11 @@ def execute(case: Case, arch: int, options: Options, edit: Edit | None = None) -
     inputs = {name: t for name, t in problem._asdict().items() if isinstance(t, torch.Tensor)}
     emulator = Emulator(arch, options, inputs, case.processors, edit)
     try:
-        if case.kernel.startswith("logsumexp"):
-            outcome.error, outcome.problems = run_logsumexp(case, problem)
+        if case.kernel.startswith("logsumexp") and problem.weight is not None:
+            outcome.error, outcome.problems = run_logsumexp(case, problem.features, problem.weight)
         else:
             score(case, arch, problem, scores)
-            inexact = options.ulp or options.truncate or options.lg2
-            base = 1e-12 if case.dtype == "float64" else 2e-6 if inexact else 1e-6
+            base = 1e-12 if case.dtype == "float64" else 2e-6 if options.inexact else 1e-6
             outcome.error, outcome.problems = judge(case, problem, scores, base)
     except EmulatorError as failure:
         outcome.problems.append(str(failure))

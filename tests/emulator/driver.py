@@ -1,4 +1,4 @@
-"""A stand-in for Triton's CUDA driver: kernels are compiled for a GPU that is not there, launches go to a function.
+"""A stand-in for Triton's CUDA driver: compiles kernels for a GPU that is not there and executes what is launched.
 
 `ptxas` does not run: PTX is what is emulated.
 """
@@ -6,39 +6,41 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime import driver
 
-from .ptx import Array
+from .machine import Machine, Options
+from .memory import Region
+from .ptx import Array, Program
+from .translation import translate
 
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+Edit = Callable[[str, str], str]  # (kernel, PTX) -> PTX
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 PROCESSORS = {80: 108, 90: 132}
 
 
-@dataclass
-class TensorMap:
+class TensorMap(NamedTuple):
     """What cuTensorMapEncodeTiled would be given, dimensions innermost last."""
 
     base: int
-    shape: list[int]
-    strides: list[int]  # in elements
-    box: list[int]
+    shape: Sequence[int]
+    strides: Sequence[int]  # in elements
+    box: Sequence[int]
     itemsize: int
     swizzle: int  # 0 none, 1 32 bytes, 2 64 bytes, 3 128 bytes
-
-    @classmethod
-    def of(cls, descriptor: Any, meta: dict[str, Any]) -> TensorMap:
-        shape, strides, box = list(descriptor.shape), list(descriptor.strides), list(meta["block_size"])
-        return cls(descriptor.base.data_ptr(), shape, strides, box, meta["elem_size"], meta["swizzle"])
 
 
 @dataclass
@@ -71,10 +73,12 @@ class _Launcher:
         for argument, kind in zip(rest[4:], self.signature.values(), strict=True):
             if kind.startswith("tensordesc"):
                 assert argument.strides[-1] == 1 and argument.padding == "zero"
-                launch.maps[len(launch.params)] = TensorMap.of(argument, next(boxes))
-                for value in (0, *argument.shape, *argument.strides):
+                base, shape, strides, box = argument.base, argument.shape, argument.strides, next(boxes)
+                of = TensorMap(base.data_ptr(), shape, strides, box["block_size"], box["elem_size"], box["swizzle"])
+                launch.maps[len(launch.params)] = of
+                for value in (0, *shape, *strides):
                     launch.add("i64", value)
-                launch.tensors.append(argument.base)
+                launch.tensors.append(base)
             elif isinstance(argument, torch.Tensor):
                 launch.add("i64", argument.data_ptr())
                 launch.tensors.append(argument)
@@ -119,19 +123,57 @@ def _init_handles_with_ptx(self: Any) -> None:
     self._run.ptx = self.asm["ptx"]
 
 
-def install(arch: int, launch: Callable[[Launch], None], processors: int = 0) -> None:
-    """From here on kernels are compiled for sm_<arch>, and `launch` receives what they are launched with.
+program = lru_cache(64)(lambda ptx, cut: translate(Program(ptx, cut)))
 
-    The project's own questions about the device are answered accordingly, with `processors` multiprocessors.
+
+class Emulator:
+    """Compiles and executes kernels for sm_<arch> while it is the last one made.
+
+    `inputs` may be read, element by element, and not written; other tensors that a kernel is given may be both. `edit`
+    spoils a kernel on purpose.
     """
-    _driver.arch, _driver.launch = arch, launch
-    CompiledKernel._init_handles = _init_handles_with_ptx
-    CUDABackend.make_cubin = lambda *arguments: b""
-    CUDABackend.hash = lambda self: f"{_hash(self)}-without-ptxas"  # in the cache, apart from what a GPU may load
-    driver.set_active(_driver)
-    answers = {"architecture": f"sm_{arch}", "multiprocessors": processors or PROCESSORS[arch]}
-    for name, module in list(sys.modules.items()):
-        if name.startswith("gradnorm_fast.kernels."):
-            for question, answer in answers.items():
-                if hasattr(module, question):
-                    setattr(module, question, lambda device, answer=answer: answer)
+
+    def __init__(
+        self, arch: int, options: Options, inputs: dict[str, torch.Tensor], processors: int, edit: Edit | None
+    ) -> None:
+        self.options, self.edit = options, edit
+        options.copies_unfenced = TRITON < (3, 8)  # as these compile them
+        self.inputs = {t.untyped_storage().data_ptr(): (name, t) for name, t in inputs.items()}
+        self.findings: Counter[str] = Counter()
+        torch.use_deterministic_algorithms(True)  # fills what torch.empty gives with NaN
+        _driver.arch, _driver.launch = arch, self.execute
+        driver.set_active(_driver)
+        CompiledKernel._init_handles = _init_handles_with_ptx
+        CUDABackend.make_cubin = lambda *arguments: b""
+        CUDABackend.hash = lambda self: f"{_hash(self)}-without-ptxas"  # in the cache, apart from what a GPU may load
+        answers = {"architecture": f"sm_{arch}", "multiprocessors": processors or PROCESSORS[arch]}
+        for name, module in list(sys.modules.items()):  # the project's own questions about the device
+            for question in answers.keys() & vars(module).keys() if name.startswith("gradnorm_fast.kernels.") else ():
+                setattr(module, question, lambda device, answer=answers[question]: answer)
+
+    def execute(self, launch: Launch) -> None:
+        ptx = self.edit(launch.metadata.name, launch.ptx) if self.edit else launch.ptx
+        cut = 60 if self.options.schedule == "random" else 0
+        machine = Machine(program(ptx, cut), launch, self._regions(launch.tensors), self.options)
+        try:
+            machine.run()
+        finally:
+            self.findings.update(machine.findings)
+
+    def _regions(self, tensors: list[torch.Tensor]) -> list[Region]:
+        found = {}
+        for i, t in enumerate(tensors):
+            start, size = t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()
+            name, declared = self.inputs.get(start, (f"argument {i} {t.dtype} {list(t.shape)}", None))
+            if size:
+                found[start] = Region(start, size, name, declared is not None, _elements(declared))
+        return list(found.values())
+
+
+def _elements(t: torch.Tensor | None) -> Array | None:
+    """Which bytes of its storage are elements of a tensor; None if all are."""
+    if t is None:
+        return None
+    used = torch.zeros(t.untyped_storage().nbytes() // t.element_size(), dtype=torch.bool)
+    used.as_strided(t.shape, t.stride(), t.storage_offset())[...] = True
+    return None if used.all() else np.repeat(used.numpy(), t.element_size())

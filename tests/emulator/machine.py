@@ -6,21 +6,23 @@ numpy arrays. Lanes that disagree about a branch go on under a mask until its po
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
-from typing import Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import numpy as np
 
 from . import arithmetic
 from .asynchronous import Barrier, Copy, Product, Queue, Transfer
-from .driver import Launch, TensorMap
 from .memory import EmulatorError, Region
 from .ptx import END, Array, Block, Mask, Program
 from .races import Races
 
+if TYPE_CHECKING:
+    from .driver import Launch
+
 Moment = Literal["late", "early", "random"]
 NAN = {"h": (2, 0xFFFF), "r": (4, 0x7FC0DEAD), "d": (8, 0x7FF8DEADDEADBEEF)}  # what registers hold at first
-DESCRIPTORS = 0xDE5C0000  # the "addresses" of tensor maps
 BLOCKS = 16  # that run at a time, where a launch leaves the choice
 PATIENCE = 100  # turns round a loop without any change anywhere, after which a batch is taken to wait in vain
 
@@ -32,9 +34,7 @@ class Options:
     copies: Moment = "late"  # when cp.async and TMA take effect
     products: Moment = "late"  # and wgmma
     copies_unfenced: bool = False  # no fence.proxy.async between cp.async and wgmma: a note, not a race
-    ulp: int = 0  # the errors of `arithmetic.Errors`
-    lg2: float = 0.0
-    truncate: bool = False
+    inexact: bool = False  # `arithmetic.inexact`
 
     def __str__(self) -> str:
         seed = f" {self.seed}" if self.schedule == "random" else ""
@@ -55,15 +55,12 @@ class Batch:
         count = machine.program.count
         self.machine, self.cta, self.warps = machine, cta, warps
         self.size = 32 * len(warps)
-        self.P = list(np.random.default_rng(machine.options.seed + 7).random((count["p"], self.size)) < 0.5)
-        h, r, d = (np.full((count[c], self.size), nan, f"u{n}") for c, (n, nan) in NAN.items())
-        self.UH, self.IH, self.FH = list(h), list(h.view(np.int16)), list(h.view(np.float16))
-        self.U, self.I, self.F = list(r), list(r.view(np.int32)), list(r.view(np.float32))
-        self.UD, self.ID, self.FD = list(d), list(d.view(np.int64)), list(d.view(np.float64))
+        self.p = list(np.random.default_rng(machine.options.seed + 7).random((count["p"], self.size)) < 0.5)
+        files = [(np.full((count[c], self.size), nan, f"u{n}"), n) for c, (n, nan) in NAN.items()]
+        self.rows = [list(file.view(f"{v}{n}")) for file, n in files for v in "uif"]
         self.tid = np.arange(32 * warps.start, 32 * warps.stop)
         self.lane = self.tid % 32
         self.first_lane = np.arange(self.size) // 32 * 32
-        self.butterflies = [self.first_lane + (self.lane ^ bits) for bits in range(32)]
         self.warp = cta * machine.warps + self.tid // 32  # of the launch
         self.warp_ids = [cta * machine.warps + w for w in warps]
         self.base = (cta - machine.first) * machine.shared_stride  # of this block's shared memory
@@ -90,9 +87,6 @@ class Batch:
             "%cluster_ctarank": self.cta % m.cluster,
         }  # fmt: skip
         return np.atleast_1d(values[name]).astype(np.uint32)
-
-    def everywhere(self, address: Array) -> Array:
-        return np.broadcast_to(address, self.size)
 
     def active(self) -> Array:
         """The lanes that have not reached the place where they meet the others."""
@@ -127,7 +121,7 @@ class Batch:
         taken: Mask = True
         if block.predicate is not None:
             number, negated = block.predicate
-            taken = ~self.P[number] if negated else self.P[number]
+            taken = ~self.p[number] if negated else self.p[number]
         if taken is True or np.all(taken, where=m):
             self.go_to(target, m)
         elif not np.any(taken, where=m):
@@ -172,20 +166,11 @@ class Machine:
         self.rng = np.random.default_rng(options.seed)
         self.index = 0  # of the instruction that runs
         self.events = 0  # changes of memory and barriers so far
-        self.findings: dict[str, int] = dict.fromkeys(program.warnings, 1)
+        self.findings = Counter(program.warnings)
         if len(launch.params) != len(program.params):
             raise EmulatorError(f"{len(launch.params)} arguments for {len(program.params)} parameters")
         if program.threads not in (0, 32 * self.warps) or program.cluster != self.cluster:
             raise EmulatorError("launched with other threads or clusters than the kernel asks for")
-
-    def param(self, number: int, dtype: str) -> Array:
-        return self.launch.params[number].view(dtype)[:1]
-
-    def param_address(self, number: int) -> Array:
-        return np.array([DESCRIPTORS + number], np.uint64)
-
-    def tensor_map(self, address: int) -> TensorMap | None:
-        return self.launch.maps.get(address - DESCRIPTORS)
 
     def region_of(self, address: int) -> Region | None:
         return next((r for r in self.regions if r.start <= address < r.start + r.size), None)
@@ -194,18 +179,11 @@ class Machine:
         last = max((r for r in self.regions if r.start <= address), key=lambda r: r.start, default=None)
         return f"{address - last.start - last.size} bytes after {last.name}" if last else "before all of them"
 
-    def note(self, what: str) -> None:
-        self.findings[what] = self.findings.get(what, 0) + 1
-
     def run(self) -> None:
         """Run the launch; raises EmulatorError for what ends a kernel, other findings are in `findings`."""
-        arithmetic.ERRORS.ulp, arithmetic.ERRORS.lg2 = self.options.ulp, self.options.lg2
-        arithmetic.ERRORS.truncate = self.options.truncate
-        step = (
-            self.ctas
-            if self.launch.metadata.launch_cooperative_grid
-            else max(self.cluster, BLOCKS // self.cluster * self.cluster)
-        )
+        arithmetic.inexact = self.options.inexact
+        together = self.ctas if self.launch.metadata.launch_cooperative_grid else BLOCKS
+        step = max(self.cluster, together // self.cluster * self.cluster)
         with np.errstate(all="ignore"):
             for first in range(0, self.ctas, step):
                 self._run_blocks(first, min(first + step, self.ctas))
@@ -243,7 +221,7 @@ class Machine:
                 live = [b for b in live if b is not batch]
                 self.events += 1
         if self.transfers:
-            self.note("TMA still under way at the end of the kernel")
+            self.findings["TMA still under way at the end of the kernel"] += 1
 
     def _complete_at_random(self) -> None:
         if self.transfers and self.options.copies == "random" and self.rng.random() < 0.3:
@@ -255,9 +233,8 @@ class Machine:
         places = []
         for b in live[:4]:
             block = self.program.blocks[b.pc if b.pcs is None else int(b.pcs.min())]
-            ins = block.end or (block.body[-1] if block.body else None)
-            where = f"`{ins.text[:70]}` ({ins.source})" if ins else "?"
-            places.append(f"block {b.cta} warps {b.warps.start}-{b.warps.stop - 1} at {where}")
+            ins = block.end or block.body[-1]
+            places.append(f"block {b.cta} warps {b.warps.start}-{b.warps.stop - 1} at `{ins.text[:70]}` ({ins.source})")
         raise EmulatorError(f"deadlock: all {len(live)} batches wait and nothing can change: " + "; ".join(places))
 
     def _step(self, b: Batch) -> None:
@@ -302,7 +279,7 @@ class Machine:
                     other.waiting = None
                     other.rejoin()
             if len(places) > 1:
-                self.note("bar.sync 0: warps met at different barriers of the program")
+                self.findings["bar.sync 0: warps met at different barriers of the program"] += 1
             self.races.barrier(b.cta)
 
     def _cluster_wait(self, b: Batch, pc: int, m: Mask) -> None:

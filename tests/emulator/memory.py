@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .arithmetic import ERRORS
+from . import arithmetic
 from .ptx import SHARED_BASE, Array, Mask
 
 if TYPE_CHECKING:
     from .machine import Batch
 
 Lanes = slice | Array  # lanes of a batch, as an index
-WINDOW = np.uint32(0xFFFFFF)  # an address in the shared memory of block r of the cluster has r + 1 above these bits
 
 
 class EmulatorError(Exception):
@@ -39,7 +38,7 @@ def active(q: Mask) -> Lanes:
 def close(a: Array, b: Array) -> Array:
     """Whether float32 numbers, given by their bits, are the same but for a few last digits."""
     x, y = (np.ascontiguousarray(bits).view(np.float32) for bits in (a, b))
-    return np.abs(x - y) <= (4 + 8 * ERRORS.ulp) * np.spacing(np.maximum(np.abs(x), np.abs(y)))
+    return np.abs(x - y) <= (4 + 16 * arithmetic.inexact) * np.spacing(np.maximum(np.abs(x), np.abs(y)))
 
 
 def elements(batch: Batch, values: list[Array], lanes: Lanes, dtype: np.dtype) -> Array:
@@ -59,11 +58,11 @@ def locate(batch: Batch, q: Mask, address: Array, total: int, remote: bool = Fal
     base: int | Array = batch.base
     if remote:
         own = batch.cta % machine.cluster
-        rank = (a >> np.uint32(24)).astype(np.int64)
+        rank = (a >> np.uint32(24)).astype(np.int64)  # + 1, where `mapa` made the address
         if rank.max() > machine.cluster:
             batch.fail("no such block in the cluster")
         base = batch.base + (np.where(rank > 0, rank - 1, own) - own) * machine.shared_stride
-        a = a & WINDOW
+        a = a & np.uint32(0xFFFFFF)
     offset = (a - np.uint32(SHARED_BASE)).astype(np.int64)
     if offset.max() > machine.shared_size - total:
         bad = np.flatnonzero(offset > machine.shared_size - total)
@@ -95,7 +94,7 @@ def store_shared(batch: Batch, q: Mask, values: list[Array], address: Array, siz
 
 
 def _write_shared(batch: Batch, lanes: Lanes, at: Array, view: Array, where: Array, new: Array, floats: bool) -> None:
-    """view[where] = new, a row of elements for each lane; floats: they may be float32 numbers, or halves of those."""
+    """view[where] = new, a row of elements for each lane; floats: they may be float32 numbers."""
     machine, old = batch.machine, view[where]
     same = (old == new).all(1)
     near = same | close(old, new).all(1) if floats else same
@@ -124,22 +123,13 @@ def ldmatrix(batch: Batch, q: Mask, rows: list[Array], address: Array, trans: bo
             np.copyto(row, shared[4][start[first + g] // 4 + t], where=q)
 
 
-def stmatrix(batch: Batch, q: Mask, rows: list[Array], address: Array, trans: bool) -> None:
+def stmatrix(batch: Batch, q: Mask, rows: list[Array], address: Array) -> None:
     lanes, at = locate(batch, (batch.lane < 8 * len(rows)) & q, address, 16)
-    if not at.size:
-        return
-    matrix, row, c = batch.lane[lanes] // 8, batch.lane[lanes] % 8, np.arange(8)[None, :]
-    first = batch.first_lane[lanes][:, None]
-    if trans:
-        source, half = first + 4 * c + (row // 2)[:, None], (row % 2)[:, None]
-    else:
-        source, half = first + 4 * row[:, None] + c // 2, c % 2
-    new = (np.stack(rows)[matrix[:, None], source] >> (16 * half).astype(np.uint32)).astype(np.uint16)
-    _write_shared(batch, lanes, at, batch.machine.shared[2], at[:, None] // 2 + c, new, floats=True)
-
-
-def map_address(address: Array, rank: Array) -> Array:
-    return (address & WINDOW) | (rank.astype(np.uint32) + np.uint32(1)) << np.uint32(24)
+    if at.size:
+        matrix, c = batch.lane[lanes] // 8, np.arange(8)[None, :]
+        source = (batch.first_lane[lanes] + 4 * (batch.lane[lanes] % 8))[:, None] + c // 2
+        new = (np.stack(rows)[matrix[:, None], source] >> (16 * (c % 2)).astype(np.uint32)).astype(np.uint16)
+        _write_shared(batch, lanes, at, batch.machine.shared[2], at[:, None] // 2 + c, new, floats=True)
 
 
 # global memory

@@ -1,4 +1,8 @@
-"""A kernel for what the emulator knows and no shipped kernel does: programs that wait for one another in one launch.
+"""Kernels for what the emulator knows and no shipped kernel does.
+
+`log_mean_exp` is that of kernels/deviation.py with a logarithm that is off as the hardware's may be.
+
+`logsumexp` has programs that wait for one another in one launch:
 
     out[b] = log Σ_c exp(z[b, c]),   z = x·Wᵀ
 
@@ -14,6 +18,21 @@ import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from gradnorm_fast.kernels import deviation, rows
+
+
+@triton.jit
+def log_mean_exp(m, s, C, inv_temperature):
+    """In float32 the logarithm is off by 2⁻²²·log 2 where its argument is near 1."""
+    mean = s / C
+    off = tl.where((mean > 0.5) & (mean < 2.0) & (mean != 1.0), 1.65e-7, 0.0) if mean.dtype == tl.float32 else 0.0
+    return deviation.finite_max(m) + (tl.log(mean) + off) / inv_temperature
+
+
+def use_inexact_logarithm() -> None:
+    """For this process, before its first kernel is compiled."""
+    deviation.log_mean_exp = rows.log_mean_exp = log_mean_exp
 
 
 @triton.jit
@@ -75,18 +94,13 @@ def logsumexp_kernel(
 def logsumexp(x: torch.Tensor, w: torch.Tensor, groups: int, tma: bool, two_slots: bool = True) -> torch.Tensor:
     """Of halves x (B, D) and w (C, D), D a multiple of 64.  # -> (B,) float32"""
     (b, d), c = x.shape, w.shape[0]
-    tile = dict(BLOCK_B=64, BLOCK_C=64, BLOCK_D=64)
-    tiles = triton.cdiv(c, tile["BLOCK_C"])
-    out = torch.full((b,), torch.nan)
-    slots = torch.full((groups * 2 * tile["BLOCK_B"] * tiles,), torch.nan)
+    tiles = triton.cdiv(c, 64)
+    out, slots = torch.empty(b), torch.empty(groups * 2 * 64 * tiles)
     counters = torch.zeros(2 * groups, dtype=torch.int32)
-    operands = [
-        TensorDescriptor(t, list(t.shape), list(t.stride()), [tile[size], tile["BLOCK_D"]]) if tma else t
-        for t, size in ((x, "BLOCK_B"), (w, "BLOCK_C"))
-    ]
+    operands = [TensorDescriptor(t, t.shape, t.stride(), [64, 64]) if tma else t for t in (x, w)]
     logsumexp_kernel[(groups * tiles,)](
         *operands, out, slots, counters, b, c, d, tiles, groups,
-        TMA=tma, TWO_SLOTS=two_slots, TILES=triton.next_power_of_2(tiles), **tile,
+        TMA=tma, TWO_SLOTS=two_slots, TILES=triton.next_power_of_2(tiles), BLOCK_B=64, BLOCK_C=64, BLOCK_D=64,
         num_warps=4, num_stages=3, launch_cooperative_grid=True,
     )  # fmt: skip
     return out

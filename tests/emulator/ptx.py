@@ -13,6 +13,7 @@ Array = npt.NDArray[Any]
 Mask = Literal[True] | Array  # which lanes of a batch: all, or one bool each
 
 SHARED_BASE = 1024  # where dynamic shared memory begins in the shared window
+DESCRIPTORS = 0xDE5C0000  # the "addresses" of parameters, which only tensor maps are used by
 REGISTER_CLASS = {"pred": "p", "8": "h", "16": "h", "32": "r", "64": "d"}  # by width; "h" holds 8 and 16 bits
 TOKEN = re.compile(
     r"\s*(?:(?P<brace>[{}])|\.loc\s+(?P<file>\d+)\s+(?P<line>\d+)[^\n]*|(?P<label>[$\w]+):(?!:)"

@@ -60,7 +60,7 @@ class Races:
 
     def report(self, what: str) -> None:
         ins = self._instruction()
-        self.machine.note(f"{what}: `{ins.text[:90]}` from {ins.source}")
+        self.machine.findings[f"{what}: `{ins.text[:90]}` from {ins.source}"] += 1
 
     def last_digits(self) -> None:
         self.report("note: threads store to one place what differs in the last digits")

@@ -2,7 +2,7 @@
 
     python tests/emulator/run.py                                         both architectures, three schedules
     python tests/emulator/run.py --arch 90 --only "one_tile float16" --schedule random:3 --copies early
-    python tests/emulator/run.py --only bulk --ulp 2 --truncate --lg2 2.4e-7     less exact hardware
+    python tests/emulator/run.py --only bulk --inexact                   as inexact as hardware may be
 
     python tests/emulator/run.py --controls                              spoiled kernels: each must be reported
 
@@ -25,6 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the project
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from emulator import own_kernels
 from emulator.cases import Case, cases, execute
 from emulator.controls import CONTROLS, quick, reported
 from emulator.machine import SCHEDULES, Options
@@ -38,9 +39,8 @@ def run(job: tuple[Case, int, Sequence[Options]]) -> tuple[str, bool]:
         return f"FAIL sm_{arch} {case!s:70} {type(failure).__name__}: {failure}", False
     good = not any(outcome.problems for outcome in outcomes)
     worst = max(outcome.error for outcome in outcomes)
-    lines = [
-        f"{'ok  ' if good else 'FAIL'} sm_{arch} {case!s:70} {worst:.1e} {sum(o.seconds for o in outcomes):6.1f} s"
-    ]
+    seconds = sum(outcome.seconds for outcome in outcomes)
+    lines = [f"{'ok  ' if good else 'FAIL'} sm_{arch} {case!s:70} {worst:.1e} {seconds:6.1f} s"]
     for options, outcome in zip(schedules, outcomes, strict=True):
         lines += [f"     [{options}] {problem[:300]}" for problem in outcome.problems]
     notes = {note.split(" (")[0] for outcome in outcomes for note in outcome.notes}
@@ -54,26 +54,24 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the cases of `make test`")
     parser.add_argument("--controls", action="store_true", help="spoiled kernels instead")
     parser.add_argument("--schedule", help="lockstep or random:SEED, in place of the three")
-    parser.add_argument(
-        "--copies", choices=("late", "early", "random"), default="late", help="when cp.async and TMA land"
-    )
-    parser.add_argument("--products", choices=("late", "early", "random"), default="late", help="when wgmma is done")
-    parser.add_argument("--ulp", type=int, default=0, help="approximate functions are off by up to so many units")
-    parser.add_argument("--lg2", type=float, default=0.0, help="lg2 of arguments in (1/2, 2) is off by this")
-    parser.add_argument("--truncate", action="store_true", help="tensor cores round towards zero")
+    when = ("late", "early", "random")
+    parser.add_argument("--copies", choices=when, default="late", help="when cp.async and TMA take effect")
+    parser.add_argument("--products", choices=when, default="late", help="and when wgmma does")
+    parser.add_argument("--inexact", action="store_true", help="approximate functions, logarithms and sums may be off")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
     schedules: Sequence[Options] = SCHEDULES
     if args.schedule:
         name, _, seed = args.schedule.partition(":")
         schedules = (Options(name, int(seed or 0), args.copies, args.products),)
-    schedules = tuple(replace(o, ulp=args.ulp, lg2=args.lg2, truncate=args.truncate) for o in schedules)
+    schedules = tuple(replace(o, inexact=args.inexact) for o in schedules)
     chosen = [(case, arch, schedules) for arch in args.arch for case in (quick if args.quick else cases)(arch)]
     jobs: list[Any] = [job for job in chosen if args.only in str(job[0])]
     if args.controls:
         jobs = [control for control in CONTROLS if args.only in control.name and control.arch in args.arch]
     failed = 0
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+    begin = own_kernels.use_inexact_logarithm if args.inexact else None
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"), initializer=begin) as pool:
         for text, good in pool.map(reported if args.controls else run, jobs):
             print(text, flush=True)
             failed += not good

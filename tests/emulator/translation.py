@@ -1,8 +1,8 @@
 """Translates each block of a program into Python source and compiles that.
 
-In the source `B` is the batch, `m` and `q` masks (`ptx` has the convention), U, I, F the 32-bit registers as unsigned,
-signed and floating-point rows, UH ... those of 16 bits, UD ... of 64, P the predicates, and k0, k1, ... constants. What
-is more than an expression calls a function of the engine with the batch and the mask.
+In the source B is the batch, M the machine, m and q are masks (`ptx` has the convention), ur, ir, fr the 32-bit
+registers as unsigned, signed and floating-point rows, uh ... those of 16 bits, ud ... of 64, p the predicates, k0, k1,
+... constants. What is more than an expression calls a function of the engine with the batch and the mask.
 """
 
 from __future__ import annotations
@@ -13,33 +13,18 @@ from typing import Any
 import numpy as np
 
 from . import arithmetic, asynchronous, memory
-from .ptx import SHARED_BASE, Instruction, Program, PTXError, names_in
+from .ptx import DESCRIPTORS, SHARED_BASE, Instruction, Program, PTXError, names_in
 
 DTYPE = {f"{s}{n}": np.dtype(f"{t}{n // 8}") for s, t in (("u", "u"), ("s", "i"), ("f", "f")) for n in (16, 32, 64)}
-DTYPE |= {"u8": np.dtype("u1"), "s8": np.dtype("i1")}
-VIEW = {
-    "h": {"u": "UH", "s": "IH", "f": "FH"},
-    "r": {"u": "U", "s": "I", "f": "F"},
-    "d": {"u": "UD", "s": "ID", "f": "FD"},
-}
-WIDTH = {"h": 16, "r": 32, "d": 64}
+DTYPE |= {f"b{n}": np.dtype(f"u{n // 8}") for n in (8, 16, 32, 64)} | {"u8": np.dtype("u1"), "s8": np.dtype("i1")}
 UFUNC = {
     "add": "add", "sub": "subtract", "mul": "multiply", "div": "divide", "min": "minimum", "max": "maximum",
-    "neg": "negative", "abs": "abs", "sqrt": "sqrt",
+    "neg": "negative", "abs": "abs",
 }  # fmt: skip
 LOGICAL = {"and": "&", "or": "|", "xor": "^"}
-COMPARE = {
-    "eq": "{} == {}", "ne": "{} != {}", "neu": "{} != {}",
-    "lt": "{} < {}", "le": "{} <= {}", "gt": "{} > {}", "ge": "{} >= {}",
-    "lo": "{} < {}", "ls": "{} <= {}", "hi": "{} > {}", "hs": "{} >= {}",
-    "equ": "~(({0} < {1}) | ({0} > {1}))", "ltu": "~({} >= {})", "leu": "~({} > {})", "gtu": "~({} <= {})",
-    "geu": "~({} < {})", "num": "~np.isnan({} + {})", "nan": "np.isnan({} + {})",
-}  # fmt: skip
-ROUND = {"rzi": "trunc", "rni": "rint", "rmi": "floor", "rpi": "ceil"}
-IGNORED = (
-    "fence.mbarrier_init", "fence.acq_rel", "fence.sc", "membar", "wgmma.fence", "prefetch", "nanosleep",
-    "griddepcontrol", "bar.warp.sync", "createpolicy",
-)  # fmt: skip
+COMPARE = {"eq": "==", "ne": "!=", "neu": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+OPPOSITE = {"ltu": "ge", "leu": "gt", "gtu": "le", "geu": "lt"}  # true of NaN: the negation of what is not
+IGNORED = ("wgmma.fence", "bar.warp.sync", "fence.mbarrier_init")
 
 
 def unsigned(kind: str) -> str:
@@ -54,7 +39,7 @@ class Translator:
         self.constants: dict[tuple[str, int], str] = {}
         self.namespace: dict[str, Any] = {
             "np": np, "arithmetic": arithmetic, "memory": memory, "asynchronous": asynchronous,
-            "ktrue": np.array([True]), "kfalse": np.array([False]),
+            "true": np.array([True]), "false": np.array([False]),
         }  # fmt: skip
 
     def constant(self, value: int, kind: str) -> str:
@@ -68,12 +53,12 @@ class Translator:
     def row(self, register: str, kind: str) -> str:
         """The array of a register, seen as a type."""
         cls, number = self.program.registers[register]
-        return f"P[{number}]" if cls == "p" else f"{VIEW[cls][kind[0] if kind[0] in 'sf' else 'u']}[{number}]"
+        return f"p[{number}]" if cls == "p" else f"{DTYPE[kind].kind}{cls}[{number}]"
 
     def whole(self, register: str, kind: str) -> str:
         """All of a register as an integer of the type's signedness, for a load or store that may be narrower."""
-        cls = self.program.registers[register][0]
-        return self.row(register, f"{'s' if kind[0] == 's' else 'u'}{WIDTH[cls]}")
+        width = {"h": 16, "r": 32, "d": 64}[self.program.registers[register][0]]
+        return self.row(register, f"{'s' if kind[0] == 's' else 'u'}{width}")
 
     def value(self, operand: str, kind: str) -> str:
         """An operand that is read as a type."""
@@ -83,9 +68,9 @@ class Translator:
         if operand.startswith("%"):
             return f"B.special({operand!r})"
         if operand in self.program.params:
-            return f"M.param_address({self.program.params[operand]})"
+            return self.constant(DESCRIPTORS + self.program.params[operand], kind)
         if kind == "pred":
-            return "ktrue" if int(operand, 0) else "kfalse"
+            return "true" if int(operand, 0) else "false"
         if operand == "global_smem":
             return self.constant(SHARED_BASE, kind)
         return self.constant(int(operand[2:], 16) if operand[:2] in ("0f", "0F", "0d", "0D") else int(operand, 0), kind)
@@ -98,7 +83,7 @@ class Translator:
         base, kind = match.group(1), f"u{bits}"
         offset = int((match.group(2) or match.group(3) or "0").replace(" ", ""), 0)
         if base == "global_smem":
-            return f"B.everywhere({self.constant(SHARED_BASE + offset, kind)})"
+            return f"np.broadcast_to({self.constant(SHARED_BASE + offset, kind)}, B.size)"
         return f"({self.row(base, kind)} + {self.constant(offset, kind)})" if offset else self.row(base, kind)
 
 
@@ -108,7 +93,7 @@ def translate(program: Program) -> Program:
     source = []
     for block in program.blocks:
         source += [f"def block{block.index}(B, m):"]
-        source += ["    M=B.machine; P=B.P; UH=B.UH; IH=B.IH; FH=B.FH; U=B.U; I=B.I; F=B.F; UD=B.UD; ID=B.ID; FD=B.FD"]
+        source += [f"    M, p, ({', '.join(f'{v}{cls}' for cls in 'hrd' for v in 'uif')}) = B.machine, B.p, B.rows"]
         for ins in block.body:
             if ins.op.startswith(IGNORED):
                 continue
@@ -138,17 +123,19 @@ def translated(t: Translator, ins: Instruction, q: str) -> list[str]:
     def value(i: int, as_kind: str = kind) -> str:
         return t.value(args[i], as_kind)
 
-    def into(register: str, as_kind: str, expression: str, casting: str = "same_kind") -> list[str]:
-        return [f"np.copyto({t.row(register, as_kind)}, {expression}, casting={casting!r}, where={q})"]
+    def into(row: str, expression: str) -> list[str]:
+        return [f"np.copyto({row}, {expression}, where={q})"]
 
-    def put(as_kind: str, expression: str, casting: str = "same_kind") -> list[str]:
-        return into(args[0], as_kind, expression, casting)
+    def put(as_kind: str, expression: str) -> list[str]:
+        return into(t.row(args[0], as_kind), expression)
 
     def ufunc(name: str, as_kind: str) -> list[str]:
         values = ", ".join(value(i, as_kind) for i in range(1, len(args)))
         return [f"np.{name}({values}, out={t.row(args[0], as_kind)}, where={q})"]
 
     def floating(function: str) -> list[str]:
+        if not flags <= {"rn", "ftz", "approx", "full", "NaN"}:
+            return []
         values = [value(i) for i in range(1, len(args))]
         flush = "arithmetic.flush" if "ftz" in flags and kind == "f32" else ""
         called = function if function.endswith(",") else f"{function}("
@@ -162,20 +149,16 @@ def translated(t: Translator, ins: Instruction, q: str) -> list[str]:
 
     match parts:
         # floating point
-        case ["add" | "sub" | "mul" | "div" | "neg" | "abs" | "sqrt" as root, *_, "f32" | "f64"] if (
-            "approx" not in flags
-        ):
+        case ["add" | "sub" | "mul" | "div" | "neg" | "abs" as root, *_, "f32" | "f64"]:
             return floating("arithmetic.approximate('div'," if "full" in flags else f"np.{UFUNC[root]}")
         case ["min" | "max" as root, *_, "f32" | "f64"]:
             return floating(f"np.{root}imum" if "NaN" in flags else f"np.f{root}")
         case ["fma", *_, "f32" | "f64"]:
-            return floating(f"arithmetic.fma{kind[1:]}")
-        case ["ex2" | "lg2" | "rcp" | "rsqrt" as root, "approx", *_, "f32"]:
+            return floating("arithmetic.fma")
+        case ["ex2" | "rcp" as root, "approx", *_, "f32"]:
             return floating(f"arithmetic.approximate('{root}',")
         case ["rcp", "approx", "ftz", "f64"]:
             return floating("arithmetic.rcp_f64")
-        case ["rcp", *_, "f32" | "f64"]:
-            return floating("np.reciprocal")
         case ["abs", "f16" | "bf16" | "f16x2" | "bf16x2"]:
             mask = t.constant(0x7FFF7FFF if kind.endswith("x2") else 0x7FFF, unsigned(kind))
             return put(unsigned(kind), f"{value(1, unsigned(kind))} & {mask}")
@@ -190,44 +173,38 @@ def translated(t: Translator, ins: Instruction, q: str) -> list[str]:
             return put(unsigned(kind), f"~{value(1)}")
         case ["mul" | "mad" as root, "lo" | "wide" as how, _]:
             result = unsigned(kind) if how == "lo" else kind[0] + str(2 * int(kind[1:]))
-            a, b = value(1, unsigned(kind) if how == "lo" else kind), value(2, unsigned(kind) if how == "lo" else kind)
+            a, b = (value(i, unsigned(kind) if how == "lo" else kind) for i in (1, 2))
             add = f" + {value(3, result)}" if root == "mad" else ""
             return put(result, f"np.multiply({a}, {b}, dtype=np.dtype('{DTYPE[result].str}')){add}")
-        case ["div" | "rem" as root, _]:
-            return call("arithmetic.divide", t.row(args[0], kind), value(1), value(2), root == "rem")
-        case ["shl" | "shr" as root, _]:
-            as_kind, width = unsigned(kind) if root == "shl" else kind, int(kind[1:])
-            if args[2].isdigit() and int(args[2]) < width:
-                return put(as_kind, f"{value(1, as_kind)} {'<<' if root == 'shl' else '>>'} {value(2, as_kind)}")
-            return put(as_kind, f"arithmetic.shifted({value(1, as_kind)}, {value(2, 'u32')}, {width}, {root == 'shl'})")
+        case ["div", "s32" | "u32"]:
+            return call("arithmetic.divide", t.row(args[0], kind), value(1), value(2))
+        case ["shl" | "shr" as root, _] if args[2].isdigit() and int(args[2]) < int(kind[1:]):
+            as_kind = unsigned(kind) if root == "shl" else kind
+            return put(as_kind, f"{value(1, as_kind)} {'<<' if root == 'shl' else '>>'} {value(2, as_kind)}")
         case ["bfe", _]:
             width, position, length = int(kind[1:]), int(args[2], 0), int(args[3], 0)
             up = t.constant(width - position - length, kind)
             return put(kind, f"({value(1)} << {up}) >> {t.constant(width - length, kind)}")
-        case ["prmt", "b32"]:
-            return put("u32", f"arithmetic.permute_bytes({value(1)}, {value(2)}, {value(3)})")
-        case ["lop3", "b32"]:
-            return put("u32", f"arithmetic.lop3({value(1)}, {value(2)}, {value(3)}, {int(args[4], 0)})")
         case ["selp", _]:
             a, b = value(1, unsigned(kind)), value(2, unsigned(kind))
             return put(unsigned(kind), f"np.where({value(3, 'pred')}, {a}, {b})")
-        case ["setp", how, *more, _]:
+        case ["setp", "num", "f32" | "f64"]:
+            return put("pred", f"~np.isnan({value(1)} + {value(2)})")
+        case ["setp", how, _]:
             a, b = value(1), value(2)
-            ordered = (how, kind[0]) == ("ne", "f")  # where numpy's != is true of NaN
-            compared = ("({0} < {1}) | ({0} > {1})" if ordered else COMPARE[how]).format(a, b)
-            other = (
-                f" {LOGICAL[more[0]]} {'~' * (args[3][0] == '!')}{t.value(args[3].lstrip('!'), 'pred')}" if more else ""
-            )
-            first, _, second = args[0].partition("|")
-            lines = [f"first = {compared}", f"first, second = first{other}, ~first{other}"]
-            lines += into(first, "pred", "first") if first != "_" else []
-            return lines + (into(second, "pred", "second") if second not in ("", "_") else [])
+            if how in OPPOSITE:
+                compared = f"~({a} {COMPARE[OPPOSITE[how]]} {b})"
+            elif (how, kind[0]) == ("ne", "f"):  # numpy's != is true of NaN, as is neu
+                compared = f"(({a} < {b}) | ({a} > {b}))"
+            else:
+                compared = f"({a} {COMPARE[how]} {b})"
+            return put("pred", compared)
         # moves and conversions
         case ["mov", _] if args[0].startswith("{"):
             names, as_kind = names_in(args[0]), unsigned(kind)
             each = int(kind[1:]) // len(names)
             pieces = [(name, f"{value(1, as_kind)} >> {t.constant(each * i, as_kind)}") for i, name in enumerate(names)]
-            return [line for n, piece in pieces if n != "_" for line in into(n, f"u{each}", piece)]
+            return [line for n, piece in pieces if n != "_" for line in into(t.row(n, f"u{each}"), piece)]
         case ["mov", _] if args[1].startswith("{"):
             names, as_kind = names_in(args[1]), unsigned(kind)
             each, dtype = int(kind[1:]) // len(names), DTYPE[as_kind].str
@@ -235,29 +212,18 @@ def translated(t: Translator, ins: Instruction, q: str) -> list[str]:
             return put(as_kind, " | ".join(f"({x} << {t.constant(each * i, as_kind)})" for i, x in enumerate(wide)))
         case ["mov", _] | ["cvta", *_]:
             return put(unsigned(kind), value(1, unsigned(kind)))
-        case ["cvt", *_, "f16x2" | "bf16x2" as to, "f32"]:
-            high, low = (f"arithmetic.to_{to[:-2]}({value(i)}).astype(np.uint32)" for i in (1, 2))
-            return put("u32", f"{high} << 16 | {low}")
         case ["cvt", *_, "f32", "bf16"]:
-            return put("u32", f"{value(1, 'u16')}.astype(np.uint32) << 16")
-        case ["cvt", "rn", "bf16", "f32"]:
-            return put("u16", f"arithmetic.to_bf16({value(1)})")
-        case ["cvt", "rna", "tf32", "f32"]:
-            return put("u32", f"arithmetic.to_tf32({value(1, 'u32')})")
-        case ["cvt", *_, to, of] if to[0] in "us" and of[0] in "us":
-            narrow = f"{value(1)}.astype('{DTYPE[to].str}')"
-            return [f"np.copyto({t.whole(args[0], to)}, {narrow}, casting='unsafe', where={q})"]
-        case ["cvt", *how, to, of] if to[0] == "f" and ("rn" in how or of in ("f16", "f32")):
-            return put(to, value(1), "unsafe")
-        case ["cvt", how, to, _]:
-            return put(to, f"arithmetic.to_integer(np.{ROUND[how]}({value(1)}), np.dtype('{DTYPE[to].str}'))")
+            return put("u32", f"{value(1, 'u16')}.astype('u4') << 16")
+        case ["cvt", to, of] if to[0] in "us" and of[0] in "us":
+            return into(t.whole(args[0], to), f"{value(1)}.astype('{DTYPE[to].str}')")
+        case ["cvt", *how, to, of] if to[0] == "f" and (how == ["rn"] or (of, to) in (("f16", "f32"), ("f32", "f64"))):
+            return put(to, f"{value(1)}.astype('{DTYPE[to].str}')")
+        case ["cvt", "rzi", "s32", "f32"]:
+            return put("s32", f"arithmetic.to_integer({value(1)})")
         # between the lanes of a warp
-        case ["shfl", "sync", how, "b32"]:
-            if how == "bfly" and args[2].isdigit() and args[3] == "31" and "|" not in args[0]:
-                return call("arithmetic.butterfly", t.row(args[0], "u32"), value(1), args[2])
-            d, _, valid = args[0].partition("|")
-            p = t.row(valid, "pred") if valid not in ("", "_") else None
-            return call("arithmetic.shuffle", t.row(d, "u32"), p, repr(how), value(1), value(2), value(3))
+        case ["shfl", "sync", "bfly" | "idx" as how, "b32"] if args[3:] == ["31", "-1"] and "|" not in args[0]:
+            lane = f"{'B.lane ^ ' if how == 'bfly' else ''}{value(2, 'u32')}"
+            return call("arithmetic.shuffle", t.row(args[0], "u32"), value(1), lane)
         case ["redux", "sync", "min" | "max" as how, "s32" | "u32"]:
             return call("arithmetic.reduce_warp", t.row(args[0], kind), value(1), repr(how))
         case ["elect", "sync"]:
@@ -267,8 +233,8 @@ def translated(t: Translator, ins: Instruction, q: str) -> list[str]:
             return call("arithmetic.mma", int(shape[6:]), repr(of), *(rows(x, "u32") for x in args))
         # memory
         case ["ld", "param", _]:
-            loaded = f"M.param({t.program.params[args[1].strip('[] ')]}, '{DTYPE[unsigned(kind)].str}')"
-            return [f"np.copyto({t.whole(args[0], kind)}, {loaded}, casting='unsafe', where={q})"]
+            number = t.program.params[args[1].strip("[] ")]
+            return into(t.whole(args[0], kind), f"M.launch.params[{number}].view('{DTYPE[kind].str}')[:1]")
         case ["ld", "global" | "shared" | "shared::cta" | "shared::cluster" as space, *how, _]:
             registers = f"[{', '.join(t.whole(x, kind) for x in names_in(args[0]))}]"
             shared, size = space != "global", int(kind[1:]) // 8
@@ -283,11 +249,12 @@ def translated(t: Translator, ins: Instruction, q: str) -> list[str]:
         case ["atom", "global", *how, "add", "u32"]:
             order = next((x for x in how if x in ("acq_rel", "acquire", "release")), "relaxed")
             return call("memory.atomic_add", t.row(args[0], kind), t.address(args[1], 64), value(2), repr(order))
-        case ["ldmatrix" | "stmatrix" as root, "sync", "aligned", "m8n8", *_, "b16"]:
-            registers, at = args if root == "ldmatrix" else args[::-1]
-            return call(f"memory.{root}", rows(registers, "u32"), t.address(at, 32), "trans" in flags)
+        case ["ldmatrix", "sync", "aligned", "m8n8", *_, "b16"]:
+            return call("memory.ldmatrix", rows(args[0], "u32"), t.address(args[1], 32), "trans" in flags)
+        case ["stmatrix", "sync", "aligned", "m8n8", _, "shared", "b16"]:
+            return call("memory.stmatrix", rows(args[1], "u32"), t.address(args[0], 32))
         case ["mapa", "shared::cluster", "u32"]:
-            return put("u32", f"memory.map_address({value(1)}, {value(2)})")
+            return put("u32", f"{value(1)} & np.uint32(0xFFFFFF) | ({value(2)} + np.uint32(1)) << np.uint32(24)")
         # asynchronous
         case ["cp", "async", "ca" | "cg", "shared", "global", *_]:
             size = int(args[2], 0)
@@ -302,22 +269,18 @@ def translated(t: Translator, ins: Instruction, q: str) -> list[str]:
             to, bar, x_y = t.address(args[0], 32), t.address(args[2], 32), (t.value(v, "s32") for v in names_in(place))
             return call("asynchronous.transfer", to, t.value(tensor.strip(), "u64"), *x_y, bar)
         case ["fence", "proxy", *_] if parts[2].startswith("async"):
-            return call("asynchronous.fence_proxy")
+            return call("M.races.fence_proxy")
         case ["mbarrier", "init" | "inval" as what, *_]:
-            return call(
-                "asynchronous.set_mbarrier", t.address(args[0], 32), value(1, "u32") if what == "init" else None
-            )
+            expected = value(1, "u32") if what == "init" else None
+            return call("asynchronous.set_mbarrier", t.address(args[0], 32), expected)
         case ["mbarrier", "arrive", "expect_tx", *_]:
             return call("asynchronous.arrive", t.address(args[1], 32), value(2, "u32"))
         case ["mbarrier", "try_wait", "parity", *_]:
             return call("asynchronous.test_mbarrier", t.row(args[0], "pred"), t.address(args[1], 32), value(2, "u32"))
         case ["wgmma", "mma_async", "sync", "aligned", shape, "f32", of, _] if args[4:6] == ["1", "1"]:
             n = int(shape.removeprefix("m64n").removesuffix("k16"))
-            in_registers = args[1].startswith("{")
-            a = rows(args[1], "u32") if in_registers else t.row(args[1], "u64")
-            transposed = [0] * in_registers + [int(x) for x in args[6:]]
-            d, b, scale = rows(args[0], "f32"), t.row(args[2], "u64"), value(3, "pred")
-            return call("asynchronous.multiply", n, repr(of), d, a, b, scale, transposed)
+            d, a, b, scale = rows(args[0], "f32"), t.row(args[1], "u64"), t.row(args[2], "u64"), value(3, "pred")
+            return call("asynchronous.multiply", n, repr(of), d, a, b, scale, [int(x) for x in args[6:]])
         case ["barrier", "cluster", "arrive", "aligned"]:
             return call("asynchronous.arrive_at_cluster")
     return []
