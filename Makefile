@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal  # near the end, idle workers take from busy ones
 
 # The working loop: what a change breaks first, in under a minute.
 QUICK  := tests/test_validation.py tests/test_properties.py tests/test_real_data.py tests/test_docs.py
@@ -29,6 +29,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy gradnorm_fast
 	$(BIN)/mypy --explicit-package-bases kernels
+	$(BIN)/mypy --explicit-package-bases benchmarks
 
 kernels: $(STAMP)
 	$(BIN)/python benchmarks/compile_matrix.py

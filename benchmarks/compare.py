@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -20,6 +19,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout's package, whatever else is installed
 
 import torch
+
+from gradnorm_fast._files import replacing
 
 import measure
 import peers
@@ -30,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--workload", metavar="TEXT", help="only workloads whose name contains this, as x1000 does")
     parser.add_argument("--implementation", nargs="+", metavar="NAME", help=f"of: {', '.join(peers.ALL)}")
@@ -61,36 +62,33 @@ def run(args: argparse.Namespace) -> Path:
         raise ValueError(f"device: {args.device} asked for, but torch sees no GPU here; use --device cpu")
     if args.rounds < 1:
         raise ValueError(f"rounds: expected at least 1, got {args.rounds}")
-    names = list(peers.for_device(args.device))
+    names, todo = list(peers.for_device(args.device)), workloads.for_device(args.device)
     if unknown := [n for n in args.implementation or [] if n not in names]:
         raise ValueError(f"implementation: no {', '.join(unknown)}; there are: {', '.join(names)}")
-    names = [n for n in names if not args.implementation or n in (*args.implementation, peers.BASELINE)]
-    todo = workloads.chosen(args.device, args.workload)
-    environment = measure.environment(args.device)
-    folder = args.out or ROOT / "benchmarks/results" / re.sub(r"\W+", "_", environment["device"].lower())
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "bench.json"
-    results: dict[str, Any] = {"records": []}
+    wanted = {*(args.implementation or names), peers.OURS, peers.BASELINE}  # what the table cannot do without
+    names = [n for n in names if n in wanted]
+    chosen = {name: w for name, w in todo.items() if (args.workload or "") in name}
+    if not chosen:
+        raise ValueError(f"workload: nothing matches {args.workload!r}; there are: {', '.join(todo)}")
+    results: dict[str, Any] = {"environment": measure.environment(args.device), "records": []}
+    device = re.sub(r"\W+", "_", results["environment"]["device"].lower())
+    path = (args.out or ROOT / "benchmarks/results" / device) / "bench.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not args.again:
-        results = json.loads(path.read_text())
-    if any(results.get("environment", environment)[k] != environment[k] for k in ("device", "torch", "triton")):
-        raise ValueError(f"out: {path} holds results of another device, torch or triton; use --again or another --out")
-    results["environment"] = environment
-    results["baseline"] = peers.BASELINE
+        before = json.loads(path.read_text())
+        if any(before["environment"][k] != results["environment"][k] for k in ("device", "torch", "triton")):
+            raise ValueError(f"out: {path} holds results of another device, torch or triton: --again or another --out")
+        results = before | {"environment": results["environment"]}
     if "ceilings" not in results:
         results["ceilings"] = measure.ceilings(args.device)
-    for i, workload in enumerate(todo, 1):
-        done = {r["implementation"] for r in results["records"] if r["workload"] == str(workload)}
-        if set(names) <= done:
+    for i, (name, workload) in enumerate(chosen.items(), 1):
+        others = [r for r in results["records"] if r["workload"] != name or r["implementation"] not in names]
+        if len(results["records"]) - len(others) == len(names):
             continue
-        print(f"[{i}/{len(todo)}] {workload}", file=sys.stderr, flush=True)
-        fresh = measure.measure(workload, names, args.device, args.rounds)
-        results["records"] = [
-            r for r in results["records"] if r["workload"] != str(workload) or r["implementation"] not in names
-        ] + fresh
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(results, indent=1))
-        os.replace(partial, path)
+        print(f"[{i}/{len(chosen)}] {name}", file=sys.stderr, flush=True)
+        results["records"] = others + measure.measure(workload, names, args.device, args.rounds)
+        with replacing(path) as file:
+            json.dump(results, file, indent=1)
     return path
 
 

@@ -17,10 +17,12 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+Step = Callable[[Path, float, bool], tuple[bool, str]]  #: (folder, seconds, dry run) -> complete, and a summary
 SECONDS = {"compile": 60, "tests": 150, "sanitizer": 150, "bench": 110, "tune": 60}
 SLOW_FIRST = ["test_gradnorm.py", "test_compile_matrix.py", "test_kernels.py", "test_operator.py"]
 SMALL_CASES = """
@@ -43,7 +45,7 @@ torch.cuda.synchronize()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--dry-run", action="store_true", help="without a GPU: the interpreter, tiny shapes")
     parser.add_argument("--out", type=Path, help="folder (benchmarks/results/DEVICE)")
     parser.add_argument("--seconds", type=float, default=float(sum(SECONDS.values())), help="in all (%(default)s)")
@@ -75,14 +77,11 @@ def main() -> int:
     return 0 if all(done.get(s, {}).get("complete") for s in args.steps) else 1
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-
-
 def run(command: list[str], limit: float) -> tuple[int | None, str]:
     """Exit code (None: out of time) and the output so far."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment()
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment
     ) as process:
         try:
             output, _ = process.communicate(timeout=max(1.0, limit))
@@ -92,13 +91,15 @@ def run(command: list[str], limit: float) -> tuple[int | None, str]:
         return process.returncode, output
 
 
-def compile_kernels(out: Path, limit: float, dry_run: bool) -> tuple[bool, str]:
-    """What the later steps launch, into Triton's cache on disk: compiling takes most of a first call."""
-    if dry_run:
-        return True, "nothing to compile in the interpreter"
-    command = [sys.executable, "benchmarks/tune.py", "--out", str(out), "--compile", "--seconds", str(limit * 0.9)]
-    code, output = run(command, limit)
-    return code == 0, "in Triton's cache" if code == 0 else (output.strip().splitlines() or ["out of time"])[-1]
+def script(name: str, *options: str, dry: tuple[str, ...], seconds: bool = True) -> Step:
+    """One of the scripts beside this one, which write their results themselves; told how many seconds it has."""
+
+    def step(out: Path, limit: float, dry_run: bool) -> tuple[bool, str]:
+        command = [sys.executable, f"benchmarks/{name}", "--out", str(out), *options, *(dry if dry_run else ())]
+        code, output = run([*command, "--seconds", str(limit * 0.9)] if seconds else command, limit)
+        return code == 0, "out of time" if code is None else (output.strip().splitlines() or ["done"])[-1]
+
+    return step
 
 
 def tests(out: Path, limit: float, dry_run: bool) -> tuple[bool, str]:
@@ -129,29 +130,22 @@ def sanitizer(out: Path, limit: float, dry_run: bool) -> tuple[bool, str]:
         return True, "no compute-sanitizer here"
     text, results = "", {}
     for check in ("memcheck", "racecheck"):
-        code, output = run(
-            [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-c", SMALL_CASES], limit / 2
-        )
+        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-c", SMALL_CASES]
+        code, output = run(command, limit / 2)
         results[check] = "out of time" if code is None else "clean" if code == 0 else f"exit code {code}"
         text += f"==== {check}: {results[check]}\n{output[-20000:]}\n"
         (out / "sanitizer.txt").write_text(text)
     return set(results.values()) == {"clean"}, ", ".join(f"{k} {v}" for k, v in results.items())
 
 
-def bench(out: Path, limit: float, dry_run: bool) -> tuple[bool, str]:
-    options = ["--workload", "256x768x1000", "--rounds", "2"] if dry_run else []
-    code, output = run([sys.executable, "benchmarks/compare.py", "--out", str(out), *options], limit)
-    return code == 0, output.strip().splitlines()[-1] if code else "bench.json, bench.md, bench.png"
-
-
-def tune(out: Path, limit: float, dry_run: bool) -> tuple[bool, str]:
-    options = ["--dry-run"] if dry_run else []
-    command = [sys.executable, "benchmarks/tune.py", "--out", str(out), "--seconds", str(limit * 0.9), *options]
-    code, output = run(command, limit)
-    return code == 0, output.strip().splitlines()[-1] if code else "tune.json"
-
-
-STEPS = {"compile": compile_kernels, "tests": tests, "sanitizer": sanitizer, "bench": bench, "tune": tune}
+STEPS: dict[str, Step] = {
+    # What the later steps launch, into Triton's cache on disk: compiling takes most of a first call.
+    "compile": script("tune.py", "--compile", dry=("--dry-run",)),
+    "tests": tests,
+    "sanitizer": sanitizer,
+    "bench": script("compare.py", dry=("--workload", "256x768x1000", "--rounds", "2"), seconds=False),
+    "tune": script("tune.py", dry=("--dry-run",)),
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,7 +13,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from gradnorm_fast.reference import autograd_gradnorm
 import peers
 from workloads import DTYPES, Workload
 
+Call = Callable[[], object]
 ROUNDS = 15
 SECONDS = 4.0  # per implementation and workload; slow ones get fewer rounds, three at least
 CHECKED_ROWS = 8
@@ -46,7 +47,7 @@ def environment(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "cpu": next((s.split(":")[1].strip() for s in _lines("/proc/cpuinfo") if s.startswith("model name")), ""),
+        "cpu": _proc("cpuinfo", "model name"),
         "threads": torch.get_num_threads(),
         "device": "CPU",
     }
@@ -62,18 +63,24 @@ def environment(device: str) -> dict[str, Any]:
     return found
 
 
-def _lines(path: str) -> list[str]:
+def _proc(file: str, key: str) -> str:
+    """A value in /proc; empty where there is none."""
     try:
-        return Path(path).read_text().splitlines()
+        lines = Path("/proc", file).read_text().splitlines()
     except OSError:
-        return []
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
 
 
-def free_memory(device: str) -> int:
+def check_memory(name: str, workload: Workload, device: str) -> None:
+    """MemoryError where the implementation may take more than is free."""
     if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
-    available = [line.split()[1] for line in _lines("/proc/meminfo") if line.startswith("MemAvailable")]
-    return int(available[0]) * 1024 if available else 4 * 2**30
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = int(_proc("meminfo", "MemAvailable").partition(" ")[0] or 4 * 2**20) * 1024
+    needed = peers.memory_needed(name, workload)
+    if needed > 0.8 * free:
+        raise MemoryError(f"needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
 
 
 def synchronize(device: str) -> None:
@@ -84,24 +91,23 @@ def synchronize(device: str) -> None:
 def ceilings(device: str) -> dict[str, Any]:
     """The two rates nothing exceeds: bytes per second of a copy (read and written), operations of a large matmul."""
     cuda = device.startswith("cuda")
-    source = torch.randn(2**30 // 4 if cuda else 2**27 // 4, device=device)
-    target = torch.empty_like(source)
-    copy = _best(lambda: target.copy_(source), device)
-    found: dict[str, Any] = {"copy_bytes_per_s": 2 * source.numel() * 4 / copy, "matmul_flop_per_s": {}}
-    source = target = None
-    n = 8192 if cuda else 2048
-    for name in DTYPES if cuda else ["float32"]:
-        a = torch.randn(n, n, device=device).to(DTYPES[name])
-        found["matmul_flop_per_s"][name] = 2 * n**3 / _best(lambda a=a: a @ a, device)
-    return found
+
+    def best(call: Call) -> float:
+        return min((device_times([call], 10, device) if cuda else wall_times(call, 10, device))[2:])
+
+    def matmul_rate(dtype: torch.dtype, n: int = 8192 if cuda else 2048) -> float:
+        a = torch.randn(n, n, device=device).to(dtype)
+        return 2 * n**3 / best(lambda: a @ a)
+
+    def copy_rate(n: int = 2**30 if cuda else 2**27) -> float:
+        source, target = torch.empty(2, n // 4, device=device).fill_(1.0)
+        return 2 * n / best(lambda: target.copy_(source))
+
+    rates = {name: matmul_rate(DTYPES[name]) for name in (DTYPES if cuda else ["float32"])}
+    return {"copy_bytes_per_s": copy_rate(), "matmul_flop_per_s": rates}
 
 
-def _best(call: Callable[[], object], device: str, repeats: int = 10) -> float:
-    times = device_times([call], repeats, device) if device.startswith("cuda") else wall_times(call, repeats, device)
-    return min(times[2:])
-
-
-def wall_times(call: Callable[[], object], repeats: int, device: str) -> list[float]:
+def wall_times(call: Call, repeats: int, device: str) -> list[float]:
     """Seconds per call, the device idle before and after."""
     times = []
     for _ in range(repeats):
@@ -113,7 +119,7 @@ def wall_times(call: Callable[[], object], repeats: int, device: str) -> list[fl
     return times
 
 
-def device_times(calls: list[Callable[[], object]], repeats: int, device: str) -> list[float]:
+def device_times(calls: Sequence[Call], repeats: int, device: str) -> list[float]:
     """Seconds on the GPU of each of `repeats` calls, taken in turn from `calls`; launched behind a pause that hides
     the launches."""
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
@@ -127,7 +133,7 @@ def device_times(calls: list[Callable[[], object]], repeats: int, device: str) -
     return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)]
 
 
-def graph_times(calls: list[Callable[[], object]], repeats: int, device: str) -> list[float]:
+def graph_time(calls: Sequence[Call], device: str) -> float:
     """Seconds per call inside a CUDA graph of all the calls."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -138,9 +144,15 @@ def graph_times(calls: list[Callable[[], object]], repeats: int, device: str) ->
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kept = [call() for call in calls]
-    times = [t / len(calls) for t in device_times([graph.replay], repeats, device)]
+    (seconds,) = device_times([graph.replay], 1, device)
     del graph, kept
-    return times
+    return seconds / len(calls)
+
+
+def copies_beyond_l2(w: Workload, device: str, most: int) -> int:
+    """How many copies of the inputs are together more than twice the L2; 1 on a CPU."""
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size if device.startswith("cuda") else 0
+    return min(most, 1 + -(-2 * l2 // w.bytes))
 
 
 def peak_extra_memory(call: Callable[[], Tensor | tuple[Tensor, ...]], device: str = "cpu") -> int:
@@ -156,10 +168,8 @@ def peak_extra_memory(call: Callable[[], Tensor | tuple[Tensor, ...]], device: s
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             result = call()
         events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-        live = peak = 0
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            live += event.nbytes()
-            peak = max(peak, live)
+        live = itertools.accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0)
+        peak = max(live)
     returned = [result] if isinstance(result, Tensor) else result
     return peak - sum(t.numel() * t.element_size() for t in returned)
 
@@ -173,76 +183,65 @@ def relative_error(score: peers.Score, x: Tensor, weight: Tensor, bias: Tensor) 
 
 def measure(workload: Workload, names: list[str], device: str, rounds: int = ROUNDS) -> list[dict[str, Any]]:
     """One record per implementation; what cannot run says why in `skipped`."""
-    x, weight, bias = workload.inputs(device)
+    inputs = workload.inputs(device)
     records = {name: {"workload": str(workload), "implementation": name} for name in names}
     ready: dict[str, _Timed] = {}
-    for name in names:
-        needed, free = peers.memory_needed(name, workload), free_memory(device)
-        if needed > 0.8 * free:
-            records[name]["skipped"] = f"needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
-            continue
+    for name, record in records.items():
         try:
-            timed = _Timed(workload, name, x, weight, bias, device)
-            records[name] |= timed.checked()
+            check_memory(name, workload, device)
+            timed = _Timed(name, workload, inputs, device)
+            record |= timed.checked()
             ready[name] = timed
         except Exception as error:  # a peer that fails is a finding; it does not stop the others
             if name == peers.OURS:
                 raise
-            records[name]["skipped"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+            record["skipped"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
     for i in range(rounds):
         for timed in ready.values():
             if i < timed.rounds:
                 timed.round()
-    for name, timed in ready.items():
-        records[name] |= timed.times
+    found = [record | (ready[name].times if name in ready else {}) for name, record in records.items()]
     ready.clear()
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
-    return list(records.values())
+    return found
 
 
 class _Timed:
-    """One implementation on one workload, warm, with its inputs."""
+    """One implementation on one workload, warm, with its inputs and its times."""
 
-    def __init__(self, workload: Workload, name: str, x: Tensor, weight: Tensor, bias: Tensor, device: str) -> None:
-        self.name, self.device = name, device
-        self.implementation = peers.ALL[name]
+    def __init__(self, name: str, workload: Workload, inputs: tuple[Tensor, Tensor, Tensor], device: str) -> None:
+        self.implementation, self.device = peers.ALL[name], device
+        x, *head = inputs
         rows = min(len(x), self.implementation.max_rows or len(x))
         self.scale = len(x) / rows
-        self.x, self.weight, self.bias = x[:rows], weight, bias
-        self.score = self.implementation.make(weight, bias)
-        self.call = lambda: self.score(self.x)
+        self.inputs = x[:rows], *head
+        self.score = self.implementation.make(*head)
+        self.call = lambda: self.score(self.inputs[0])
         self.call()  # compiles, allocates, warms up
         quick = min(wall_times(self.call, 2, device))
         self.rounds = ROUNDS if quick < SECONDS / ROUNDS else max(3, int(SECONDS / quick))
         self.inner = max(1, min(50, int(0.002 / quick)))  # short calls are timed together: the clock is coarse
         self.times: dict[str, list[float]] = {"wall": []}
         if device.startswith("cuda"):
-            self.times["device"] = []
-            self.rotated = self._rotated(workload)
-            if self.implementation.capturable:
-                self.times["graph"] = []
+            self.times |= {"device": [], "graph": []} if self.implementation.capturable else {"device": []}
+            copies = copies_beyond_l2(workload, device, 64) if self.implementation.capturable else 1
+            self.rotated: list[Call] = [self.call, *(self._on_a_copy(name) for _ in range(copies - 1))]
 
-    def _rotated(self, workload: Workload) -> list[Callable[[], Tensor]]:
-        """The call on copies of its inputs, together more than twice the L2."""
-        l2 = torch.cuda.get_device_properties(self.device).L2_cache_size
-        copies = min(64, 1 + -(-2 * l2 // workload.bytes)) if self.implementation.capturable else 1
-        calls = []
-        for i in range(copies):
-            x, weight, bias = (t if i == 0 else t.clone() for t in (self.x, self.weight, self.bias))
-            score = self.implementation.make(weight, bias) if i and self.name != "torch.compile" else self.score
-            calls.append(lambda x=x, score=score: score(x))
-        return calls
+    def _on_a_copy(self, name: str) -> Call:
+        x, weight, bias = (t.clone() for t in self.inputs)
+        score = self.score if name == "torch.compile" else self.implementation.make(weight, bias)
+        return lambda: score(x)
 
     def checked(self) -> dict[str, Any]:
         record: dict[str, Any] = {"extra_memory": peak_extra_memory(self.call, self.device)}
         if self.implementation.scores:
-            record["relative_error"] = error = relative_error(self.score, self.x, self.weight, self.bias)
+            record["relative_error"] = error = relative_error(self.score, *self.inputs)
             if not error <= self.implementation.tolerance:
                 raise AssertionError(f"relative error {error:.2g} > {self.implementation.tolerance:g}")
         if self.scale > 1:
-            record["scaled_from_rows"] = len(self.x)
+            record["scaled_from_rows"] = len(self.inputs[0])
         return record
 
     def round(self) -> None:
@@ -250,14 +249,13 @@ class _Timed:
             for _ in range(self.inner):
                 self.call()
 
-        per_call = self.scale / self.inner
-        self.times["wall"] += [t * per_call for t in wall_times(inner, 1, self.device)]
+        self.times["wall"] += [t * self.scale / self.inner for t in wall_times(inner, 1, self.device)]
         if "device" in self.times:
             repeats = max(len(self.rotated), 3) if self.scale == 1 else 1
             times = device_times(self.rotated, repeats, self.device)
             self.times["device"].append(statistics.median(times) * self.scale)
         if "graph" in self.times:
             try:
-                self.times["graph"] += graph_times(self.rotated, 1, self.device)
+                self.times["graph"].append(graph_time(self.rotated, self.device))
             except RuntimeError:
                 del self.times["graph"]

@@ -14,6 +14,9 @@ from torch import Tensor
 from torch.nn.functional import linear, log_softmax
 
 from gradnorm_fast import fast_gradnorm
+from gradnorm_fast.kernels.dispatch import KERNELS
+from gradnorm_fast.kernels.experimental.cluster import score_cluster
+from gradnorm_fast.kernels.problem import Problem, Scores
 from gradnorm_fast.reference import autograd_gradnorm
 
 from workloads import Workload
@@ -21,6 +24,7 @@ from workloads import Workload
 Score = Callable[[Tensor], Tensor]
 VMAP_CHUNK = 32  # as pytorch-ood: without it, ImageNet-1k at batch 1024 takes 8 GB of gradients
 LOOP_ROWS = 16  # the loop's time is proportional to the batch: it is timed on so many rows and scaled
+LAUNCHERS = {name: kernel.score for name, kernel in KERNELS.items()} | {"cluster": score_cluster}
 
 
 def matmul(weight: Tensor, bias: Tensor) -> Score:
@@ -34,15 +38,10 @@ def ours(weight: Tensor, bias: Tensor, backend: str = "auto") -> Score:
 
 def kernel(weight: Tensor, bias: Tensor, name: str) -> Score:
     """One kernel by itself, chosen or not; ValueError for a shape it does not take."""
-    from gradnorm_fast.kernels.dispatch import KERNELS
-    from gradnorm_fast.kernels.experimental.cluster import score_cluster
-    from gradnorm_fast.kernels.problem import Problem, Scores
-
-    launch = score_cluster if name == "cluster" else KERNELS[name].score
 
     def score(features: Tensor) -> Tensor:
         out = torch.empty(1, len(features), device=features.device)
-        launch(Problem(features, weight, bias), Scores(out, None), None)
+        LAUNCHERS[name](Problem(features, weight, bias), Scores(out, None), None)
         return out[0]
 
     return score
@@ -92,8 +91,8 @@ class Implementation(NamedTuple):
 
 BASELINE = "matmul"
 OURS = "fast_gradnorm"
-# In the order of the tables: what people use today first.
-ALL = {
+# In the order of the tables: what people use today first. On a CPU fast_gradnorm is its torch path.
+CPU = {
     OURS: Implementation(ours, tolerance=1e-4),
     "autograd loop": Implementation(
         autograd_loop, max_rows=LOOP_ROWS, capturable=False, used_by="official code, OpenOOD"
@@ -102,26 +101,19 @@ ALL = {
     "eager": Implementation(eager),
     "torch.compile": Implementation(compiled),
     BASELINE: Implementation(matmul, scores=False),
+}
+ALL = CPU | {
     "fast_gradnorm, torch path": Implementation(partial(ours, backend="torch"), tolerance=1e-4),
     **{name: Implementation(partial(kernel, name=name), tolerance=1e-4) for name in ("tiled", "library", "cluster")},
 }
-GPU_ONLY = ("fast_gradnorm, torch path", "tiled", "library", "cluster")
 
 
 def for_device(device: str) -> dict[str, Implementation]:
-    """On a CPU fast_gradnorm is its torch path, and kernels run in the interpreter."""
-    return {k: v for k, v in ALL.items() if device.startswith("cuda") or k not in GPU_ONLY}
+    return ALL if device.startswith("cuda") else CPU
 
 
 def memory_needed(name: str, w: Workload) -> int:
     """An estimate in bytes, to refuse what cannot fit before it takes the machine down."""
-    inputs = (w.batch + w.classes) * w.depth * w.itemsize
-    logits = w.batch * w.classes
-    extra = {
-        "vmap": 3 * min(VMAP_CHUNK, w.batch) * w.classes * w.depth * w.itemsize,
-        "autograd loop": 3 * w.classes * w.depth * w.itemsize,
-        "eager": 4 * 4 * logits,
-        "torch.compile": 3 * 4 * logits,
-        BASELINE: logits * w.itemsize,
-    }
-    return inputs + extra.get(name, 64 * 2**20)
+    rows = {"vmap": min(VMAP_CHUNK, w.batch), "autograd loop": 1}.get(name, 0)  # whose gradients are in memory at once
+    gradients, logits = rows * w.classes * w.depth * w.itemsize, 4 * w.batch * w.classes
+    return (w.batch + w.classes) * w.depth * w.itemsize + 3 * gradients + 4 * logits

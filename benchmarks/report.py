@@ -9,11 +9,8 @@ from typing import Any
 import peers
 from workloads import Workload
 
+Record = dict[str, Any]
 Results = dict[str, Any]
-DETAILS = (
-    "B x D x C", "implementation", "median", "quartiles", "outliers", "wall", "graph", "of floor", "extra memory",
-    "error",
-)  # fmt: skip
 
 
 def workload_of(name: str) -> Workload:
@@ -22,38 +19,27 @@ def workload_of(name: str) -> Workload:
     return Workload(batch, depth, classes, dtype)
 
 
-def summary(times: list[float]) -> dict[str, float]:
-    """Median, quartiles and the number of outliers, beyond 1.5 interquartile ranges above the third quartile."""
-    low, middle, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
-    outliers = sum(t > high + 1.5 * (high - low) for t in times)
-    return {"median": middle, "first_quartile": low, "third_quartile": high, "outliers": outliers}
+def main_times(record: Record) -> list[float]:
+    """Device time where there is one, else wall time; empty where nothing was measured."""
+    return record.get("device") or record.get("wall") or []
 
 
-def main_times(record: dict[str, Any]) -> list[float] | None:
-    """Device time where there is one, else wall time."""
-    return record.get("device") or record.get("wall")
+def median(record: Record) -> float:
+    return statistics.median(main_times(record))
 
 
-def ratio(record: dict[str, Any], other: dict[str, Any]) -> float | None:
+def ratio(record: Record, other: Record) -> float:
     """How many times the other's time this one takes: the median over rounds, each compared with its own round."""
-    mine, theirs = main_times(record), main_times(other)
-    if not mine or not theirs:
-        return None
-    return statistics.median(a / b for a, b in zip(mine, theirs, strict=False))
+    return statistics.median(a / b for a, b in zip(main_times(record), main_times(other), strict=False))
 
 
-def by_workload(results: Results) -> dict[str, dict[str, dict[str, Any]]]:
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+def by_workload(results: Results) -> dict[str, dict[str, Record]]:
+    """Of each workload, the records of the implementations that ran."""
+    found: dict[str, dict[str, Record]] = {}
     for record in results["records"]:
-        found.setdefault(record["workload"], {})[record["implementation"]] = record
+        if main_times(record):
+            found.setdefault(record["workload"], {})[record["implementation"]] = record
     return found
-
-
-def floor_seconds(w: Workload, ceilings: Results) -> float:
-    """The larger of least bytes over copy bandwidth and operations over matmul rate."""
-    rates = ceilings["matmul_flop_per_s"]
-    rate = rates.get(w.dtype) or max(rates.values())
-    return max(w.bytes / ceilings["copy_bytes_per_s"], w.flops / rate)
 
 
 def environment_line(results: Results) -> str:
@@ -63,36 +49,29 @@ def environment_line(results: Results) -> str:
 
 
 def duration(seconds: float) -> str:
-    return (
-        f"{seconds * 1e6:.1f} µs"
-        if seconds < 1e-3
-        else f"{seconds * 1e3:.2f} ms"
-        if seconds < 1
-        else f"{seconds:.2f} s"
-    )
+    factor, unit, digits = (1e6, "µs", 1) if seconds < 1e-3 else (1e3, "ms", 2) if seconds < 1 else (1, "s", 2)
+    return f"{seconds * factor:.{digits}f} {unit}"
+
+
+def markdown(headings: list[str], rows: list[list[str]], names: int = 1) -> str:
+    """A table whose first columns, the names, are set to the left."""
+    rule = "|" + "---|" * names + "---:|" * (len(headings) - names)
+    return "\n".join([f"| {' | '.join(headings)} |", rule, *(f"| {' | '.join(cells)} |" for cells in rows)])
 
 
 def table(results: Results) -> str:
     """Per workload: our time, and how many times longer the others take."""
-    names = [n for n in peers.ALL if n != peers.OURS and any(r["implementation"] == n for r in results["records"])]
+    found = by_workload(results)
+    names = [n for n in peers.ALL if n != peers.OURS and any(n in records for records in found.values())]
     headings = [f"{n} ({used})" if (used := peers.ALL[n].used_by) else n for n in names]
-    lines = [
-        f"| B x D x C | {peers.OURS} | " + " | ".join(headings) + " | extra memory | relative error |",
-        "|---|" + "---:|" * (len(names) + 3),
-    ]
-    for name, records in by_workload(results).items():
-        ours = records.get(peers.OURS)
-        if ours is None or not main_times(ours):
-            continue
-        cells = []
-        for peer in names:
-            record = records.get(peer, {})
-            value = ratio(record, ours) if main_times(record) else None
-            cells.append("-" if value is None else f"{value:.2f}x" if value < 10 else f"{value:.0f}x")
-        own = duration(summary(main_times(ours))["median"])
-        cells += [f"{ours['extra_memory'] / 2**20:.1f} MiB", f"{ours['relative_error']:.1e}"]
-        lines.append(f"| {name} | {own} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = []
+    for name, records in found.items():
+        ours = records[peers.OURS]
+        ratios = [ratio(records[n], ours) if n in records else None for n in names]
+        cells = ["-" if r is None else f"{r:.2f}x" if r < 10 else f"{r:.0f}x" for r in ratios]
+        last = [f"{ours['extra_memory'] / 2**20:.1f} MiB", f"{ours['relative_error']:.1e}"]
+        rows.append([name, duration(median(ours)), *cells, *last])
+    return markdown(["B x D x C", peers.OURS, *headings, "extra memory", "relative error"], rows)
 
 
 def headline(results: Results) -> str:
@@ -107,39 +86,34 @@ def headline(results: Results) -> str:
         f"**{ratio(loop, ours):.0f} times faster than the loop** of the official code and OpenOOD, "
         f"**{ratio(vmap, ours):.0f} times faster than vmap** as in pytorch-ood, {ratio(ours, matmul):.2f} times the "
         f"time of the matmul alone: {w.batch} rows of {w.depth} features, {w.classes} classes, {w.dtype}, "
-        f"{duration(summary(main_times(ours))['median'])} on {where}. `make bench` measures it on yours."
+        f"{duration(median(ours))} on {where}. `make bench` measures it on yours."
     )
 
 
 def details(results: Results) -> str:
-    """Every implementation with its quartiles, memory and distance from the floor."""
-    lines = [
-        "| " + " | ".join(DETAILS) + " |",
-        "|---|---|" + "---:|" * (len(DETAILS) - 2),
-    ]
-    for name, records in by_workload(results).items():
-        for peer, record in records.items():
-            if "skipped" in record:
-                lines.append(f"| {name} | {peer} | not run: {record['skipped']} | | | | | | | |")
-                continue
-            s = summary(main_times(record))
-            of_floor = floor_seconds(workload_of(name), results["ceilings"]) / s["median"]
-            other = [duration(summary(record[k])["median"]) if record.get(k) else "-" for k in ("wall", "graph")]
-            scaled = f" (timed on {record['scaled_from_rows']} rows)" if "scaled_from_rows" in record else ""
-            error = f"{record['relative_error']:.1e}" if "relative_error" in record else ""
-            cells = [
-                name,
-                peer + scaled,
-                duration(s["median"]),
-                f"{duration(s['first_quartile'])} to {duration(s['third_quartile'])}",
-                f"{s['outliers']} of {len(main_times(record))}",
-                *other,
-                f"{of_floor:.0%}",
-                f"{record['extra_memory'] / 2**20:.1f} MiB",
-                error,
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """Every implementation with its quartiles, memory and distance from the floor: the larger of least bytes over copy
+    bandwidth and operations over matmul rate."""
+    ceilings, rows = results["ceilings"], []
+    rates = ceilings["matmul_flop_per_s"]
+    for record in results["records"]:
+        names = [record["workload"], record["implementation"]]
+        if "skipped" in record:
+            rows.append([*names, f"not run: {record['skipped']}", *[""] * 6])
+            continue
+        if "scaled_from_rows" in record:
+            names[1] += f" (timed on {record['scaled_from_rows']} rows)"
+        w = workload_of(record["workload"])
+        floor = max(w.bytes / ceilings["copy_bytes_per_s"], w.flops / rates.get(w.dtype, max(rates.values())))
+        times = main_times(record)
+        low, middle, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
+        rows.append([
+            *names, duration(middle), f"{duration(low)} to {duration(high)}",
+            *(duration(statistics.median(record[k])) if record.get(k) else "-" for k in ("wall", "graph")),
+            f"{floor / middle:.0%}", f"{record['extra_memory'] / 2**20:.1f} MiB",
+            f"{record['relative_error']:.1e}" if "relative_error" in record else "",
+        ])  # fmt: skip
+    headings = ["B x D x C", "implementation", "median", "quartiles", "wall", "graph", "of floor", "extra memory"]
+    return markdown([*headings, "error"], rows, names=2)
 
 
 def render(results: Results, folder: Path) -> str:
@@ -162,23 +136,19 @@ def render(results: Results, folder: Path) -> str:
 
 def draw(results: Results, path: Path) -> None:
     """Per workload: the time of every implementation relative to ours, and the memory it takes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     found = by_workload(results)
     names = [n for n in peers.ALL if any(n in records for records in found.values())]
     figure = Figure(figsize=(11, 1.3 + 0.42 * len(found)), dpi=90, layout="constrained")
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
     for i, name in enumerate(names):
-        for ax, value in (
-            (left, lambda r, n=name: ratio(r[n], r[peers.OURS])),
-            (right, lambda r, n=name: r[n].get("extra_memory", 0) / 2**20),
-        ):
-            rows = [(v, j) for j, r in enumerate(found.values()) if {name, peers.OURS} <= set(r) and (v := value(r))]
-            if rows:
-                style = "|" if name == peers.OURS else "o"
-                ax.plot(*zip(*rows, strict=True), style, color=f"C{i}", label=name, markersize=16 - 9 * (style == "o"))
+        ran = [(y, records[name], records[peers.OURS]) for y, records in enumerate(found.values()) if name in records]
+        style = {"marker": "|", "markersize": 16} if name == peers.OURS else {"marker": "o", "markersize": 7}
+        style |= {"linestyle": "", "color": f"C{i}", "label": name}
+        rows = [y for y, _, _ in ran]
+        left.plot([ratio(record, ours) for _, record, ours in ran], rows, **style)
+        right.plot([record["extra_memory"] / 2**20 for _, record, _ in ran], rows, **style)
     left.axvline(1, color="C0", linewidth=1, zorder=0)
     left.set(xscale="log", title=f"time, as a multiple of {peers.OURS}'s (lower is better)")
     right.set(xscale="log", title="extra memory in MiB (lower is better)")

@@ -10,11 +10,9 @@ of a GPU is committed, the measured time stands beside the prediction.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout's package, whatever else is installed
 
@@ -32,98 +30,71 @@ from workloads import DTYPES, SHAPES, Workload
 ROOT = Path(__file__).resolve().parents[1]
 # An H200, as reported for it: to be replaced by what the benchmarks measure.
 ARCH, PROCESSORS = "sm_90", 132
-COPY, L2, RATE = 4.3e12, 5.5e12, {"bfloat16": 790e12, "float16": 790e12}
+COPY, L2, RATE = 4.3e12, 5.5e12, 790e12  # bytes, bytes and operations per second; the last of halves
 LAUNCH = 2e-6
+KERNELS = {"one_tile": one_tile, "tiled": tiled, "library": library, "cluster": cluster}
 
 
-def matmul_seconds(w: Workload, config: Config, tiles_c: int, slices: int = 1) -> float:
+def matmul_seconds(w: Workload, config: Config, tiles_c: int = 1, slices: int = 1) -> float:
     """Of one launch of tiles."""
-    depth = cdiv(w.depth, slices)
     programs = cdiv(w.batch, config.block_b) * tiles_c * slices * config.num_ctas
-    width = config.block_c // config.num_ctas
-    operations = cdiv(programs, PROCESSORS) * PROCESSORS * 2 * config.block_b * width * depth / RATE[w.dtype]
+    depth, width = cdiv(w.depth, slices), config.block_c // config.num_ctas
+    operations = cdiv(programs, PROCESSORS) * PROCESSORS * 2 * config.block_b * width * depth / RATE
     operands = programs * (config.block_b + width) * depth * w.itemsize / L2
     return max(operations, operands, w.bytes / COPY)
 
 
-def predicted(kernel: str, w: Workload) -> float | None:
-    """Seconds, launches included; None for a shape the kernel does not take."""
+def predicted(kernel: str, w: Workload) -> float:
+    """Seconds, launches included."""
     dtype, shape = DTYPES[w.dtype], (w.batch, w.classes, w.depth)
-    if kernel == "one_tile":
-        if w.classes > one_tile.MAX_CLASSES:
-            return None
-        return LAUNCH + matmul_seconds(w, one_tile.configuration(*shape, dtype, ARCH), 1)
-    if w.classes <= one_tile.MAX_CLASSES:
-        return None
-    if kernel == "cluster":
-        if w.classes > 4096:
-            return None
-        return LAUNCH + matmul_seconds(w, cluster.configuration(*shape, dtype, ARCH), 1)
-    if kernel == "tiled":
-        config = tiled.configuration(*shape, dtype, ARCH, PROCESSORS)
-        tiles, beside = cdiv(w.classes, config.block_c), 0
-    else:
-        config, tiles, beside = library.CONFIGURATION, 0, w.batch * w.depth * w.itemsize  # the features once more
+    if kernel in ("one_tile", "cluster"):
+        return LAUNCH + matmul_seconds(w, KERNELS[kernel].configuration(*shape, dtype, ARCH))
+    tiles = kernel == "tiled"
+    config = tiled.configuration(*shape, dtype, ARCH, PROCESSORS) if tiles else library.CONFIGURATION
     logits = 4 * w.batch * w.classes * config.slices
-    chunks = cdiv(w.batch, rows_per_chunk(w.batch, 4 * w.classes * config.slices, config))
-    if kernel == "tiled":
+    chunks = cdiv(w.batch, rows_per_chunk(w.batch, logits // w.batch, config))
+    if tiles:
         rows = Workload(cdiv(w.batch, chunks), w.depth, w.classes, w.dtype)
-        matmul = chunks * matmul_seconds(rows, config, tiles, config.slices)
+        matmul = chunks * matmul_seconds(rows, config, cdiv(w.classes, config.block_c), config.slices)
     else:
-        matmul = max(w.flops / RATE[w.dtype], w.bytes / COPY)
+        matmul = max(w.flops / RATE, w.bytes / COPY)
+    beside = 0 if tiles else w.batch * w.depth * w.itemsize  # the features once more
     return 2 * chunks * LAUNCH + matmul + (2 * logits + beside) / L2
 
 
-KERNELS = ("one_tile", "tiled", "library", "cluster")
-
-
-def default(w: Workload) -> str:
-    """The kernel that is chosen where halves may be multiplied by the library."""
-    x, weight = (torch.empty(n, w.depth, dtype=DTYPES[w.dtype], device="meta") for n in (w.batch, w.classes))
-    return dispatch.preferred(Problem(x, weight, None), ARCH)
-
-
-def lines_of(results: list[dict[str, Any]]) -> str:
-    """One line per workload, in bfloat16; the kernel that is chosen in bold."""
-    head = ["B x D x C, bfloat16", "bytes", "operations", "floor", *KERNELS, "measured", "of floor"]
-    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
-    measured = {
-        r["workload"]: report.main_times(r)
-        for result in results
-        for r in result["records"]
-        if r["implementation"] == "fast_gradnorm" and "skipped" not in r
-    }
+def table() -> str:
+    """One line per shape, in bfloat16; the kernel that is chosen where the library may multiply halves in bold."""
+    measured: dict[str, dict[str, report.Record]] = {}
+    for path in (ROOT / "benchmarks/results").glob("*/bench.json"):
+        if path.parent.name not in ("cpu", "dry_run"):
+            measured |= report.by_workload(json.loads(path.read_text()))
+    rows = []
     for shape in SHAPES:
         w = Workload(*shape, "bfloat16")
-        floor = max(w.bytes / COPY, w.flops / RATE[w.dtype])
+        problem = Problem(*(torch.empty(n, w.depth, dtype=DTYPES[w.dtype], device="meta") for n in shape[::2]), None)
+        chosen = dispatch.preferred(problem, ARCH)
+        floor = max(w.bytes / COPY, w.flops / RATE)
         cells = [str(w).split()[0], f"{w.bytes / 1e6:.1f} MB", f"{w.flops / 1e9:.3g} GFLOP", us(floor)]
         for kernel in KERNELS:
-            seconds = predicted(kernel, w)
-            bold = "**" if kernel == default(w) else ""
-            cells.append("-" if seconds is None else f"{bold}{us(seconds)}{bold}")
-        times = measured.get(str(w))
-        seconds = report.summary(times)["median"] if times else None
-        cells += ["-", "-"] if seconds is None else [us(seconds), f"{floor / seconds:.0%}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            refused = KERNELS[kernel].why_not(problem, ARCH) or (
+                kernel != "one_tile" and w.classes <= one_tile.MAX_CLASSES
+            )
+            bold = "**" if kernel == chosen else ""
+            cells.append("-" if refused else f"{bold}{us(predicted(kernel, w))}{bold}")
+        ours = measured.get(str(w), {}).get("fast_gradnorm")
+        rows.append(
+            [*cells, us(report.median(ours)), f"{floor / report.median(ours):.0%}"] if ours else [*cells, "-", "-"]
+        )
+    headings = ["B x D x C, bfloat16", "bytes", "operations", "floor", *KERNELS, "measured", "of floor"]
+    return report.markdown(headings, rows)
 
 
 def us(seconds: float) -> str:
     return f"{seconds * 1e6:.{0 if seconds > 1e-4 else 1}f} µs"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--write", action="store_true", help="into docs/performance.md, not on the screen")
-    args = parser.parse_args()
-    files = [p for p in (ROOT / "benchmarks/results").glob("*/bench.json") if p.parent.name not in ("cpu", "dry_run")]
-    table = lines_of([json.loads(p.read_text()) for p in files])
-    if args.write:
-        report.put(ROOT / "docs/performance.md", "roofline", table)
-    else:
-        print(table)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    if "--write" in sys.argv:
+        report.put(ROOT / "docs/performance.md", "roofline", table())
+    else:
+        print(table())

@@ -27,14 +27,16 @@ if "--dry-run" in sys.argv:
 import torch
 
 from gradnorm_fast import fast_gradnorm
+from gradnorm_fast._files import replacing
 from gradnorm_fast.kernels import library, one_tile, tiled
 from gradnorm_fast.kernels.config import Config, cdiv, power_of_2
 from gradnorm_fast.kernels.device import INTERPRETED, architecture, dot_precision, has_tma, multiprocessors
-from gradnorm_fast.kernels.dispatch import KERNELS, Choice, choose
+from gradnorm_fast.kernels.dispatch import Choice, choose
 from gradnorm_fast.kernels.experimental import cluster
 from gradnorm_fast.kernels.problem import Problem, Scores
 
 import measure
+from peers import LAUNCHERS
 from workloads import Workload
 
 # In the order of what matters most, should time run out.
@@ -50,14 +52,10 @@ DRY = [Workload(20, 24, 40), Workload(20, 32, 300, "bfloat16"), Workload(70, 32,
 WORKERS = 8  # processes that compile before anything is timed
 
 
-SCORE = {name: kernel.score for name, kernel in KERNELS.items()} | {"cluster": cluster.score_cluster}
-
-
 def candidates(problem: Problem) -> Iterator[Choice]:
     """What is worth timing, the default first; in the interpreter two of each kernel."""
-    default = choose(problem)
     seen: list[Choice] = []
-    for candidate in (default, *_candidates(problem)):
+    for candidate in (choose(problem), *_candidates(problem)):
         alike = sum(p.kernel == candidate.kernel for p in seen)
         if candidate not in seen and (not INTERPRETED or alike < 2):
             seen.append(candidate)
@@ -68,11 +66,9 @@ def _candidates(problem: Problem) -> Iterator[Choice]:
     x, c = problem.features, problem.classes
     (b, d), half = x.shape, x.dtype.itemsize == 2
     arch, processors = architecture(x.device), multiprocessors(x.device)
-    tma = (False, True) if has_tma(arch) else (False,)
-    exact = (
-        ("ieee",) if half or dot_precision(x.dtype, arch) == "tf32" or arch.startswith("gfx") else ("tf32x3", "ieee")
-    )
-    stages = (2,) if arch.startswith("gfx") else (3, 4)
+    amd = arch.startswith("gfx")
+    exact = ("ieee",) if half or amd or dot_precision(x.dtype, arch) == "tf32" else ("tf32x3", "ieee")
+    stages = (2,) if amd else (3, 4)
 
     def tiles(kernel: str, *shapes: tuple[int, int, int, int], tma: tuple[bool, ...] = (False,)) -> Iterator[Choice]:
         for (rows, classes, step, warps), n, t, e in product(shapes, stages, tma, exact):
@@ -94,7 +90,7 @@ def _candidates(problem: Problem) -> Iterator[Choice]:
     wide: tuple[tuple[int, int, int, int], ...] = ((128, 128, 32, 8), (64, 128, 32, 8), (64, 64, 32, 4))
     if half:
         wide = ((128, 256, 64, 8), (128, 128, 64, 8), (64, 256, 64, 8), (256, 128, 64, 8), (64, 128, 64, 4))
-    for by_tile in tiles("tiled", *wide, tma=tma):
+    for by_tile in tiles("tiled", *wide, tma=(False, True) if has_tma(arch) else (False,)):
         yield by_tile
         if 4 * b * c > 24 * 2**20:  # chunks that stay in L2
             yield by_tile._replace(config=by_tile.config._replace(workspace=24))
@@ -109,7 +105,7 @@ def call_of(chosen: Choice, inputs: tuple[torch.Tensor, ...]) -> Callable[[], to
     out = torch.full((1, len(inputs[0])), torch.nan, device=inputs[0].device)  # not what the last candidate left there
 
     def call() -> torch.Tensor:
-        SCORE[chosen.kernel](Problem(*inputs), Scores(out, None), chosen.config)
+        LAUNCHERS[chosen.kernel](Problem(*inputs), Scores(out, None), chosen.config)
         return out[0]
 
     return call
@@ -117,40 +113,30 @@ def call_of(chosen: Choice, inputs: tuple[torch.Tensor, ...]) -> Callable[[], to
 
 def tune(w: Workload, device: str, deadline: float) -> list[dict[str, Any]]:
     """One row per candidate, the fastest first; candidates that fail say why."""
-    cuda = device == "cuda"
-    l2 = torch.cuda.get_device_properties(device).L2_cache_size if cuda else 0
-    copies = min(32, 1 + -(-2 * l2 // w.bytes))
-    inputs = [w.inputs(device, seed) for seed in range(min(copies, 4))]
-    inputs = [inputs[i] if i < 4 else tuple(t.clone() for t in inputs[i % 4]) for i in range(copies)]
-    expected = fast_gradnorm(*inputs[0], backend="torch")
-    rows = []
-    for chosen in candidates(Problem(*inputs[0])):
+    first = w.inputs(device)
+    copies = [first, *(tuple(t.clone() for t in first) for _ in range(measure.copies_beyond_l2(w, device, 32) - 1))]
+    expected = fast_gradnorm(*first, backend="torch")
+    rows: list[dict[str, Any]] = []
+    for chosen in candidates(Problem(*first)):
         if time.monotonic() > deadline:
             break
         row: dict[str, Any] = {"workload": str(w), "kernel": chosen.kernel, "config": chosen.config._asdict()}
         row["default"] = not rows
+        rows.append(row)
         try:
-            calls = [call_of(chosen, i) for i in inputs]
+            calls = [call_of(chosen, inputs) for inputs in copies]
             row["error"] = ((calls[0]() - expected).abs() / expected).max().item()
             if not row["error"] <= 1e-3:
                 raise AssertionError(f"relative error {row['error']:.2g}")
-            times = measure.device_times(calls, max(10, copies), device) if cuda else [0.0]
+            times = measure.device_times(calls, max(10, len(calls)), device) if device == "cuda" else [0.0]
             row["seconds"] = statistics.median(times)
         except Exception as error:  # out of shared memory or registers: a finding
             row["failed"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}"
-        rows.append(row)
     return sorted(rows, key=lambda r: r.get("seconds", float("inf")))
 
 
-def compile_candidates(seconds: float) -> None:
-    """Every candidate into Triton's cache on disk, by several processes."""
-    deadline = time.monotonic() + seconds
-    with multiprocessing.get_context("spawn").Pool(WORKERS) as pool:
-        pool.starmap(_compile_share, [(i, deadline) for i in range(WORKERS)])
-
-
-def _compile_share(share: int, deadline: float) -> None:
-    """Every WORKERS-th candidate of each workload, by launching it once."""
+def compile_share(share: int, deadline: float) -> None:
+    """Every WORKERS-th candidate of each workload into Triton's cache on disk, by launching it once."""
     for w in GPU:
         _, weight, bias = Workload(1, w.depth, w.classes, w.dtype).inputs("cuda")
         x = weight.new_zeros(w.batch, w.depth)
@@ -171,12 +157,10 @@ def described(row: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for tune.json")
     parser.add_argument("--seconds", type=float, default=300.0, help="stop after this long (%(default)s)")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="without a GPU: tiny shapes in the interpreter, no times"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes in the interpreter, no times")
     parser.add_argument("--compile", action="store_true", help="only compile the candidates, in parallel processes")
     args = parser.parse_args()
     device = "cpu" if args.dry_run else "cuda"
@@ -185,22 +169,22 @@ def main() -> int:
         return 2
     deadline = time.monotonic() + args.seconds
     if args.compile:
-        compile_candidates(args.seconds)
+        if not args.dry_run:  # the interpreter compiles nothing
+            with multiprocessing.get_context("spawn").Pool(WORKERS) as pool:
+                pool.starmap(compile_share, [(i, deadline) for i in range(WORKERS)])
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "tune.json"
-    results = {"environment": measure.environment(device), "rows": []}
-    if path.exists():
-        results["rows"] = json.loads(path.read_text())["rows"]
+    results = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    results["environment"] = measure.environment(device)
     done = {r["workload"] for r in results["rows"]}
     for w in DRY if args.dry_run else GPU:
         if str(w) in done or time.monotonic() > deadline:
             continue
         rows = tune(w, device, deadline)
         results["rows"] += rows
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(results, indent=1))
-        os.replace(partial, path)
+        with replacing(path) as file:
+            json.dump(results, file, indent=1)
         best = {r["kernel"]: r for r in reversed(rows)}
         print(f"{w}: " + "; ".join(described(r) for r in best.values()), flush=True)
     return 0

@@ -39,12 +39,9 @@ class Workload:
     def inputs(self, device: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Features as after ReLU and pooling, a weight that makes logits of unit size, a bias."""
         g = torch.Generator().manual_seed(seed)
-        make = lambda *shape: torch.randn(*shape, generator=g).to(device, DTYPES[self.dtype])  # noqa: E731
-        return (
-            make(self.batch, self.depth).relu_(),
-            make(self.classes, self.depth) / self.depth**0.5,
-            make(self.classes),
-        )
+        shapes = (self.batch, self.depth), (self.classes, self.depth), (self.classes,)
+        x, weight, bias = (torch.randn(*s, generator=g).to(device, DTYPES[self.dtype]) for s in shapes)
+        return x.relu_(), weight / self.depth**0.5, bias
 
 
 SHAPES = [
@@ -61,14 +58,5 @@ CPU = [
 ]  # fmt: skip
 
 
-def for_device(device: str) -> list[Workload]:
-    return GPU if device.startswith("cuda") else CPU
-
-
-def chosen(device: str, pattern: str | None) -> list[Workload]:
-    """The device's workloads whose name contains the pattern; ValueError if there is none."""
-    workloads = for_device(device)
-    found = [w for w in workloads if pattern is None or pattern in str(w)]
-    if not found:
-        raise ValueError(f"workload: nothing matches {pattern!r}; there are: {', '.join(map(str, workloads))}")
-    return found
+def for_device(device: str) -> dict[str, Workload]:
+    return {str(w): w for w in (GPU if device.startswith("cuda") else CPU)}

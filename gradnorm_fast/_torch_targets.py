@@ -32,8 +32,8 @@ FLOOR = -1000.0  # exp of which is 0: stands for −inf where that is multiplied
 class Others(NamedTuple):
     """Sums over the classes of each row but y, each (R, 1)."""
 
-    y: Tensor  #: the class, int64; 0 where the label is none
-    z_y: Tensor  #: its logit
+    y: Tensor  #: the class, int64; −1 where there is none
+    z_y: Tensor  #: its logit; −inf where there is none
     m: Tensor  #: max z_c
     s: Tensor  #: Σ exp(d_c), d_c = (z_c − m)/T
     powers: Tensor  #: Σ exp(p·d_c)
@@ -69,12 +69,12 @@ def _times(weight: Tensor, value: Tensor) -> Tensor:
     return torch.where(weight == 0, 0.0, weight * value)
 
 
-def _blocks(problem: Problem, dtype: torch.dtype) -> Iterator[tuple[slice, Problem, int]]:
+def blocks(problem: Problem, dtype: torch.dtype) -> Iterator[tuple[slice, Problem, int]]:
     """Rows, the problem for them with features as the matmul takes them, and how many classes make a tile."""
     budget, size = budget_of(problem.features.device), dtype.itemsize
     (batch, depth), classes = problem.features.shape, problem.classes
     elements = budget.chunk // BUFFERS // size
-    rows, columns = max(elements // max(classes, FEWEST), math.isqrt(elements)), classes
+    rows, columns = max(elements // max(classes, FEWEST), math.isqrt(elements)), max(1, classes)
     convertible = max(1, budget.operand // max(1, depth * size))
     if not usable(problem.features, dtype):
         rows = min(rows, convertible)
@@ -89,7 +89,7 @@ def _blocks(problem: Problem, dtype: torch.dtype) -> Iterator[tuple[slice, Probl
         yield slice(i, i + len(some.features)), some, columns
 
 
-def _tiles(problem: Problem, dtype: torch.dtype, columns: int) -> Iterator[tuple[slice, Tensor | None, Tensor]]:
+def tiles_of(problem: Problem, dtype: torch.dtype, columns: int) -> Iterator[tuple[slice, Tensor | None, Tensor]]:
     """Tiles of the problem's logits: classes, their part of the weight, and z (R, C'), which may be overwritten."""
     _, weight, bias, logits = problem[:4]
     for i in range(0, problem.classes, columns):
@@ -115,7 +115,24 @@ def _set_column(z: Tensor, classes: slice, y: Tensor, value: Tensor | float) -> 
     return torch.where(here, old, torch.nan)
 
 
-def _others(
+Sums = tuple[Tensor, Tensor, Tensor, Tensor]  #: m, s, powers and products of some classes; m = −inf for none
+
+
+def merged(a: Sums, b: Sums, inv_temperature: float, powers: float) -> Sums:
+    """The sums over both sets of classes, relative to the larger maximum."""
+    m = torch.maximum(a[0], b[0])
+    shift = torch.where(m == -torch.inf, 0.0, m)
+    s, r, q = torch.zeros_like(m), torch.zeros_like(m), torch.zeros_like(m)
+    for old_m, old_s, old_r, old_q in (a, b):
+        d = (old_m - shift) * inv_temperature
+        e = d.exp()
+        s.addcmul_(old_s, e)
+        r.addcmul_(old_r, (d * powers).exp() if powers < math.inf else e)
+        q.addcmul_(old_q + old_s * d.clamp_min(FLOOR), e)
+    return m, s, r, q
+
+
+def others_of(
     problem: Problem, tiles: Iterator[tuple[slice, Tensor | None, Tensor]], powers: float, entropy: bool
 ) -> Others:
     """The sums for the problem's target in one pass; the powers are p-th ones, the products are 0 without entropy."""
@@ -124,10 +141,10 @@ def _others(
     m = z_y = torch.full((n, 1), -torch.inf, dtype=dtype, device=device)
     s = r = q = torch.zeros_like(m)
     given = isinstance(problem.target, Tensor)
-    y = torch.zeros((n, 1), dtype=torch.int64, device=device)
+    y = torch.full((n, 1), -1, dtype=torch.int64, device=device)
     if isinstance(problem.target, Tensor):
         labels = problem.target[:, None]
-        y = torch.where((labels >= 0) & (labels < problem.classes), labels, 0)
+        y = torch.where((labels >= 0) & (labels < problem.classes), labels, -1)
     for classes, _, z in tiles:
         if given:
             old = _set_column(z, classes, y, -torch.inf)
@@ -152,22 +169,12 @@ def _others(
         tile_s = t.sum(1, keepdim=True)
         if powers == 2.0:
             tile_r = t.square_().sum(1, keepdim=True)
-        # Both sums relative to the larger maximum. An empty sum has m = −inf.
-        tile_m, tile_s, tile_r, tile_q = (v.to(dtype) for v in (tile_m, tile_s, tile_r, tile_q))
-        new = torch.maximum(m, tile_m)
-        shift = torch.where(new == -torch.inf, 0.0, new)
-        merged = torch.zeros_like(m), torch.zeros_like(m), torch.zeros_like(m)
-        for old_m, sums in ((m, (s, r, q)), (tile_m, (tile_s, tile_r, tile_q))):
-            d = (old_m - shift) * inv_temperature
-            e = d.exp()
-            merged[0].addcmul_(sums[0], e)
-            merged[1].addcmul_(sums[1], (d * powers).exp() if powers < math.inf else e)
-            merged[2].addcmul_(sums[2] + sums[0] * d.clamp_min(FLOOR), e)
-        m, (s, r, q) = new, merged
+        tile = tile_m.to(dtype), tile_s.to(dtype), tile_r.to(dtype), tile_q.to(dtype)
+        m, s, r, q = merged((m, s, r, q), tile, inv_temperature, powers)
     return Others(y, z_y, m, s, r, q)
 
 
-def _probabilities(others: Others, inv_temperature: float, powers: float) -> Probabilities:
+def probabilities_of(others: Others, inv_temperature: float, powers: float) -> Probabilities:
     _, z_y, m, s, r, q = others
     a = (m - torch.where(z_y == torch.inf, torch.nan, z_y)) * inv_temperature + s.log()
     log = torch.nn.functional.logsigmoid
@@ -201,18 +208,18 @@ def _feature_norm(problem: Problem, dtype: torch.dtype) -> Tensor:
 def forward(problem: Problem, scores: Scores) -> None:
     """Scores of the problem's rows, for a label or the predicted target."""
     out, inv_temperature, p = scores.out[0], 1.0 / problem.temperature, problem.p
-    for rows, some, columns in _blocks(problem, out.dtype):
-        others = _others(some, _tiles(some, out.dtype, columns), p, False)
-        norm = _probabilities(others, inv_temperature, p).residual_norm(p) * inv_temperature
+    for rows, some, columns in blocks(problem, out.dtype):
+        others = others_of(some, tiles_of(some, out.dtype, columns), p, False)
+        norm = probabilities_of(others, inv_temperature, p).residual_norm(p) * inv_temperature
         norm *= with_bias(_feature_norm(some, out.dtype), problem.bias_norm, p)
         out[rows] = _for_labels(some, norm)[:, 0].to(out.dtype)
 
 
 def token_statistics(problem: Problem, out: Tensor) -> None:
     """log p_y, entropy, Σp² and ‖p − e_y‖₂ of each row into out (4, B)."""
-    for rows, some, columns in _blocks(problem, out.dtype):
-        others = _others(some, _tiles(some, out.dtype, columns), 2.0, True)
-        found = _probabilities(others, 1.0 / problem.temperature, 2.0)
+    for rows, some, columns in blocks(problem, out.dtype):
+        others = others_of(some, tiles_of(some, out.dtype, columns), 2.0, True)
+        found = probabilities_of(others, 1.0 / problem.temperature, 2.0)
         poison = _feature_norm(some, out.dtype) * 0.0
         fields = found.log_p_y, found.entropy, found.sum_squares, found.residual_norm(2.0)
         for k, value in enumerate(fields):
@@ -245,16 +252,16 @@ def _propagate(
         for t, need in zip(inputs, needed, strict=True)
     )
     inv_temperature = 1.0 / problem.temperature
-    for rows, some, columns in _blocks(problem, dtype):
+    for rows, some, columns in blocks(problem, dtype):
         x = some.features
-        others = _others(some, _tiles(some, dtype, columns), powers, entropy)
-        slope, of_x = slope_of(rows, some, _probabilities(others, inv_temperature, powers), others)
+        others = others_of(some, tiles_of(some, dtype, columns), powers, entropy)
+        slope, of_x = slope_of(rows, some, probabilities_of(others, inv_temperature, powers), others)
         constant, linear, log, own = (_for_labels(some, v).to(dtype) for v in slope)
         shift = torch.where(others.m == -torch.inf, 0.0, others.m).to(dtype)
         inv_s = torch.where(others.s > 0, 1.0 / others.s, others.s).to(dtype)
         if needed[0] and of_x is not None:
             grad_x[rows] = of_x
-        for classes, w, z in _tiles(some, dtype, columns):
+        for classes, w, z in tiles_of(some, dtype, columns):
             _set_column(z, classes, others.y, -torch.inf)
             d = z.sub_(shift).mul_(inv_temperature).clamp_min_(FLOOR)
             p = d.exp().mul_(inv_s)

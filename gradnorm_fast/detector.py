@@ -56,6 +56,11 @@ class GradNorm:
     Example:
         >>> detector = GradNorm(model).fit(id_loader, tpr=0.95)
         >>> labels, scores, is_ood = detector.predict(images)
+        >>> energy = detector.head_scores(images).energy  # a baseline, from the same pass
+        >>> report = str(detector.diagnose(id_loader, ood_loader))
+        >>> detector.save("gate.json")
+        >>> torch.equal(GradNorm.load("gate.json", model).score(images), scores)
+        True
     """
 
     def __init__(

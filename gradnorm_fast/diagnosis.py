@@ -54,6 +54,11 @@ def diagnose(id_scores: HeadScores, ood_scores: HeadScores | None = None) -> Dia
     """Look at the scores of ID images, fields of shape (N,), and of OOD images, (M,), if there are any.
 
     ValueError for scores that are empty or not finite.
+
+    Example:
+        >>> diagnosis = diagnose(id_scores, ood_scores)
+        >>> diagnosis.best in diagnosis.auroc
+        True
     """
     inside = {name: _array(getattr(id_scores, name), name) for name in SCORES}
     gradnorm = inside["gradnorm"]

@@ -89,6 +89,11 @@ def evaluate(
     Raises:
         ValueError: an argument is not a non-empty one-dimensional array of finite real numbers; a convention that is
             not known.
+
+    Example:
+        >>> metrics = evaluate(id_scores=[3.0, 2.5, 2.0], ood_scores=[1.0, 2.2])
+        >>> round(metrics["auroc"], 3)
+        0.833
     """
     if convention is not None and convention not in CONVENTIONS:
         raise ValueError(f"convention: expected None or one of {', '.join(CONVENTIONS)}, got {convention!r}")
@@ -112,12 +117,23 @@ def evaluate(
 
 
 def compare_methods(id_scores: HeadScores, ood_scores: Mapping[str, HeadScores], **options: Any) -> Results:
-    """`compare` for GradNorm and the baselines of the same pass (METHODS)."""
+    """`compare` for GradNorm and the baselines of the same pass (METHODS).
+
+    Example:
+        >>> inside, outside = detector.head_scores_loader(id_loader), detector.head_scores_loader(ood_loader)
+        >>> results = compare_methods(inside, {"places": outside})
+        >>> auroc = results["places"]["GradNorm"]["auroc"]
+    """
     return compare(by_method(id_scores), {name: by_method(scores) for name, scores in ood_scores.items()}, **options)
 
 
 def by_method(scores: HeadScores) -> dict[str, torch.Tensor]:
-    """The score of each of METHODS."""
+    """The score of each of METHODS.
+
+    Example:
+        >>> list(by_method(id_scores))
+        ['GradNorm', 'MSP', 'MaxLogit', 'Energy', 'feature norm']
+    """
     return {method: getattr(scores, field) for method, field in METHODS.items()}
 
 
@@ -127,6 +143,11 @@ def compare(
     """`evaluate`, with its options, of every OOD set by every method that has a score for the ID set.
 
     The last entry, "average", is the mean over the OOD sets. ValueError for no OOD set, or no method.
+
+    Example:
+        >>> results = compare({"MSP": [0.9, 0.8]}, {"places": {"MSP": [0.7, 0.85]}})
+        >>> results["places"]["MSP"]["auroc"]
+        0.75
     """
     if not ood_scores:
         raise ValueError("ood_scores: expected at least one named set of scores, got an empty mapping")
@@ -147,6 +168,11 @@ def results_table(results: Results, methods: Sequence[str] | None = None) -> str
     The rows are `methods`, by default all in their order.
 
     FPR95 is that of the convention the results were made with; without one, ID is the positive class.
+
+    Example:
+        >>> table = results_table(compare_methods(id_scores, {"places": ood_scores}))
+        >>> table.splitlines()[0]
+        '| | places FPR95 ↓ | AUROC ↑ | average FPR95 ↓ | AUROC ↑ |'
     """
     names = [name.replace("|", "\\|") for name in results]
     lines = [
@@ -163,12 +189,22 @@ def results_table(results: Results, methods: Sequence[str] | None = None) -> str
 
 
 def fpr95(metrics: Mapping[str, float]) -> float:
-    """That of the convention the metrics were made with; without one, with ID as the positive class."""
+    """That of the convention the metrics were made with; without one, with ID as the positive class.
+
+    Example:
+        >>> fpr95(evaluate([2.0, 3.0], [1.0, 2.5]))
+        0.5
+    """
     return metrics["fpr95"] if "fpr95" in metrics else metrics["fpr95_id_positive"]
 
 
 def results_csv(results: Results) -> str:
-    """One line per OOD set and method with every metric, fractions in [0, 1]."""
+    """One line per OOD set and method with every metric, fractions in [0, 1].
+
+    Example:
+        >>> results_csv(compare_methods(id_scores, {"places": ood_scores})).splitlines()[0]
+        'ood,method,auroc,aupr_in,aupr_out,fpr95_id_positive,fpr95_ood_positive,n_id,n_ood'
+    """
     keys = list(dict.fromkeys(k for of_set in results.values() for m in of_set.values() for k in m))
     lines = [",".join(["ood", "method", *keys])]
     for name, of_set in results.items():
@@ -202,6 +238,10 @@ def plot_scores(
     Raises:
         ValueError: as in `evaluate`, or ``ood_scores`` is an empty mapping.
         ImportError: matplotlib is not installed.
+
+    Example:
+        >>> ax = plot_scores(id_scores.gradnorm, {"places": ood_scores.gradnorm})
+        >>> ax.figure.savefig("scores.png")
     """
     inside, outside = _as_scores("id_scores", id_scores), _as_named_scores(ood_scores)
     ax = _axes("plot_scores", ax)
@@ -230,6 +270,10 @@ def plot_roc(id_scores: ScoresLike, ood_scores: ScoresLike | Mapping[str, Scores
     Raises:
         ValueError: as in `evaluate`, or ``ood_scores`` is an empty mapping.
         ImportError: scikit-learn or matplotlib is not installed.
+
+    Example:
+        >>> ax = plot_roc(id_scores.gradnorm, {"places": ood_scores.gradnorm})
+        >>> ax.figure.savefig("roc.png")
     """
     inside, outside = _as_scores("id_scores", id_scores), _as_named_scores(ood_scores)
     try:

@@ -353,37 +353,39 @@ def _check_gradient(
     return None if labels is None else labels.reshape(-1), name, p
 
 
-def _check_head(features: Tensor, weight: Tensor, bias: Tensor | None, include_bias: bool) -> Tensor:
-    """Refuse a head that does not fit; the weight as (C, D)."""
+def _check_head(
+    features: Tensor, weight: Tensor, bias: Tensor | None, include_bias: bool, prefix: str = "", fewest: int = 1
+) -> Tensor:
+    """Refuse a head that does not fit, or has fewer classes; the weight as (C, D). The prefix is of the names."""
     _check_tensor("features", features)
-    _check_tensor("weight", weight)
+    _check_tensor(f"{prefix}weight", weight)
     if features.dim() == 0:
         raise ValueError("features: expected shape (..., D), got a tensor without dimensions")
     if weight.dim() not in (2, 4):
-        raise ValueError(f"weight: expected shape (C, D) or (C, D, 1, 1), got {tuple(weight.shape)}")
+        raise ValueError(f"{prefix}weight: expected shape (C, D) or (C, D, 1, 1), got {tuple(weight.shape)}")
     if weight.dim() == 4:
         if weight.shape[2] != 1 or weight.shape[3] != 1:
             raise ValueError(
-                f"weight: expected shape (C, D) or (C, D, 1, 1), got {tuple(weight.shape)}: the gradient of a larger "
-                "convolution is not an outer product"
+                f"{prefix}weight: expected shape (C, D) or (C, D, 1, 1), got {tuple(weight.shape)}: the gradient of a "
+                "larger convolution is not an outer product"
             )
         weight = weight[:, :, 0, 0]
-    if weight.shape[0] == 0:
-        raise ValueError(f"weight: expected at least one class, got shape {tuple(weight.shape)}")
+    if weight.shape[0] < fewest:
+        raise ValueError(f"{prefix}weight: expected at least one class, got shape {tuple(weight.shape)}")
     if weight.shape[1] != features.shape[-1]:
         raise ValueError(
-            f"features: expected shape (..., {weight.shape[1]}) to match weight {tuple(weight.shape)}, "
+            f"features: expected shape (..., {weight.shape[1]}) to match {prefix}weight {tuple(weight.shape)}, "
             f"got {tuple(features.shape)}"
         )
-    _check_like("weight", weight, features)
+    _check_like(f"{prefix}weight", weight, features)
     if bias is not None:
-        _check_tensor("bias", bias)
+        _check_tensor(f"{prefix}bias", bias)
         if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
             raise ValueError(
-                f"bias: expected shape ({weight.shape[0]},) to match weight {tuple(weight.shape)}, "
+                f"{prefix}bias: expected shape ({weight.shape[0]},) to match {prefix}weight {tuple(weight.shape)}, "
                 f"got {tuple(bias.shape)}"
             )
-        _check_like("bias", bias, features)
+        _check_like(f"{prefix}bias", bias, features)
     elif include_bias:
         raise ValueError("include_bias: expected a bias whose gradient to include, got bias=None")
     return weight

@@ -45,6 +45,13 @@ def autograd_gradnorm(
 
     Raises:
         TypeError, ValueError: as `gradnorm_fast.fast_gradnorm`, but torch.autocast casts nothing here.
+
+    Example:
+        >>> from gradnorm_fast import fast_gradnorm
+        >>> features, weight = torch.rand(4, 8), torch.randn(5, 8)
+        >>> exact = autograd_gradnorm(features.double(), weight.double())
+        >>> torch.allclose(fast_gradnorm(features, weight).double(), exact, rtol=1e-5)
+        True
     """
     weight = _check_head(features, weight, bias, include_bias)
     temperature = _check_options(features, temperature, reduction, "torch", include_bias)

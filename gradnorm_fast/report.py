@@ -92,7 +92,8 @@ def write_report(
         ImportError: matplotlib or Pillow is not installed.
 
     Example:
-        >>> scores = {"gradnorm": gradnorm, "feature_norm": feature_norm, "output_norm": output_norm}
+        >>> scores = detector.head_scores_loader(id_loader)._asdict()
+        >>> paths = [f"{i}.png" for i in range(len(scores["gradnorm"]))]
         >>> write_report("report.html", {"photos": ScoredImages(paths, scores)}, threshold=detector.threshold)
     """
     out = _checked_path(path)

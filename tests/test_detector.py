@@ -7,11 +7,11 @@ import warnings
 
 import pytest
 import torch
-from classifiers import images, loader, small, truth
 from torch import nn
 
 from gradnorm_fast import GradNorm, fast_gradnorm
 
+from classifiers import images, loader, small, truth
 from conftest import DEVICE
 
 

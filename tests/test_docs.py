@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import shlex
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 import gradnorm_fast
-from gradnorm_fast import cli, demo, demo_imagenet
+from gradnorm_fast import GradNorm, LayerNorms, cli, demo, demo_imagenet
 
 import report
 
@@ -84,10 +85,35 @@ def test_links_lead_somewhere(page):
     assert not missing
 
 
-@pytest.mark.parametrize("module", ["gradnorm_fast", "gradnorm_fast.functional"])
-def test_examples_of_docstrings(module):
-    failed, attempted = doctest.testmod(importlib.import_module(module))
+def public():
+    """{module: names} of docs/api.md."""
+    text = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^::: (\S+)$(?:(?!:::).)*?members: \[(.*?)\]", text, flags=re.M | re.S)
+    return {module: names.split(", ") for module, names in blocks} | {"gradnorm_fast.reference": ["autograd_gradnorm"]}
+
+
+@pytest.mark.parametrize("module", ["gradnorm_fast", *public()])
+def test_examples_of_docstrings(module, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    model, images = Model().eval(), torch.randn(24, 3, 32, 32)
+    id_loader, ood_loader = images.split(8), torch.rand(24, 3, 32, 32).split(8)
+    detector = GradNorm(model).fit(id_loader)
+    detector.save("gate.json")
+    inside, outside = (detector.head_scores_loader(loader) for loader in (id_loader, ood_loader))
+    names = dict(model=model, images=images, id_loader=id_loader, ood_loader=ood_loader, detector=detector)
+    names |= dict(torch=torch, id_scores=inside, ood_scores=outside)
+    failed, attempted = doctest.testmod(importlib.import_module(module), extraglobs=names)
     assert attempted > 0 and failed == 0
+
+
+def test_every_public_call_has_an_example():
+    calls = {
+        name: getattr(importlib.import_module(module), name) for module, found in public().items() for name in found
+    }
+    assert {name for name in gradnorm_fast.__all__ if not name.startswith("_")} <= set(calls)
+    results = {n for n, c in calls.items() if hasattr(c, "_fields") or is_dataclass(c) or c is LayerNorms}
+    assert [name for name, call in calls.items() if name not in results and ">>> " not in call.__doc__] == []
 
 
 def test_readme_figures_are_those_of_the_committed_benchmark():

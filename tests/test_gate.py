@@ -6,10 +6,11 @@ import warnings
 
 import pytest
 import torch
-from classifiers import Small, images, loader, small
 from torch import nn
 
 from gradnorm_fast import GradNorm
+
+from classifiers import Small, images, loader, small
 
 
 @pytest.fixture

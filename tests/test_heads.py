@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from classifiers import Calls, Small, images, small, truth
 from torch import nn
 
 from gradnorm_fast import GradNorm, heads, verification
 
+from classifiers import Calls, Small, images, small, truth
 from conftest import DEVICE
 
 # one of each family, with the head it has

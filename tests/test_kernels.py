@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_gradnorm import end_to_end_tolerance, problem, relative
 
 from gradnorm_fast import HeadScores, _backends, fast_gradnorm, gradnorm_from_logits, head_scores, warmup
 from gradnorm_fast.kernels import dispatch, library, one_tile, rows, tiled
@@ -21,6 +20,7 @@ from gradnorm_fast.kernels.problem import Problem, Scores
 
 from conftest import DEVICE
 from families import deviation, families
+from problems import end_to_end_tolerance, problem, relative
 
 pytestmark = pytest.mark.skipif(
     not INTERPRETED and torch.cuda.get_device_capability() < (8, 0), reason="needs compute capability 8.0"

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from classifiers import images, loader, small
 from torch import nn
 
 from gradnorm_fast import GradNorm, layer_gradnorms
 
+from classifiers import images, loader, small
 from command_line import FEATURES_RUN, MODEL_RUN, RUN, SCORE, run, table
 
 

@@ -51,13 +51,14 @@ def test_extra_memory_of_the_backward_is_bounded(temperature):
 
 
 def test_more_logits_than_fit_any_memory_or_int32():
-    """2^20 rows x 2^12 classes are 16 GiB of logits, 2^32 of them; the rows repeat, and so must the scores."""
-    x, w = random(1, 4).expand(2**20, 4), random(2**12, 4)
+    """2^19 + 64 rows x 2^12 classes are 8 GiB of logits, more than 2^31 of them."""
+    rows = 2**19 + 64
+    x, w = random(1, 4).expand(rows, 4), random(2**12, 4)
     assert peak_extra_memory(lambda: fast_gradnorm(x[:4096], w)) <= MEMORY
-    storage = random(2**20 - 1 + 2**12)  # rows that overlap, each one element further: all different
-    logits = storage.as_strided((2**20, 2**12), (1, 1))
+    storage = random(rows - 1 + 2**12)  # rows that overlap, each one element further: all different
+    logits = storage.as_strided((rows, 2**12), (1, 1))
     scores = gradnorm_from_logits(x, logits)
-    late = [0, 2**19 - 1, 2**19, 2**20 - 1]  # the third begins at element 2^31 of the matrix
+    late = [0, 2**19 - 1, 2**19, rows - 1]  # the third begins at element 2^31 of the matrix
     assert torch.equal(scores[late], gradnorm_from_logits(x[late], logits[late].clone()))
 
 

@@ -5,11 +5,11 @@ import threading
 
 import pytest
 import torch
-from classifiers import Calls, images, loader, small
 from torch import nn
 
 from gradnorm_fast import GradNorm, Prediction
 
+from classifiers import Calls, images, loader, small
 from conftest import DEVICE
 
 

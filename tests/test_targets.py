@@ -15,6 +15,7 @@ from gradnorm_fast.reference import autograd_gradnorm
 from conftest import DEVICE
 from families import deviation_norm, hard_logits, residual_norm
 from measure import peak_extra_memory
+from problems import relative
 
 TARGETS = ["uniform", "predicted", "labels"]
 NORMS = [1.0, 2.0, math.inf, 0.5, 3.0, 4.0]
@@ -26,12 +27,6 @@ def problem(b, d, c, dtype=torch.float64, seed=0):
     x, w, bias = (torch.randn(*s, generator=g, dtype=torch.float64).to(dtype) for s in ((b, d), (c, d), (c,)))
     labels = torch.randint(0, c, (b,), generator=g)
     return x.to(DEVICE), w.to(DEVICE), bias.to(DEVICE), labels.to(DEVICE)
-
-
-def relative(actual, expected):
-    """Largest relative difference; absolute where the truth is 0. NaN where one of the two is."""
-    actual, expected = actual.double().cpu(), expected.double().cpu()
-    return ((actual - expected).abs() / expected.abs().where(expected != 0, 1.0)).max().item()
 
 
 @pytest.mark.parametrize("p", NORMS)

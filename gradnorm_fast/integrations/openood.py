@@ -34,6 +34,11 @@ class GradNormPostprocessor(BasePostprocessor):
         config: as given.
         args: `config.postprocessor.postprocessor_args`, None without a config.
         num_classes: of the data set that the config names, None where it names none that is known.
+
+    Example:
+        >>> features, weight = torch.rand(4, 8), torch.randn(5, 8)
+        >>> GradNormPostprocessor().gradnorm(features, weight).shape  # as OpenOOD's evaluator calls it
+        (4,)
     """
 
     # What OpenOOD's evaluator asks for: there is no hyperparameter to search.
@@ -126,6 +131,9 @@ def register() -> None:
     Raises:
         ImportError: OpenOOD is not installed.
         RuntimeError: an OpenOOD whose registries are not those of v1.5.
+
+    Example:
+        >>> register()  # doctest: +SKIP
     """
     import openood.postprocessors as postprocessors  # type: ignore
     from openood.postprocessors import utils

@@ -39,6 +39,9 @@ class GradNorm(_Base):
     Raises:
         ModelNotSetException: model is None.
         TypeError, ValueError: an argument that does not fit.
+
+    Example:
+        >>> scores = GradNorm(model, param_filter=lambda name: name == "fc.weight").predict(images)
     """
 
     if hasattr(api, "DetectorInfo"):

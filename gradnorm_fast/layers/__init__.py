@@ -60,10 +60,6 @@ def layer_gradnorms(
     layer alone `fast_gradnorm` needs no backward pass. The model is left as it was: mode, gradients, flags, hooks.
     Threads may share it, and wait for one another.
 
-        layer_gradnorms(model, images)                                    # all parameters together, (B,)
-        layer_gradnorms(model, images, layers=["layer4", "fc"], p=2.0)
-        layer_gradnorms(model, images, layers=lambda name, parameter: parameter.dim() > 1, per_layer=True)
-
     Args:
         model: a classifier; its output is logits (B, C), or an object with `.logits`. It runs in the mode it has.
         images: (B, ...), whatever the model takes; moved to its device and, if floating point, to its dtype.
@@ -85,6 +81,17 @@ def layer_gradnorms(
 
     Raises:
         TypeError, ValueError: an argument that does not fit; a model with dropout or batch statistics in training mode.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 5))
+        >>> images = torch.rand(3, 8)
+        >>> layer_gradnorms(model, images).shape  # of all parameters together
+        torch.Size([3])
+        >>> layer_gradnorms(model, images, layers=["2"], p=2.0).shape  # of the last layer, biases included
+        torch.Size([3])
+        >>> weights = layer_gradnorms(model, images, layers=lambda name, p: p.dim() > 1, per_layer=True)
+        >>> list(weights)
+        ['0.weight', '2.weight']
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")

@@ -1,0 +1,135 @@
+"""What else the package computes, beside what others do: processor time of one CPU thread, rounds in turn, medians.
+
+    python benchmarks/beside.py                  all of it; or some of: targets tokens grand layers verification
+
+The first row of a table is its unit. Nothing is downloaded: heads and networks have random weights.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout's package, whatever else is installed
+
+import torch
+import torchvision
+from torch import Tensor
+from torch.nn.functional import cross_entropy, linear, log_softmax
+
+from gradnorm_fast import fast_gradnorm, heads, layer_gradnorms, token_statistics
+
+from measure import peak_extra_memory
+
+Calls = dict[str, Callable[[], Tensor | tuple[Tensor, ...]]]
+ROUNDS = 5
+
+
+def head(rows: int, depth: int, classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Features, weight and labels."""
+    return torch.rand(rows, depth), torch.randn(classes, depth) / depth**0.5, torch.randint(0, classes, (rows,))
+
+
+def targets() -> Calls:
+    """Every target and norm, 1024 x 2048 x 1000"""
+    x, w, labels = head(1024, 2048, 1000)
+    calls: Calls = {"matmul": lambda: x @ w.T}
+    for name, target in (("uniform", "uniform"), ("label", labels), ("predicted", "predicted")):
+        for p in (1.0, 2.0, float("inf"), 3.0):
+
+            def norm(target: str | Tensor = target, p: float = p) -> Tensor:
+                return fast_gradnorm(x, w, target=target, p=p)
+
+            calls[f"{name}, p = {p:g}"] = norm
+    return calls | {"token_statistics": lambda: token_statistics(x, w, labels)}
+
+
+def tokens() -> Calls:
+    """Log probability, entropy and Σp², 256 x 64 x 32000"""
+    x, w, labels = head(256, 64, 32000)
+
+    def expressions() -> tuple[Tensor, ...]:
+        log_p = log_softmax(x @ w.T, 1)
+        p = log_p.exp()
+        return log_p.gather(1, labels[:, None])[:, 0], -(p * log_p).sum(1), p.square().sum(1)
+
+    return {"token_statistics": lambda: token_statistics(x, w, labels), "one log_softmax": expressions}
+
+
+def grand() -> Calls:
+    """GraNd of the last layer, 64 x 2048 x 1000"""
+    (x, w, labels), b = head(64, 2048, 1000), torch.zeros(1000)
+
+    def deepcore() -> Tensor:
+        """By its formula, with the gradients (B, C, D + 1) in memory."""
+        logits = linear(x, w, b).requires_grad_()
+        (g,) = torch.autograd.grad(cross_entropy(logits, labels, reduction="sum"), logits)
+        return torch.cat([g, (x[:, None] * g[:, :, None]).flatten(1)], 1).norm(dim=1)
+
+    ours = lambda: fast_gradnorm(x, w, b, target=labels, p=2.0, include_bias=True)  # noqa: E731
+    return {"fast_gradnorm": ours, "DeepCore's formula": deepcore}
+
+
+def layers() -> Calls:
+    """GradNorm of all layers, ResNet-50, batch 8"""
+    from pytorch_ood.detector import GradNorm as PytorchOod  # type: ignore[import-untyped]
+
+    torch.manual_seed(0)
+    model, images = torchvision.models.resnet50(), torch.randn(8, 3, 224, 224)
+    with torch.no_grad():
+        for _ in range(20):  # running statistics that keep its activations in range
+            model(torch.randn(4, 3, 96, 96))
+    theirs, parameters = PytorchOod(model.eval()), list(model.parameters())
+
+    def loop() -> Tensor:
+        scores = []
+        for image in images.split(1):
+            gradients = torch.autograd.grad(-log_softmax(model(image), 1).mean(), parameters)
+            scores.append(torch.stack([g.abs().sum() for g in gradients]).sum())
+        return torch.stack(scores)
+
+    ours = lambda: layer_gradnorms(model, images)  # noqa: E731
+    return {"layer_gradnorms": ours, "per-sample loop": loop, "pytorch-ood": lambda: theirs.predict(images)}
+
+
+def verification() -> Calls:
+    """One row of each batch held against the head, ResNet-18, batch 32"""
+    model, images = torchvision.models.resnet18().eval(), torch.randn(32, 3, 224, 224)
+    model.requires_grad_(False)
+    name, linear_head = heads.find_head(model, images[:2])
+    features, logits = heads.features_and_logits(model, linear_head, images)
+
+    def check() -> tuple[Tensor, ...]:
+        found = heads.check_row(name, linear_head, features, logits, 0)
+        assert found is not None
+        found.raise_if_failed()
+        return ()
+
+    return {"forward pass": lambda: model(images), "verification": check}
+
+
+def show(calls: Calls) -> None:
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for k in range(ROUNDS + 1):
+        for name, call in calls.items():
+            start = time.process_time()
+            call()
+            if k:  # the first warms up
+                times[name].append(1e3 * (time.process_time() - start))
+    unit = next(iter(times.values()))
+    print("| | ms | ratio | extra memory |\n|---|---:|---:|---:|")
+    for name, found in times.items():
+        ratio = statistics.median(a / b for a, b in zip(found, unit, strict=True))
+        memory = peak_extra_memory(calls[name]) / 2**20
+        print(f"| {name} | {statistics.median(found):.2f} | {ratio:.3g} | {memory:.1f} MiB |")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for subject in (targets, tokens, grand, layers, verification):
+        if subject.__name__ in (sys.argv[1:] or subject.__name__):
+            print(f"\n{subject.__doc__}\n")
+            show(subject())

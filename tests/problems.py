@@ -1,0 +1,36 @@
+"""Random features with a head, and how far a score of theirs may be from the truth."""
+
+import torch
+
+from conftest import DEVICE
+from families import deviation
+
+
+def relative(actual, expected):
+    """Largest relative difference; absolute where the truth is 0."""
+    expected = expected.double()
+    error = (actual.double().cpu() - expected.cpu()).abs() / expected.cpu().abs().where(expected.cpu() != 0, 1.0)
+    return error.max().item() if error.numel() else 0.0
+
+
+def problem(b, d, c, dtype, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x, w, bias = (torch.randn(*s, generator=g).to(dtype) for s in ((b, d), (c, d), (c,)))
+    return x.to(DEVICE), w.to(DEVICE), bias.to(DEVICE)
+
+
+def end_to_end_tolerance(x, w, bias, temperature, dtype):
+    """2e-6 for the score of given logits and, from the float32 matmul, what its rounding can move Σ|p − 1/C|.
+
+    A sum of n = D + 1 terms errs by at most γ·Σ|terms|, γ = n·2⁻²⁴ always and 4√n·2⁻²⁴ but for one sum in a thousand
+    (Higham & Mary, 2019), before the blocking that makes both generous. An error ε in every logit moves p_c by at most
+    p_c·(exp(2ε/T) − 1), for it moves z_c by ε and the logsumexp by no more, and so Σ|p − 1/C| by exp(2ε/T) − 1.
+    """
+    if dtype == torch.float64:
+        return 1e-12
+    x, w, bias = x.double(), w.double(), bias.double()
+    n = x.shape[1] + 1
+    size = (x.abs() @ w.abs().T + bias.abs()).amax(1)
+    epsilon = min(n, 4 * n**0.5) * 2.0**-24 * size
+    score = deviation(x @ w.T + bias, temperature) * temperature
+    return 2e-6 + (torch.expm1(2 * epsilon / temperature) / score).max().item()
