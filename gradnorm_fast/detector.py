@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from .functional import HeadScores, _check_options, fast_gradnorm, head_scores
 from .layers.scores import layer_scores
 from .layers.selection import Layers, check_layers
 from .serving import Prediction, ServedModel
-from .verification import Verdicts, without_autocast
+from .verification import Verdicts, autocast_in_force, without_autocast
 
 
 class GradNorm:
@@ -96,6 +97,7 @@ class GradNorm:
             self.head_name, self._head = heads.module_named(self.model, head)
         self._calibration: Tensor | None = None  # sorted scores of in-distribution images
         self._fitted_to: dict[str, dict[str, Any]] | None = None  # the model's tensors at that time
+        self._autocast: str | None = None  # in force when the calibration was scored; None: unknown
         self._tpr = 0.95
 
     def __repr__(self) -> str:
@@ -135,7 +137,7 @@ class GradNorm:
         inputs, first = self._placed(images)
         if not len(first):
             return self._apply(head_scores, images)
-        with heads.evaluating(self.model):
+        with heads.evaluating(self.model), heads.explained(inputs, RuntimeError):
             return layer_scores(self.model, inputs, self.layers, self.temperature, self.reduction)
 
     def score_loader(self, loader: Iterable[Any], progress: bool = True, numpy: bool = False) -> Any:
@@ -177,23 +179,36 @@ class GradNorm:
             ValueError: tpr not in (0, 1); no images; a score that is not finite.
         """
         check_tpr(tpr)
-        return self.fit_scores(self._scores_of(id_loader, progress), tpr)
+        return self.fit_scores(self._scores_of(id_loader, progress), tpr, autocast=self._autocast_now())
 
-    def fit_scores(self, scores: Tensor | np.ndarray[Any, Any], tpr: float = 0.95) -> GradNorm:
-        """`fit` from scores (N,) of the chosen kind that are there already."""
+    def fit_scores(
+        self, scores: Tensor | np.ndarray[Any, Any] | Sequence[float], tpr: float = 0.95, *, autocast: str | None = None
+    ) -> GradNorm:
+        """`fit` from scores (N,) of the chosen kind that are there already.
+
+        Args:
+            autocast: the dtype of torch.autocast in the pass that made them, as "bfloat16", or "off"; saved with the
+                threshold. None: unknown.
+
+        Raises:
+            TypeError: no numbers. ValueError: tpr not in (0, 1); another shape; a score that is not finite.
+        """
         check_tpr(tpr)
-        scores = torch.as_tensor(scores).detach().cpu().float().flatten()
+        gate.check_autocast(autocast)
+        scores = _as_scores(scores).cpu()
+        if scores.dim() != 1:
+            raise ValueError(f"scores: expected shape (N,), one per image, got {tuple(scores.shape)}")
         bad = int((~scores.isfinite()).sum())
         if len(scores) == 0 or bad:
             raise ValueError(
-                f"fit: expected finite scores of at least one image, got {len(scores)} images, {bad} not finite"
+                f"scores: expected finite scores of at least one image, got {len(scores)} images, {bad} not finite"
                 + ("; are the model's weights and the preprocessing finite?" if bad else "")
             )
         try:
             self._fitted_to = gate.describe_tensors(self.model)
         except ValueError:  # the model has no values yet: the scores are not its own
             self._fitted_to = None
-        self._calibration, self._tpr = scores.sort().values, float(tpr)
+        self._calibration, self._tpr, self._autocast = scores.sort().values, float(tpr), autocast
         return self
 
     @property
@@ -218,14 +233,14 @@ class GradNorm:
             return math.copysign(math.inf, rejected)
         return float(calibration[rejected])
 
-    def p_value(self, scores: Tensor) -> Tensor:
+    def p_value(self, scores: Tensor | np.ndarray[Any, Any] | Sequence[float] | float) -> Tensor:
         """(1 + #{calibration scores <= s})/(n + 1) of each score, float64: small where the image is unusual.
 
-        NaN for NaN.
+        NaN for NaN. TypeError for what are no numbers.
         """
         calibration = self._fitted()
-        s = torch.as_tensor(scores).detach()
-        below = torch.searchsorted(calibration.to(s.device, torch.float32), s.float().contiguous(), right=True)
+        s = _as_scores(scores)
+        below = torch.searchsorted(calibration.to(s.device), s, right=True)
         return torch.where(s.isnan(), torch.nan, (1.0 + below.double()) / (len(calibration) + 1))
 
     def predict(self, images: Inputs) -> Prediction:
@@ -234,11 +249,12 @@ class GradNorm:
         A NaN score is OOD.
         """
         self._fitted()
+        self._warn_of_autocast()
         all_scores = self.head_scores(images)
         scores = self._chosen(all_scores)
         return Prediction(all_scores.prediction, scores, self.is_ood(scores))
 
-    def is_ood(self, scores: Tensor) -> Tensor:
+    def is_ood(self, scores: Tensor | np.ndarray[Any, Any] | Sequence[float] | float) -> Tensor:
         """Whether each score is below the threshold, or NaN."""
         return ~(self.p_value(scores) > 1.0 - self._tpr)
 
@@ -278,13 +294,26 @@ class GradNorm:
         calibration = None if self._calibration is None else self._calibration.tolist()
         tensors = gate.describe_tensors(self.model)
         saved = gate.Gate(
-            self.head_name, options, self._tpr, calibration, self.preprocessing, tensors, layers=self.layers
+            self.head_name,
+            options,
+            self._tpr,
+            calibration,
+            self.preprocessing,
+            tensors,
+            layers=self.layers,
+            autocast=self._autocast,
         )
         gate.write(saved, path)
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], model: nn.Module, *, preprocessing: object = None, force: bool = False
+        cls,
+        path: str | os.PathLike[str],
+        model: nn.Module,
+        *,
+        preprocessing: object = None,
+        autocast: str | None = None,
+        force: bool = False,
     ) -> GradNorm:
         """A saved detector for this model.
 
@@ -296,6 +325,8 @@ class GradNorm:
             path: what `save` wrote. Files of version 0.1 (format 1) know only the head: they load with a warning.
             model: on any device.
             preprocessing: as in `GradNorm`; compared with the saved one where both are known.
+            autocast: the dtype of torch.autocast in which images will be scored, as "bfloat16", or "off"; compared
+                likewise. Left out, `predict` warns of another one than that of `fit`.
             force: load in spite of differences, with a warning that names them.
 
         Raises:
@@ -303,6 +334,7 @@ class GradNorm:
                 with what differs.
             OSError: the file cannot be read.
         """
+        gate.check_autocast(autocast)
         saved = gate.read(path)
         given = gate.describe_preprocessing(preprocessing)
         try:
@@ -315,6 +347,8 @@ class GradNorm:
         wrong, rounded = list[str](), list[str]()
         if given is not None and saved.preprocessing is not None and given != saved.preprocessing:
             wrong.append(f"the preprocessing was {saved.preprocessing}, it is {given}")
+        if None not in (autocast, saved.autocast) and autocast != saved.autocast:
+            wrong.append(f"autocast was {saved.autocast}, it is {autocast}")
         if saved.tensors is None:
             unknown = "knows the head alone: neither the rest of the model nor the preprocessing was compared"
             warnings.warn(
@@ -345,7 +379,7 @@ class GradNorm:
                 stacklevel=2,
             )
         if saved.calibration is not None:
-            detector.fit_scores(torch.tensor(saved.calibration), saved.tpr)
+            detector.fit_scores(torch.tensor(saved.calibration), saved.tpr, autocast=saved.autocast)
         detector._tpr = saved.tpr
         return detector
 
@@ -413,6 +447,18 @@ class GradNorm:
         bias: Tensor | None = self._head.bias  # type: ignore[assignment, union-attr]
         return weight.detach(), None if bias is None else bias.detach()
 
+    def _autocast_now(self) -> str:
+        return autocast_in_force(next((p.device for p in self.model.parameters()), torch.device("cpu")))
+
+    def _warn_of_autocast(self) -> None:
+        now = self._autocast_now()
+        if self._autocast not in (None, now):
+            warnings.warn(
+                f"the detector was fitted with autocast {self._autocast}, it predicts with autocast {now}: scores near "
+                "the threshold may cross it",
+                stacklevel=3,
+            )
+
     def _placed(self, images: Any) -> tuple[Inputs, Tensor]:
         """The inputs on the device and, if they are floating point, in the dtype of the model; the first of them."""
         parameter = next((p for p in self.model.parameters() if p.is_floating_point()), None)
@@ -431,8 +477,10 @@ class GradNorm:
             return keywords, next(iter(keywords.values()))
         if not isinstance(images, Tensor):
             raise TypeError(f"images: expected a torch.Tensor of shape (B, ...), got {type(images).__name__}")
-        if images.dim() < 2:
-            raise ValueError(f"images: expected a batch of shape (B, ...), got shape {tuple(images.shape)}")
+        if images.dim() < 2 or images.is_complex() or images.layout != torch.strided:
+            got = f"{images.dtype} of shape {tuple(images.shape)}"
+            got += "" if images.layout == torch.strided else f", {images.layout}"
+            raise ValueError(f"images: expected a batch of shape (B, ...), dense and real, got {got}")
         images = placed(images)
         return images, images
 
@@ -446,8 +494,30 @@ class GradNorm:
 
 
 def check_tpr(tpr: float) -> None:
-    if isinstance(tpr, bool) or not isinstance(tpr, int | float) or not 0.0 < tpr < 1.0:
+    if isinstance(tpr, bool) or not isinstance(tpr, Real) or not 0.0 < tpr < 1.0:
         raise ValueError(f"tpr: expected a fraction between 0 and 1, as 0.95, got {tpr!r}")
+
+
+def _as_scores(scores: Any) -> Tensor:
+    """As float32, on the device they are on; TypeError where they are no real numbers."""
+    expected = "scores: expected real numbers, a tensor, an array or a list,"
+    if isinstance(scores, tuple) and hasattr(scores, "_fields"):
+        raise TypeError(f"{expected} got {type(scores).__name__}; give one of its fields, {', '.join(scores._fields)}")
+    if not isinstance(scores, Tensor):
+        try:
+            array = np.asarray(scores)
+        except Exception:  # lists of uneven length, tensors on a GPU among them
+            raise TypeError(f"{expected} got a {type(scores).__name__} of something else") from None
+        if array.dtype.kind not in "iuf":
+            of = "" if array.dtype == object else f" of {array.dtype}"
+            raise TypeError(f"{expected} got {type(scores).__name__}{of}")
+        scores = torch.from_numpy(np.ascontiguousarray(array.astype(np.float32)).reshape(array.shape))
+    if scores.is_complex() or scores.is_quantized or scores.dtype == torch.bool or scores.is_meta:
+        got = "a tensor without values, on meta" if scores.is_meta else f"a tensor of {scores.dtype}"
+        raise TypeError(f"{expected} got {got}")
+    if scores.layout != torch.strided:
+        raise TypeError(f"{expected} got a tensor of layout {scores.layout}")
+    return scores.detach().float().contiguous()
 
 
 def _warn_of_nan(scores: Tensor) -> None:

@@ -7,6 +7,7 @@ field of `head_scores` but `prediction` give it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -58,7 +59,7 @@ def evaluate(
         convention: whose numbers to return, one of CONVENTIONS. None: ours, with both kinds of FPR95.
         bootstrap: number of resamples, of ID and OOD samples each with replacement, for confidence intervals.
         confidence: of the intervals, between 0 and 1.
-        seed: of the resamples.
+        seed: of the resamples, as for `numpy.random.default_rng`.
 
     Returns:
         A dictionary of fractions in [0, 1] and two counts. Equal scores are never told apart.
@@ -87,8 +88,7 @@ def evaluate(
           precision, if any lies outside [0, 1]. Float32 scores above 100, as GradNorm's often are, all tie: AUROC 0.5.
 
     Raises:
-        ValueError: an argument is not a non-empty one-dimensional array of finite real numbers; a convention that is
-            not known.
+        ValueError: scores that are not a non-empty one-dimensional array of finite real numbers; a wrong option.
 
     Example:
         >>> metrics = evaluate(id_scores=[3.0, 2.5, 2.0], ood_scores=[1.0, 2.2])
@@ -100,15 +100,20 @@ def evaluate(
     keep_dtype = convention == "pytorch_ood_0.3"  # the one whose numbers depend on it
     inside = _as_scores("id_scores", id_scores, keep_dtype)
     outside = _as_scores("ood_scores", ood_scores, keep_dtype)
-    if not isinstance(bootstrap, int) or bootstrap < 0 or not 0.0 < confidence < 1.0:
-        raise ValueError(f"bootstrap: expected a count and a confidence in (0, 1), got {bootstrap} and {confidence}")
+    if isinstance(bootstrap, bool) or not isinstance(bootstrap, Integral) or bootstrap < 0:
+        raise ValueError(f"bootstrap: expected the number of resamples, 0 or more, got {bootstrap!r}")
+    if isinstance(confidence, bool) or not isinstance(confidence, Real) or not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence: expected a fraction between 0 and 1, as 0.95, got {confidence!r}")
+    try:
+        random = np.random.default_rng(seed)
+    except (TypeError, ValueError):
+        raise ValueError(f"seed: expected a whole number, 0 or more, got {seed!r}") from None
     metrics = _metrics(inside, outside, convention)
     result = metrics | {"n_id": inside.size, "n_ood": outside.size}
     if bootstrap:
-        random = np.random.default_rng(seed)
         samples = [
             _metrics(random.choice(inside, inside.size), random.choice(outside, outside.size), convention)
-            for _ in range(bootstrap)
+            for _ in range(int(bootstrap))
         ]
         for name in metrics:
             low, high = np.quantile([s[name] for s in samples], [(1 - confidence) / 2, (1 + confidence) / 2])
@@ -119,11 +124,18 @@ def evaluate(
 def compare_methods(id_scores: HeadScores, ood_scores: Mapping[str, HeadScores], **options: Any) -> Results:
     """`compare` for GradNorm and the baselines of the same pass (METHODS).
 
+    TypeError for what are not `HeadScores`.
+
     Example:
         >>> inside, outside = detector.head_scores_loader(id_loader), detector.head_scores_loader(ood_loader)
         >>> results = compare_methods(inside, {"places": outside})
         >>> auroc = results["places"]["GradNorm"]["auroc"]
     """
+    if not isinstance(ood_scores, Mapping):
+        raise TypeError(f"ood_scores: expected HeadScores by name, got {type(ood_scores).__name__}")
+    for name, scores in {"id_scores": id_scores, **{f"ood_scores[{n!r}]": s for n, s in ood_scores.items()}}.items():
+        if any(not hasattr(scores, field) for field in METHODS.values()):
+            raise TypeError(f"{name}: expected HeadScores, as head_scores returns them, got {type(scores).__name__}")
     return compare(by_method(id_scores), {name: by_method(scores) for name, scores in ood_scores.items()}, **options)
 
 
@@ -269,22 +281,18 @@ def plot_roc(id_scores: ScoresLike, ood_scores: ScoresLike | Mapping[str, Scores
 
     Raises:
         ValueError: as in `evaluate`, or ``ood_scores`` is an empty mapping.
-        ImportError: scikit-learn or matplotlib is not installed.
+        ImportError: matplotlib is not installed.
 
     Example:
         >>> ax = plot_roc(id_scores.gradnorm, {"places": ood_scores.gradnorm})
         >>> ax.figure.savefig("roc.png")
     """
     inside, outside = _as_scores("id_scores", id_scores), _as_named_scores(ood_scores)
-    try:
-        from sklearn.metrics import auc, roc_curve
-    except ImportError as error:
-        raise ImportError(f"plot_roc needs scikit-learn: {_EXTRA}") from error
     ax = _axes("plot_roc", ax)
     for index, (name, scores) in enumerate(outside.items()):
-        is_id = np.concatenate([np.ones(inside.size, dtype=int), np.zeros(scores.size, dtype=int)])
-        fpr, tpr, _ = roc_curve(is_id, np.concatenate([inside, scores]))
-        ax.plot(fpr, tpr, color=f"C{index}", linewidth=1.6, label=f"{name} (AUROC {auc(fpr, tpr):.3f})")
+        curve = _Curve.of(inside, scores)
+        fpr, tpr = (np.r_[0.0, values] for values in (curve.thinned().fpr, curve.thinned().tpr))
+        ax.plot(fpr, tpr, color=f"C{index}", linewidth=1.6, label=f"{name} (AUROC {curve.auroc():.3f})")
     ax.plot([0, 1], [0, 1], color="0.75", linestyle="--", linewidth=1)
     ax.axhline(0.95, color="0.5", linestyle=":", linewidth=1)
     ax.set(

@@ -18,6 +18,7 @@ from ._files import replacing
 
 SCORES = ("gradnorm", "feature_norm", "output_norm", "msp", "max_logit", "energy")  #: fields of HeadScores to gate by
 FORMAT = 2
+AUTOCASTS = ("off", "bfloat16", "float16", "float32")  #: what torch.autocast may have a model compute in
 _HALVES = (torch.bfloat16, torch.float16)
 _HEX = 16  # digits of a tensor's digest
 
@@ -35,6 +36,7 @@ class Gate:
     head_digest: str | None = None  #: where the head is all that is known
     version: int = FORMAT  #: of the file
     layers: str | list[str] | None = None  #: "all", "head" or names of modules; None: scored by the head
+    autocast: str | None = None  #: one of AUTOCASTS; None: unknown
 
 
 def write(gate: Gate, path: str | os.PathLike[str]) -> None:
@@ -47,6 +49,7 @@ def write(gate: Gate, path: str | os.PathLike[str]) -> None:
         "tpr": gate.tpr,
         "calibration": gate.calibration,
         "preprocessing": gate.preprocessing,
+        "autocast": gate.autocast,
         "tensors": gate.tensors,
     }
     if gate.head_digest is not None:
@@ -78,6 +81,7 @@ def read(path: str | os.PathLike[str]) -> Gate:
         raise get.wrong("tpr", "a fraction between 0 and 1")
     head_alone = number == 1 or ("tensors" in state and state["tensors"] is None and "fingerprint" in state)
     layers = get.layers() if number > 1 else None
+    autocast = get.one_of("autocast", AUTOCASTS) if state.get("autocast") is not None else None
     return Gate(
         get.of_type("head", str if layers is None else type(None)),
         options,
@@ -88,6 +92,7 @@ def read(path: str | os.PathLike[str]) -> Gate:
         get.of_type("fingerprint", str) if head_alone else None,
         number,
         layers,
+        autocast,
     )
 
 
@@ -174,6 +179,11 @@ def _short(value: object) -> str:
     except (ValueError, RecursionError):  # an integer too long to print
         text = f"a {type(value).__name__}"
     return text if len(text) <= 40 else text[:37] + "..."
+
+
+def check_autocast(autocast: object) -> None:
+    if autocast is not None and (not isinstance(autocast, str) or autocast not in AUTOCASTS):
+        raise ValueError(f"autocast: expected None or one of {', '.join(AUTOCASTS)}, got {autocast!r}")
 
 
 # Which model

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -18,12 +19,14 @@ __all__ = [
     "check_tied",
     "compile_backbone",
     "evaluating",
+    "explained",
     "features_and_logits",
     "find_head",
     "head_pass",
     "is_linear",
     "logits_of",
     "module_named",
+    "run",
     "unwrap",
 ]
 
@@ -81,6 +84,40 @@ def logits_of(output: Any) -> Tensor:
     )
 
 
+def run(model: nn.Module, images: Inputs) -> Any:
+    """`call`, its errors `explained`."""
+    with explained(images):
+        return call(model, images)
+
+
+@contextmanager
+def explained(images: Inputs, errors: type[Exception] = Exception) -> Iterator[None]:
+    """Say what is unusual about the images where the user's model fails on them; ValueError, others pass."""
+    try:
+        yield
+    except errors as error:
+        unusual = _unusual(images)
+        if not unusual or isinstance(error, torch.OutOfMemoryError):
+            raise
+        assert isinstance(images, Tensor)
+        raise ValueError(
+            f"images: the model fails on {images.dtype} of shape {tuple(images.shape)}: {unusual} "
+            f"({' '.join(str(error).split()) or type(error).__name__})"
+        ) from error
+
+
+def _unusual(images: Inputs) -> str:
+    """What to do about images of a kind that few models take; empty for others."""
+    if not isinstance(images, Tensor):
+        return ""
+    advice = []
+    if not images.is_floating_point():
+        advice.append("most models take floating point pixels, preprocessed as in training")
+    if images.dim() == 3:
+        advice.append("a single image needs a dimension in front, image[None]")
+    return "; ".join(advice)
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether the module is a linear layer, or a convolution that is one on a 1x1 image."""
     if isinstance(module, nn.Conv2d):
@@ -112,7 +149,7 @@ def head_pass(model: nn.Module, head: nn.Module, images: Inputs) -> HeadPass:
         eps = epsilon(head, features, output) if isinstance(output, Tensor) else 0.0
 
     with watching([head], record):
-        logits = logits_of(call(model, images))
+        logits = logits_of(run(model, images))
     if not seen:
         raise ValueError("head: the model did not call it; is it the head of another model?")
     if len(seen) > 1:
@@ -258,7 +295,7 @@ def _recorded(model: nn.Module, modules: Iterable[nn.Module], images: Inputs) ->
         calls[module] = Call(tuple(output.shape), features if kept else None, output if kept else None, eps)
 
     with watching(modules, record):
-        output = call(model, images)
+        output = run(model, images)
     logits = logits_of(output)
     fields = list(output.values()) if isinstance(output, dict) else output if isinstance(output, tuple | list) else []
     return _Pass(calls, logits, [t for t in fields if isinstance(t, Tensor) and t is not logits])

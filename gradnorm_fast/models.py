@@ -7,7 +7,7 @@ import importlib
 import os
 import pickle
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,18 @@ def load_model(
     elif checkpoint is not None:
         _load_checkpoint(model, checkpoint)
     return model.eval(), transform
+
+
+def class_names(model: nn.Module, name: str, weights: str | None = None) -> list[str] | None:
+    """The classes in the order of the logits, where torchvision's weights or a Hugging Face config name them."""
+    if weights is not None and ":" not in name:
+        import torchvision
+
+        return list(torchvision.models.get_model_weights(name)[weights].meta["categories"])
+    named = getattr(getattr(model, "config", None), "id2label", None)
+    if isinstance(named, Mapping) and all(i in named for i in range(len(named))):
+        return [str(named[i]) for i in range(len(named))]
+    return None
 
 
 def default_transform(

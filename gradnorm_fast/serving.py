@@ -1,6 +1,11 @@
 """A fitted detector as an nn.Module without hooks or modes: for torch.export, torch.compile and threads.
 
-A process that loads an exported detector imports this module before, which registers its operators and types.
+A process that loads an exported detector needs neither the model's code nor the gate file, but it has to import this
+module first: that registers the operators and the type in the program. ``import gradnorm_fast`` alone does not.
+
+    import gradnorm_fast.serving
+    gate = torch.export.load("gate.pt2").module()
+    labels, scores, is_ood = gate(images)
 """
 
 from __future__ import annotations
@@ -43,6 +48,7 @@ class ServedModel(nn.Module):
     Example:
         >>> gate = GradNorm.load("gate.json", model).module()
         >>> program = torch.export.export(gate, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        >>> torch.export.save(program, "gate.pt2")
     """
 
     def __init__(self, detector: GradNorm) -> None:

@@ -33,6 +33,13 @@ def without_autocast(device: torch.device) -> Any:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
+def autocast_in_force(device: torch.device) -> str:
+    """The dtype that torch.autocast has this device compute in, as "bfloat16", or "off"."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return "off"
+    return str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
+
+
 class Verification:
     """One row's logits beside x·Wᵀ + b. `failed` is a bool on the model's device: asking for it need not wait."""
 

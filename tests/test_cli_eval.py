@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -58,6 +59,26 @@ def test_report(place, capsys):
     assert Path("again.html").read_text().count('src="data:image/png') == 32
     assert run(*sets, "--out", "t", "--report", "ood/r.html") == 2 and not Path("t").exists()
     assert "report: ood/r.html lies in ood, which is read" in capsys.readouterr().err
+
+
+def test_a_report_names_the_classes_where_they_are_known(place):
+    for i in range(20):
+        (place / "id" / f"kind {i % 5}").mkdir(exist_ok=True)
+        old = place / "id" / ("deep" if i % 3 else ".") / f"{i:02}.png"
+        old.rename(place / "id" / f"kind {i % 5}" / old.name)
+    (place / "id" / "deep").rmdir()
+    sets = ("--id", "id", "--ood", "noise=ood", "--out", "r", "--report", "r.html")
+    assert run("eval", *MODEL_RUN, *sets) == 0 and "class " in Path("r.html").read_text()
+    assert run("eval", *MODEL_RUN, *sets, "--folder-labels") == 0
+    page = Path("r.html").read_text()
+    assert set(re.findall(r'class="prediction">(.*?)<', page)) <= {f"kind {i}" for i in range(5)}
+
+
+def test_scikit_learn_is_not_needed(place, monkeypatch):
+    for name in [n for n in sys.modules if n.split(".")[0] == "sklearn"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert run("eval", *MODEL_RUN, "--id", "id", "--ood", "a=ood", "--out", "r", "--report", "r/r.html") == 0
 
 
 def test_a_terminal_without_arrows(place, monkeypatch):

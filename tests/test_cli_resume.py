@@ -34,7 +34,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(place, interrupt, capsys):
         (("--images", "id", "--model", "own:other"), "model's weights"),
     ):
         assert run(*few, *other, "--resume") == 2, other
-        assert re.search(f"is of another run, with another .*{what}; --restart drops it", capsys.readouterr().err)
+        assert re.search(f"kept by a run that differs in .*{what}; --restart drops it", capsys.readouterr().err)
     assert run(*few, "--images", "id") == 2
     assert "has kept 9 rows; --resume goes on with them, --restart drops them" in capsys.readouterr().err
     part.rename("s.part-1-of-2")  # as if there had been two processes
@@ -85,7 +85,7 @@ def test_an_image_that_was_replaced_is_scored_again(place, interrupt, capsys):
     os.replace("ood/00.png", first)
     sizes = interrupt(100)
     assert run(*again) == 0
-    assert "1 images have changed since" in capsys.readouterr().err and sum(sizes) == 11 + 1
+    assert "inputs that have changed since and are scored again: 1" in capsys.readouterr().err and sum(sizes) == 11 + 1
     now = table("s.csv")
     assert now[0]["gradnorm"] != whole[0]["gradnorm"] and now[1]["gradnorm"] == whole[1]["gradnorm"]
 
@@ -108,7 +108,7 @@ def test_changed_code_of_a_model_is_another_model(place, interrupt, capsys):
     _, again, _ = kept(place, interrupt)
     Path("own.py").write_text(Path("own.py").read_text() + "\n# changed\n")
     assert run(*again) == 2
-    assert "another model's code" in capsys.readouterr().err
+    assert "differs in model's code" in capsys.readouterr().err
     assert run(*[a for a in again if a != "--quiet"]) == 2
     assert "other code and files that they use are not compared" in capsys.readouterr().err
 
@@ -228,7 +228,7 @@ def test_resume_sees_other_features(place, monkeypatch, capsys):
     features[1234, 5] += 1
     np.save("F.npy", features)
     assert run(*arguments, "--resume") == 2
-    assert "is of another run, with another features" in capsys.readouterr().err
+    assert "kept by a run that differs in features" in capsys.readouterr().err
 
 
 def test_two_processes_score_every_input_once_and_go_on_from_one(place, interrupt):

@@ -389,6 +389,24 @@ def test_a_gate_knows_its_model_and_preprocessing(place, capsys, interrupt):
     assert "tensors differ" in capsys.readouterr().err
 
 
+def test_a_gate_knows_whether_it_was_fitted_with_amp(place, capsys):
+    for amp, other, message in (
+        ((), ("--amp",), "was off, it is bfloat16"),
+        (("--amp",), (), "was bfloat16, it is off"),
+    ):
+        assert run("fit", *MODEL_RUN, "--id", "id", *amp, "--out", "g.json") == 0
+        gate = (*SCORE, "--images", "id", "--detector", "g.json", "--out", "s.csv")
+        assert run(*gate, *amp) == 0
+        capsys.readouterr()
+        assert run(*gate, *other) == 2
+        assert f"autocast {message}. Fit it again, or give --force" in capsys.readouterr().err
+        assert run(*gate, *other, "--force") == 0
+        assert f"autocast {message}" in capsys.readouterr().err
+    assert run(*SCORE, "--images", "id", "--out", "s.csv") == 0  # scores do not say how they were made
+    assert run("fit", *MODEL_RUN[:-1], "0", "--head", "4", "--id", "s.csv", "--out", "g.json") == 0
+    assert json.loads(Path("g.json").read_text())["autocast"] is None and run(*gate, "--amp") == 0
+
+
 def test_report(place, capsys):
     arguments = (*SCORE, "--images", "id", "ood", "--threshold", "1.0", "--out", "s.csv", "--report")
     assert run(*arguments, "r.html") == 0
@@ -419,10 +437,18 @@ def test_a_damaged_shard_is_not_taken_for_a_shorter_one(place, capsys):
     whole = Path("s.tar").read_bytes()
     damaged = bytearray(whole)
     damaged[third] ^= 1
-    for content in (damaged, whole[: third + 100]):
+    for content, message in (
+        (damaged, "damaged, cut off, or continued at byte"),
+        (whole[: third + 100], "damaged, cut off, or continued at byte"),
+        (whole[:third], "cut off: it has no end mark at byte"),  # between two members
+        (whole[:third] + bytes(100), "cut off: it has no end mark at byte"),
+        (whole[:third] + bytes(1024) + whole[third:], "damaged, cut off, or continued at byte"),  # two in one file
+    ):
         Path("s.tar").write_bytes(content)
         assert run(*SCORE, "--images", "s.tar", "--out", "s.csv") == 2
-        assert f"images: s.tar is damaged or cut off at byte {third}, after 2 images" in capsys.readouterr().err
+        assert f"images: s.tar is {message} {third}, after 2 images" in capsys.readouterr().err
+    Path("s.tar").write_bytes(whole[:third] + bytes(512))  # some writers leave one block
+    assert run(*SCORE, "--images", "s.tar", "--out", "s.csv") == 0 and len(table("s.csv")) == 2
 
 
 def test_a_list_with_a_byte_order_mark(place):

@@ -5,6 +5,7 @@ import copy
 import threading
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -116,6 +117,63 @@ def test_a_tpr_that_rejects_everything():
 
 def test_predictions_of_a_float64_model_are_float32():
     assert GradNorm(small().double()).fit_scores(torch.rand(40)).predict(images()).scores.dtype == torch.float32
+
+
+def not_scores(detector):
+    nested = torch.sparse_coo_tensor([[0]], [1.0])
+    return [
+        (None, "NoneType"),
+        ("0.9", "str of <U3"),
+        (["a"], "list of <U1"),
+        ([None], "list"),
+        ([[1.0], [1.0, 2.0]], "a list of something else"),
+        (True, "bool of bool"),
+        (1j, "complex of complex128"),
+        ({"a": 1}, "dict"),
+        (torch.ones(2) > 0, r"a tensor of torch\.bool"),
+        (torch.ones(2) * 1j, r"a tensor of torch\.complex64"),
+        (torch.ones(2, device="meta"), "a tensor without values"),
+        (nested, r"a tensor of layout torch\.sparse_coo"),
+        (detector.head_scores(images()[:1]), "HeadScores; give one of its fields, gradnorm, "),
+        (detector.predict(images()[:1]), "Prediction; give one of its fields, labels, scores, "),
+    ]
+
+
+def test_scores_of_odd_types():
+    detector = GradNorm(small()).fit_scores(np.arange(40))
+    for wrong, got in not_scores(detector):
+        for method in (detector.fit_scores, detector.p_value, detector.is_ood):
+            with pytest.raises(TypeError, match=f"^scores: expected real numbers, .* got {got}"):
+                method(wrong)
+    for wrong in (torch.ones(2, 2), torch.ones(2, 1), 3.0, np.ones((1, 1, 1))):
+        with pytest.raises(ValueError, match=r"^scores: expected shape \(N,\), one per image, got \("):
+            detector.fit_scores(wrong)
+    for scores in (range(40), [float(i) for i in range(40)], torch.arange(40).half(), np.arange(40)[::-1]):
+        assert GradNorm(small()).fit_scores(scores).threshold == detector.threshold
+    assert detector.p_value(0) == detector.p_value(np.float64(0)) == 2 / 41 and detector.is_ood(-1)
+    assert detector.p_value([[0.0], [-1.0]]).tolist() == [[2 / 41], [1 / 41]]
+    for tpr in (np.float32(0.95), np.float64(0.95)):
+        assert detector.fit_scores(range(40), tpr).tpr == float(tpr)
+    for wrong in (None, "0.95", True, [0.95], np.array([0.95]), 0.5 + 0j, 0, 1, float("nan")):
+        with pytest.raises(ValueError, match=r"^tpr: expected a fraction"):
+            detector.fit_scores(range(40), wrong)
+        with pytest.raises(ValueError, match=r"^tpr: expected a fraction"):
+            detector.tpr = wrong
+
+
+@pytest.mark.parametrize("layers", [None, "all"])
+def test_images_of_odd_kinds(layers):
+    detector, x = GradNorm(small(), layers=layers), images()
+    with pytest.raises(ValueError, match=r"^images: the model fails on torch\.uint8 .* floating point pixels, .* \("):
+        detector.score((x.abs() * 50).to(torch.uint8))
+    with pytest.raises(ValueError, match=r"^images: .*\(3, 12, 12\).* a single image needs a dimension in front"):
+        detector.score(x[0])
+    for wrong in (x * 1j, x.to_sparse(), x[0, 0, 0]):
+        with pytest.raises(ValueError, match=r"^images: expected a batch of shape \(B, \.\.\.\), dense and real, got"):
+            detector.score(wrong)
+    with pytest.raises(RuntimeError) as raised:  # the user's own model fails on what looks right: nothing to add
+        detector.score(x[:, :2])
+    assert "images:" not in str(raised.value)
 
 
 def test_refusals_of_fit():

@@ -2,7 +2,7 @@
 
 import csv
 import io
-import sys
+import re
 
 import numpy as np
 import pytest
@@ -294,10 +294,32 @@ def test_refusals_name_the_argument(argument, wrong, message):
         evaluate(**arguments)
 
 
-def test_missing_scikit_learn_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
-    with pytest.raises(ImportError, match=r'scikit-learn: pip install "gradnorm_fast\[eval\]"'):
-        plot_roc([1.0], [0.0])
+@pytest.mark.parametrize(
+    "option, wrong, expected",
+    [
+        ("bootstrap", [None, "a", -1, 1.5, [1], True], "expected the number of resamples"),
+        ("confidence", [None, "a", 1j, [1], 0, 1, float("nan"), True], "expected a fraction between 0 and 1"),
+        ("seed", ["a", 1.5, -1, 1j, float("nan")], "expected a whole number"),
+    ],
+)
+def test_options_that_do_not_fit(option, wrong, expected):
+    for value in wrong:
+        with pytest.raises(ValueError, match=f"^{option}: {expected}.*got {re.escape(repr(value))}$"):
+            evaluate([1.0, 2.0], [0.0], **{"bootstrap": 2, option: value})
+    assert evaluate([1.0, 2.0], [0.0], bootstrap=np.int64(2), confidence=np.float32(0.9), seed=np.int64(1))["n_id"] == 2
+
+
+def test_methods_need_head_scores():
+    inside = random_scores(5, 0.0, 0)
+    for arguments, message in (
+        ((None, {"near": inside}), "id_scores: expected HeadScores, .* got NoneType"),
+        ((inside.gradnorm, {"near": inside}), "id_scores: expected HeadScores, .* got Tensor"),
+        ((inside, {"near": {}}), r"ood_scores\['near'\]: expected HeadScores, .* got dict"),
+        ((inside, inside), "ood_scores: expected HeadScores by name, got HeadScores"),
+        ((inside, None), "ood_scores: expected HeadScores by name, got NoneType"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            compare_methods(*arguments)
 
 
 @pytest.fixture
@@ -326,6 +348,17 @@ def test_plot_roc_shows_the_auroc(ax):
     assert plot_roc(id_scores, {"near": near, "far": far}, ax) is ax
     assert legend_of(ax) == ["near (AUROC 0.625)", "far (AUROC 1.000)"]
     assert auc(*ax.lines[0].get_data()) == pytest.approx(evaluate(id_scores, near)["auroc"])
+
+
+@pytest.mark.parametrize("n", [1, 2, 30])
+def test_the_roc_curve_is_that_of_scikit_learn(ax, n):
+    random = np.random.default_rng(n)
+    for _ in range(20):
+        inside, outside = (random.integers(0, 9, n) / 4 + shift for shift in (0.5, 0.0))  # with ties
+        plot_roc(inside, outside, ax)
+        drawn = np.stack(ax.lines[-3].get_data())
+        fpr, tpr, _ = roc_curve(np.r_[np.ones(n), np.zeros(n)], np.r_[inside, outside])
+        np.testing.assert_array_equal(drawn, np.stack([fpr, tpr]))
 
 
 def test_plots_make_their_own_axes_and_take_unnamed_scores():
@@ -384,6 +417,3 @@ def test_bootstrap_intervals_hold_the_metric_and_narrow_with_the_sample():
     assert widths[1] < widths[0] / 4  # by the square root of 100, less what chance leaves
     narrow = evaluate(inside, outside, bootstrap=100, seed=5, confidence=0.5)
     assert narrow["auroc_high"] - narrow["auroc_low"] < widths[1]
-    for wrong in (dict(bootstrap=-1), dict(bootstrap=2.5), dict(confidence=1.0)):
-        with pytest.raises(ValueError, match="bootstrap: expected"):
-            evaluate(inside, outside, **wrong)

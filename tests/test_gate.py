@@ -11,6 +11,7 @@ from torch import nn
 from gradnorm_fast import GradNorm
 
 from classifiers import Small, images, loader, small
+from conftest import DEVICE
 
 
 @pytest.fixture
@@ -166,6 +167,31 @@ def test_preprocessing_is_kept_and_compared(path):
         assert GradNorm.load(path, small(), preprocessing="resized").preprocessing == "resized"
 
 
+def test_autocast_is_kept_and_compared(path):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        detector = saved(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loaded = GradNorm.load(path, small(), autocast="bfloat16")
+            assert loaded.threshold == detector.threshold
+            loaded.predict(images())
+    with pytest.raises(ValueError, match=r"autocast was bfloat16, it is off.*force=True"):
+        GradNorm.load(path, small(), autocast="off")
+    with pytest.warns(UserWarning, match="by force.*autocast was bfloat16, it is off"):
+        GradNorm.load(path, small(), autocast="off", force=True)
+    with pytest.warns(UserWarning, match="fitted with autocast bfloat16, it predicts with autocast off"):
+        GradNorm.load(path, small()).predict(images())
+    state = json.loads(path.read_text())
+    del state["autocast"]  # of a file that was saved before
+    path.write_text(json.dumps(state))
+    GradNorm.load(path, small(), autocast="off")
+    for wrong in ("half", torch.bfloat16, True):
+        with pytest.raises(ValueError, match="autocast: expected None or one of off, bfloat16"):
+            GradNorm.load(path, small(), autocast=wrong)
+        with pytest.raises(ValueError, match="autocast: expected None or one of off, bfloat16"):
+            detector.fit_scores(torch.rand(30), autocast=wrong)
+
+
 def test_a_file_of_format_1_says_what_it_does_not_know(path):
     detector = saved(path)
     state = json.loads(path.read_text())
@@ -209,6 +235,8 @@ BAD = [
     ({"calibration": [1e300]}, '"calibration": .* got 1e'),
     ({"calibration": [10**400]}, '"calibration": .* got 1000.* at 0'),
     ({"preprocessing": 3}, '"preprocessing": expected a string or null, got 3'),
+    ({"autocast": "int8"}, '"autocast": expected one of off, bfloat16, .* got "int8"'),
+    ({"autocast": True}, '"autocast": expected one of off, bfloat16, .* got true'),
     ({"tensors": []}, '"tensors": expected an object'),
     ({"tensors": {"fc.weight": 3}}, "\"tensors\": expected shape, dtype and digests of 'fc.weight', got 3"),
     ({"tensors": {"fc.weight": {"shape": [1], "dtype": "save"}}}, '"tensors": expected shape'),

@@ -605,6 +605,21 @@ def test_pytorch_ood_logits_scaled_after_the_first_batch(ours):
     torch.testing.assert_close(detector.predict(x), theirs(model, x, weight_only), rtol=1e-9, atol=0)
 
 
+def test_pytorch_ood_autocast_inside_the_model(ours, monkeypatch):
+    """The head's half precision, which does not show in the float32 logits, is no reason to leave the closed form."""
+
+    class Mixed(Net):
+        def forward(self, x):
+            with torch.autocast(DEVICE, dtype=torch.bfloat16):
+                return super().forward(x).float()
+
+    module = sys.modules[ours.__module__]
+    monkeypatch.setattr(module, "layer_gradnorms", lambda *_, **__: pytest.fail("not by the closed form"))
+    model, x = Mixed(dtype=torch.float32), inputs(40, torch.float32)
+    scores = ours(model, weight_only).predict(x)
+    torch.testing.assert_close(scores, theirs(Net(dtype=torch.float32), x, weight_only), rtol=0.05, atol=0)
+
+
 class Everywhere(Net):
     """The head's output is not all that makes the logits: it is scaled afterwards, or the head is called twice."""
 

@@ -3,12 +3,13 @@
 import argparse
 import urllib.error
 from collections import OrderedDict
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from gradnorm_fast.models import _load_checkpoint, load_model
+from gradnorm_fast.models import _load_checkpoint, class_names, load_model
 
 
 def network(seed):
@@ -95,6 +96,19 @@ def test_timm_weights_without_a_network(monkeypatch):
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(ValueError, match=r"cannot download the weights of resnet18: offline.*--checkpoint FILE"):
         load_model("timm:resnet18", "DEFAULT")
+
+
+def test_names_of_the_classes():
+    names = class_names(nn.Linear(2, 2), "resnet18", "DEFAULT")
+    assert len(names) == 1000 and names[0] == "tench"
+    assert (
+        class_names(nn.Linear(2, 2), "resnet18") is None and class_names(nn.Linear(2, 2), "timm:x", "DEFAULT") is None
+    )
+    model = nn.Linear(2, 2)
+    model.config = SimpleNamespace(id2label={1: "dog", 0: "cat"})
+    assert class_names(model, "own:model") == ["cat", "dog"]
+    model.config.id2label = {"a": "cat"}
+    assert class_names(model, "own:model") is None
 
 
 def test_classes_are_an_own_models_own(tmp_path):

@@ -1,7 +1,12 @@
 """detector.module(): a plain nn.Module that exports, compiles, and is shared by threads."""
 
 import copy
+import os
+import subprocess
+import sys
+import textwrap
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,6 +69,24 @@ def test_export_with_any_batch_size(tmp_path):
     served = torch.export.load(tmp_path / "gate.pt2").module()
     for n in (1, 4, 7):
         assert_same(served(images(n)), detector.predict(images(n)))
+
+
+def test_a_fresh_process_loads_what_was_exported(tmp_path):
+    """It imports `gradnorm_fast.serving`, which registers the operators and the type; nothing else does."""
+    detector, x = fitted(), images(4)
+    torch.export.save(torch.export.export(detector.module(), (x,)), tmp_path / "gate.pt2")
+    torch.save(x, tmp_path / "x.pt")
+    code = """
+        import torch
+        import gradnorm_fast.serving
+        served = torch.export.load("gate.pt2").module()
+        prediction = served(torch.load("x.pt"))
+        assert type(prediction) is gradnorm_fast.Prediction
+        torch.save(tuple(prediction), "prediction.pt")
+    """
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, env=environment, check=True)
+    assert_same(Prediction(*torch.load(tmp_path / "prediction.pt")), detector.predict(x))
 
 
 def test_compile_in_one_graph():

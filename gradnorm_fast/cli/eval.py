@@ -67,6 +67,7 @@ class Outcome(NamedTuple):
     ablation: dict[str, Results]  #: by part
     tables: dict[str, Table]  #: of the one pass, the ID set first
     notes: list[str]
+    features: bool  #: whether there is a file of features for each set
 
 
 def run(args: argparse.Namespace) -> int:
@@ -98,8 +99,10 @@ def evaluate_sets(args: argparse.Namespace) -> Outcome | None:
     for path in (out, *files.values(), *second_files.values()):
         check_output("out", path, read)
     report.check(args, read, new_folder=out)
-    if find_spec("sklearn") is None or find_spec("matplotlib") is None:
-        raise ImportError('eval needs scikit-learn and matplotlib: pip install "gradnorm_fast[eval]"')
+    if find_spec("matplotlib") is None:
+        raise ImportError('eval needs matplotlib: pip install "gradnorm_fast[eval]"')
+    if "mahalanobis" in wanted.baselines and find_spec("sklearn") is None:
+        raise ImportError('baselines: mahalanobis needs scikit-learn: pip install "gradnorm_fast[eval]"')
     existed = out.exists()
     out.mkdir(parents=True, exist_ok=True)
     shown = not args.quiet and run_log.rank_and_world()[0] == 0
@@ -144,15 +147,16 @@ def evaluate_sets(args: argparse.Namespace) -> Outcome | None:
             parts = {
                 part: _with_groups(ablation.results_of(scores, **how), groups) for part, scores in more.ablation.items()
             }
-            outcome = Outcome(results, parts, tables, more.notes)
+            outcome = Outcome(results, parts, tables, more.notes, bool(features) and chosen.makes_features)
             with run_log.resumable(out):
                 _write(out, outcome, args, chosen)
                 _draw(out / "scores.png", tables)
                 report.write(args, chosen, tables, results=results)
             for part, by_setting in parts.items():
                 ablation.write(out, part, by_setting)
-            for file in (*files.values(), *second_files.values()):  # only now: an interrupted run goes on with the
-                run_log.discard_parts(file)  # sets that are complete
+            # Only now: an interrupted run goes on with the sets that are complete.
+            for file in (*files.values(), *second_files.values()):
+                run_log.discard_parts(file)
     finally:
         if not existed and not any(out.iterdir()):
             out.rmdir()
@@ -169,6 +173,8 @@ def show(args: argparse.Namespace, outcome: Outcome) -> None:
     for part, by_setting in outcome.ablation.items():
         print(f"\nGradNorm by {plan.TITLES[part]}:\n\n{results_table(by_setting)}")
         files.append(f"ablation-{part}.*")
+    if outcome.features:
+        files.append("features-*.npy")
     print(f"\n{how}. Files in {args.out}: {', '.join(files)}")
     for note in outcome.notes:
         print(note)
@@ -225,8 +231,7 @@ def _write(out: Path, outcome: Outcome, args: argparse.Namespace, scorer: Scorer
         note += f" ID accuracy: {100 * accuracy:.2f}."
     note = " ".join([note, *outcome.notes])
     repeat = {
-        "versions": {"gradnorm_fast": __version__}
-        | {p: version_of(p) for p in ("torch", "torchvision", "scikit-learn")},
+        "versions": {"gradnorm_fast": __version__} | {p: version_of(p) for p in ("torch", "torchvision")},
         "folder": os.getcwd(),
         "arguments": {name: value for name, value in vars(args).items() if name != "command"},
         **scorer.description(),

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
             print(found)
             assert found.best is not None
             detector.score_name = found.best
-        detector.fit_scores(tables["id"].scores[detector.score_name], args.tpr)
+        detector.fit_scores(tables["id"].scores[detector.score_name], args.tpr, autocast=chosen.autocast)
         with run_log.resumable(out):
             save_gate(detector, out)
         for file in files.values():

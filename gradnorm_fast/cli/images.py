@@ -240,8 +240,8 @@ def score_images(
         "preprocessing": re.sub(r" at 0x[0-9a-f]+", "", repr(preprocessing)),  # an address differs from run to run
         "model's weights": digest([*detector.model.parameters(), *detector.model.buffers()]),
         "model's code": _code_digest(detector.model, preprocessing.transform, module),
-        "saved features": features is not None,
-        "content": content,
+        "--save-features": features is not None,
+        "--content-hash": content,
         **scores.settings,
     }
     labels = np.array([-1 if item.label is None else item.label for item in inputs], dtype=np.int64)

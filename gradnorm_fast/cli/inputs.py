@@ -138,10 +138,7 @@ def _in_shard(path: str) -> list[Input]:
                 elif suffix in EXTENSIONS:
                     found.append((key, Input(f"{path}:{member.name}", path, member.offset_data, member.size)))
             end = shard.offset
-        with open(path, "rb") as file:  # tarfile takes a damaged header for the end, and would lose what follows
-            file.seek(end)
-            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                raise ValueError(f"images: {path} is damaged or cut off at byte {end}, after {len(found)} images")
+        _check_end(path, end, len(found))
     except tarfile.TarError as error:
         raise ValueError(f"images: cannot read {path} as an uncompressed tar file: {error}") from None
     if not found:
@@ -149,13 +146,28 @@ def _in_shard(path: str) -> list[Input]:
     return [item._replace(label=labels.get(key)) for key, item in found]
 
 
+def _check_end(path: str, end: int, images: int) -> None:
+    """Refuse a shard without the blocks of zeros that end it, or with more than those; ValueError.
+
+    tarfile takes a damaged header, a cut between two files, and the end of the first of several shards in one file all
+    for the end, and would lose what follows.
+    """
+    with open(path, "rb") as file:
+        file.seek(end)
+        first = rest = file.read(tarfile.BLOCKSIZE)
+        while rest and not rest.strip(b"\0"):
+            rest = file.read(1 << 20)
+    if rest or len(first) < tarfile.BLOCKSIZE:
+        what = "damaged, cut off, or continued" if rest else "cut off: it has no end mark"
+        raise ValueError(f"images: {path} is {what} at byte {end}, after {images} images")
+
+
 def with_folder_labels(inputs: list[Input], folder: str) -> list[Input]:
     """Labels by the sorted names of the folders in `folder`, as torchvision's ImageFolder numbers them.
 
     ValueError where an image lies in none.
     """
-    classes = {entry.name: None for entry in sorted(os.scandir(folder), key=lambda e: e.name) if entry.is_dir()}
-    number = {name: i for i, name in enumerate(classes)}
+    number = {name: i for i, name in enumerate(class_folders(folder))}
     labelled = []
     for item in inputs:
         first = os.path.relpath(item.path, folder).split(os.sep)[0]
@@ -178,6 +190,11 @@ def evenly_spaced(inputs: list[Input], limit: int) -> list[Input]:
     if len(inputs) <= limit:
         return inputs
     return [inputs[i * len(inputs) // limit] for i in range(limit)]
+
+
+def class_folders(folder: str) -> list[str]:
+    """The names of the folders in `folder`, sorted."""
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
 
 
 def identities(inputs: Sequence[Input], content: bool = False) -> Iterator[int]:

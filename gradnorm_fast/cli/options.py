@@ -44,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser, gates: bool = False) -> None:
     model.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     model.add_argument("--batch-size", type=positive, default=64, metavar="B", help="(%(default)s)")
     model.add_argument("--workers", type=count, metavar="N", help="processes that read images (default: by the cores)")
-    model.add_argument("--amp", action="store_true", help="half precision in the backbone")
+    model.add_argument("--amp", action="store_true", help="half precision in the backbone, by torch.autocast")
     model.add_argument("--compile", action="store_true", help="torch.compile the backbone")
     run = parser.add_argument_group("the run")
     run.add_argument(

@@ -45,7 +45,7 @@ def write(args: argparse.Namespace, scorer: Scorer, tables: Mapping[str, Table],
     if args.report is None:
         return
     from ..report import write_report
-    from .scorers import HeadScorer
+    from .scorers import HeadScorer, ModelScorer
 
     details = {name: getattr(args, name, None) for name in ("model", "weights", "checkpoint", "weight", "detector")}
     if scorer.detector is not None:
@@ -54,6 +54,8 @@ def write(args: argparse.Namespace, scorer: Scorer, tables: Mapping[str, Table],
     details = {name: value for name, value in details.items() if value is not None}
     if isinstance(scorer, HeadScorer):  # rows of features have no pictures
         shown["gallery"] = 0
+    if isinstance(scorer, ModelScorer):
+        shown["classes"] = scorer.classes
     write_report(args.report, tables, details=details, read_image=_pictures(scorer), **shown)
 
 

@@ -269,7 +269,7 @@ def _read(parts: list[Path], header: bytes, job: Job, say: Callable[[str], None]
         start = data.find(b"\n") + 1
         if data[:start] != header:
             raise ValueError(
-                f"{part}: is of another run, with another {_difference(data[:start], header)}; --restart drops it"
+                f"{part}: kept by a run that differs in {_difference(data[:start], header)}; --restart drops it"
             )
         whole = (len(data) - start) // job.row.itemsize
         rows = np.frombuffer(data, job.row, whole, start)
@@ -282,7 +282,7 @@ def _read(parts: list[Path], header: bytes, job: Job, say: Callable[[str], None]
         changed += int((~same).sum())
         values[rows["index"][same]], state[rows["index"][same]] = rows["scores"][same], rows["state"][same]
     if changed and say is not None:
-        say(f"{changed} {job.unit} have changed since; they are scored again")
+        say(f"inputs that have changed since and are scored again: {changed}")
     return values, state
 
 

@@ -20,10 +20,11 @@ from ..detector import GradNorm
 from ..layers import LayerNorms, layer_gradnorms
 from ..layers.groups import layer_groups
 from ..layers.norms import combined
-from ..models import default_transform, device_of, load_model
+from ..models import class_names, default_transform, device_of, load_model
+from ..verification import autocast_in_force
 from .features import load_array, score_features
 from .images import Preprocessing, Scores, first_readable, score_images, transformed
-from .inputs import evenly_spaced, find_inputs, labelled_if_in_folders, with_folder_labels
+from .inputs import class_folders, evenly_spaced, find_inputs, labelled_if_in_folders, with_folder_labels
 from .options import MODEL_OPTIONS, SCORE_OPTIONS, layers_of, score_options
 from .parsing import refuse
 from .run_log import rank_and_world
@@ -43,6 +44,11 @@ class Scorer(Protocol):
     @property
     def device(self) -> torch.device:
         """Where it computes."""
+        ...
+
+    @property
+    def autocast(self) -> str | None:
+        """As in `GradNorm.fit_scores`; None where the model is not run here."""
         ...
 
     makes_features: bool  #: whether `table` writes the features that the head is given
@@ -96,27 +102,33 @@ class ModelScorer:
         refuse(args, "images", "weight", "bias")
         self.args = args
         self.inputs = {name: find_inputs(sources, args.root) for name, sources in sets.items()}
+        folders: list[str] | None = None
         if getattr(args, "folder_labels", False):
             if len(args.id) != 1 or not os.path.isdir(args.id[0]):
                 raise ValueError("folder-labels: expected one folder in --id, with a folder for each class")
             self.inputs["id"] = with_folder_labels(self.inputs["id"], args.id[0])
+            folders = class_folders(args.id[0])
         if "train" in sets and args.train is not None:
             self.inputs["train"] = labelled_if_in_folders(self.inputs["train"], args.train)
         limit = getattr(args, "limit", None)
         if limit is not None:
             self.inputs = {name: evenly_spaced(inputs, limit) for name, inputs in self.inputs.items()}
         model, transform = _load_model(args)
+        self.classes = class_names(model, args.model, args.weights) or folders
         self.preprocessing = Preprocessing(transform, not args.no_exif, args.resize or 256)
         firsts = [first_readable(inputs, self.preprocessing) for inputs in self.inputs.values()]
         described = gate.describe_preprocessing(transform)
         if args.no_exif and described is not None:
             described += ", EXIF orientation ignored"
+        device = next(model.parameters()).device
+        with torch.autocast(device.type, enabled=args.amp):
+            self.autocast = autocast_in_force(device)
         saved = getattr(args, "detector", None)
         if saved is None:
             options = score_options(args)
             self.detector = GradNorm(model, args.head, layers=layers_of(args), preprocessing=described, **options)
         else:
-            self.detector = _load_gate(saved, model, described, args.force)
+            self.detector = _load_gate(saved, model, described, self.autocast, args.force)
         name, image = firsts[0]
         self.detector.score(transformed(image, transform, name)[None])
         if args.compile:
@@ -206,7 +218,7 @@ def _load_model(args: argparse.Namespace) -> tuple[nn.Module, Any]:
 class HeadScorer:
     """The head of --weight and --bias."""
 
-    makes_features = False
+    autocast, makes_features = None, False
 
     def __init__(self, args: argparse.Namespace) -> None:
         refuse(args, "features", *MODEL_OPTIONS)
@@ -240,7 +252,7 @@ class HeadScorer:
 class FileScorer:
     """Files that `score` wrote; the model or head that they are from, where `fit` is to save a detector."""
 
-    device, makes_features = torch.device("cpu"), False
+    autocast, device, makes_features = None, torch.device("cpu"), False
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.fields: tuple[str, ...] = FIELDS
@@ -285,12 +297,12 @@ def _detector_description(detector: GradNorm) -> dict[str, Any]:
     return options | {"head": detector.head_name, "fingerprint": detector._fingerprint()}
 
 
-def _load_gate(path: str, model: nn.Module, preprocessing: str | None, force: bool) -> GradNorm:
+def _load_gate(path: str, model: nn.Module, preprocessing: str | None, autocast: str, force: bool) -> GradNorm:
     """A saved detector for the model; what it warns of in a line each."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            detector = GradNorm.load(path, model, preprocessing=preprocessing, force=force)
+            detector = GradNorm.load(path, model, preprocessing=preprocessing, autocast=autocast, force=force)
         except ValueError as error:
             raise ValueError(str(error).replace("load with force=True", "give --force")) from None
     if rank_and_world()[0] == 0:
@@ -318,7 +330,7 @@ def _gate_of_head(path: str, weight: torch.Tensor, bias: torch.Tensor | None) ->
     if not same:
         raise ValueError(f"{path}: fitted to another head than that of --weight and --bias; fit it again")
     detector = GradNorm(model, saved.head, **saved.options)
-    return detector if saved.calibration is None else detector.fit_scores(np.array(saved.calibration), saved.tpr)
+    return detector if saved.calibration is None else detector.fit_scores(saved.calibration, saved.tpr)
 
 
 def save_gate(detector: GradNorm, path: Path) -> None:

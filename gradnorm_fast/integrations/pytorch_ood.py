@@ -134,8 +134,8 @@ class GradNorm(_Base):
             return None
         try:
             with heads.evaluating(model):
-                features, logits = heads.features_and_logits(model, head, x)
-            verification = heads.check_row(name, head, features, logits, self._batches % len(x))
+                features, logits, eps = heads.head_pass(model, head, x)
+            verification = heads.check_row(name, head, features, logits, self._batches % len(x), eps)
         except ValueError:  # not called, more than once, on positions or tokens, or not with the logits' shape
             return None
         self._batches += 1
