@@ -190,13 +190,13 @@ def _problem(
     reduction: str,
     include_bias: bool,
 ) -> Problem:
-    problem = Problem(features, weight, bias, logits, temperature, p=p, target=target if labels is None else labels)
+    scale, bias_norm = 1.0, 1.0 if include_bias else 0.0
+    problem = Problem(
+        features, weight, bias, logits, temperature, scale, bias_norm, target if labels is None else labels, p
+    )
     if labels is not None:
         check_classes(labels, problem.classes)
-    return problem._replace(
-        scale=float(problem.classes) if reduction == "sum" else 1.0,  # C times the mean
-        bias_norm=1.0 if include_bias else 0.0,
-    )
+    return problem._replace(scale=float(problem.classes)) if reduction == "sum" else problem  # C times the mean
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+
+
+def with_bar(items: Iterable[Item], description: str = "GradNorm", unit: str = "batch") -> Iterable[Item]:
+    """The same items, with a bar where tqdm is installed: a bar is not worth an error."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return items
+    bar: Iterable[Item] = tqdm(items, desc=description, unit=unit, leave=False)
+    return bar
 
 
 class Progress:

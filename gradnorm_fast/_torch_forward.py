@@ -118,16 +118,16 @@ def centred(z: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor]:
 
 
 def half_deviation(u: Tensor, t: Tensor) -> Tensor:
-    """Σ|p − 1/C|/2 from u = t·(p − 1/C), in which t and the mean of u may be rounded; overwrites u.  # -> (R,)
+    """Σ|p − 1/C|/2 from u = t·(p − 1/C), in which t and the mean of u may be rounded; overwrites u.  # -> (R, 1)
 
     (P(1 − w) + N·w)/t, where P and N sum u above and below 0, and w is the share of classes above. P = N but for
-    rounding; this blend of them is stationary in the mean.
+    rounding; this blend of them is stationary in the mean. (P − w·Σu is not as good: Σu rounds otherwise than P.)
     """
-    below = u.clamp_max(0.0).sum(1)
-    above = u.clamp_min_(0.0).sum(1)
-    count = u.sign_().sum(1)
-    excess = above + below
-    return above.addcmul_(count, excess, value=-1.0 / u.shape[1]).div_(excess.add_(t.view(-1)))
+    below = u.clamp_max(0.0).sum(1, keepdim=True)
+    above = u.clamp_min_(0.0).sum(1, keepdim=True)
+    count = u.sign_().sum(1, keepdim=True)
+    excess = below.add_(above)
+    return above.addcmul_(count, excess, value=-1.0 / u.shape[1]).div_(excess.add_(t))
 
 
 def row_norm(u: Tensor, p: float) -> Tensor:
@@ -166,12 +166,12 @@ def feature_norms(problem: Problem, out: Tensor) -> None:
 
 
 def deviation_norm(u: Tensor, t: Tensor, p: float) -> Tensor:
-    """‖p − 1/C‖_p from u = t·(p − 1/C), in which t and the mean of u may be rounded; overwrites u.  # -> (R,)"""
+    """‖p − 1/C‖_p from u = t·(p − 1/C), in which t and the mean of u may be rounded; overwrites u.  # -> (R, 1)"""
     if p == 1.0:
         half = half_deviation(u, t)
         return half + half
     u.sub_(u.mean(1, keepdim=True))
-    return row_norm(u, p).div_(t)[:, 0]
+    return row_norm(u, p).div_(t)
 
 
 def quick_limit(classes: int, p: float) -> float:
@@ -186,28 +186,31 @@ def _score(problem: Problem, z: Tensor, scores: Scores) -> None:
     p = softmax(z, inv_temperature)
     t = p.sum(1, keepdim=True)
     if prediction is not None:
-        msp = p.amax(1) / t.view(-1)
+        msp = p.amax(1, keepdim=True).div_(t)
     order, limit = problem.p, quick_limit(problem.classes, problem.p)
     deviation = deviation_norm(p.sub_(t, alpha=1.0 / z.shape[1]), t, order)
     if z.device.type != "cpu":  # never wait for the data
         deviation = torch.where(deviation < limit, deviation_norm(*centred(z, inv_temperature), order), deviation)
     elif not deviation.min().item() >= limit:  # NaN too
-        rows = (deviation < limit).nonzero().view(-1)
+        rows = (deviation[:, 0] < limit).nonzero()[:, 0]
         some = z if len(rows) == len(z) else z[rows]
         deviation[rows] = deviation_norm(*centred(some, inv_temperature), order)
-    v = deviation
+    v = deviation  # (R, 1)
     for factor in (problem.scale, inv_temperature):  # in this order: 0·inf is not 0
         if factor != 1.0:
             v = v * factor
+    columns = out.t()  # (R, 1) or (R, 6)
     if prediction is None:
-        torch.mul(with_bias(out[0, :, None], problem.bias_norm, order)[:, 0], v, out=out[0])
+        if problem.bias_norm:
+            columns.copy_(with_bias(columns, problem.bias_norm, order))
+        columns.mul_(v)
         return
-    m, index = z.max(1)
-    torch.mul(out[1] + problem.bias_norm, v, out=out[0])
-    poison = (out[1] + deviation) * 0.0  # a row without a score has no other number either
-    for field, value in enumerate((out[1], v, m, msp, m - msp.log() / inv_temperature), 1):
-        torch.add(value, poison, out=out[field])
-    prediction.copy_(torch.where(poison == 0.0, index, 0))
+    m, index = z.max(1, keepdim=True)
+    norm = columns[:, 1:2]
+    poison = (norm + deviation).mul_(0.0)  # a row without a score has no other number either
+    fields = [(norm + problem.bias_norm) * v, norm, v, m, msp, m - msp.log() / inv_temperature]
+    torch.add(torch.cat(fields, 1), poison, out=columns)
+    prediction.copy_(torch.where(poison == 0.0, index, 0)[:, 0])
 
 
 def forward(problem: Problem, scores: Scores) -> None:

@@ -31,7 +31,7 @@ def odin_from_logits(logits: Tensor, temperature: float = 1000.0) -> Tensor:
     Returns:
         (...), float32, or float64 for float64 logits; 0 … C − 1. NaN where a row has a NaN or +inf.
 
-    Example:
+    Examples:
         >>> odin_from_logits(torch.tensor([[0.0, 0.0], [1.0, 0.0]])).tolist()[0]
         0.0
     """
@@ -68,7 +68,7 @@ def odin(
     Returns:
         (B,), float32, or float64 for a float64 model.
 
-    Example:
+    Examples:
         >>> scores = odin(model, images, temperature=1000.0, epsilon=0.0014)
     """
     _check_number("epsilon", epsilon, above=-1e-300)
@@ -107,7 +107,7 @@ class Mahalanobis:
     From Lee et al., NeurIPS 2018. Of the last features only; the authors' code combines several layers. The covariance
     and its (pseudo-)inverse are scikit-learn's, in float64.
 
-    Example:
+    Examples:
         >>> features, labels = torch.rand(100, 8), torch.randint(0, 5, (100,))
         >>> scores = Mahalanobis().fit(features, labels).score(torch.rand(3, 8))
         >>> scores.shape

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._progress import with_bar
 from .capture import Inputs
 
 _IMAGE_KEYS = ("pixel_values", "image", "images", "data")  #: Hugging Face, timm, OpenOOD
@@ -25,14 +26,7 @@ def batches(loader: Iterable[Any], progress: bool) -> Iterator[Inputs]:
         raise TypeError(f"loader: expected an iterable of batches, got one {type(loader).__name__}; give [batch]")
     if isinstance(loader, torch.utils.data.Dataset) and not isinstance(loader, torch.utils.data.IterableDataset):
         loader = torch.utils.data.DataLoader(loader, _BATCH_SIZE, collate_fn=_collate)
-    if progress:
-        try:
-            from tqdm.auto import tqdm
-        except ImportError:  # a bar is not worth an error
-            pass
-        else:
-            loader = tqdm(loader, desc="GradNorm", unit="batch", leave=False)
-    for batch in loader:
+    for batch in with_bar(loader) if progress else loader:
         yield inputs_of(batch)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import HeadScores, fast_gradnorm, head_scores
+from ._progress import with_bar
 from .evaluation import METHODS, Results, compare_methods, plot_roc, plot_scores
 from .reference import autograd_gradnorm
 
@@ -74,9 +75,9 @@ def run(
 
     Raises:
         ValueError: the output cannot be written or the seed is out of range. Both are found before the training.
-        ImportError: scikit-learn, matplotlib or tqdm is not installed.
+        ImportError: scikit-learn or matplotlib is not installed.
     """
-    require("demo", "matplotlib", "sklearn", "tqdm")
+    require("demo", "matplotlib", "sklearn")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed: expected 0 to 2**32 - 1, got {seed}")
     path = check_output(Path(output))
@@ -149,14 +150,12 @@ def _patches(count: int, random: np.random.Generator) -> np.ndarray[Any, Any]:
 
 def train(images: Tensor, labels: Tensor, device: torch.device, seed: int, epochs: int = 15) -> Network:
     """Train the network with Adam and cross-entropy; the caller's random state is left as it was."""
-    from tqdm import tqdm
-
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         network = Network(int(labels.max()) + 1).to(device)
         images, labels = images.to(device), labels.to(device)
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
-        for _ in tqdm(range(epochs), desc="training", unit="epoch"):
+        for _ in with_bar(range(epochs), "training", "epoch"):
             for batch in torch.randperm(len(images)).to(device).split(64):
                 loss = nn.functional.cross_entropy(network(images[batch]), labels[batch])
                 optimizer.zero_grad()

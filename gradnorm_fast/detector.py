@@ -54,7 +54,7 @@ class GradNorm:
         TypeError, ValueError: an argument that does not fit; on a batch, a head that does not make the logits, or whose
             weight another layer uses too.
 
-    Example:
+    Examples:
         >>> detector = GradNorm(model).fit(id_loader, tpr=0.95)
         >>> labels, scores, is_ood = detector.predict(images)
         >>> energy = detector.head_scores(images).energy  # a baseline, from the same pass

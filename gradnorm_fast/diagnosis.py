@@ -55,7 +55,7 @@ def diagnose(id_scores: HeadScores, ood_scores: HeadScores | None = None) -> Dia
 
     ValueError for scores that are empty or not finite.
 
-    Example:
+    Examples:
         >>> diagnosis = diagnose(id_scores, ood_scores)
         >>> diagnosis.best in diagnosis.auroc
         True

@@ -64,7 +64,7 @@ def sharded_gradnorm(
         RuntimeError: torch.distributed is not initialised; or what it raises when a rank does not answer within the
             timeout that the group was made with.
 
-    Example:
+    Examples:
         >>> features, weight = torch.rand(4, 8), torch.randn(5, 8)  # here the only rank, with all classes
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         >>> sharded_gradnorm(features, weight, p=2.0).shape

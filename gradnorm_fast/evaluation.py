@@ -90,7 +90,7 @@ def evaluate(
     Raises:
         ValueError: scores that are not a non-empty one-dimensional array of finite real numbers; a wrong option.
 
-    Example:
+    Examples:
         >>> metrics = evaluate(id_scores=[3.0, 2.5, 2.0], ood_scores=[1.0, 2.2])
         >>> round(metrics["auroc"], 3)
         0.833
@@ -126,7 +126,7 @@ def compare_methods(id_scores: HeadScores, ood_scores: Mapping[str, HeadScores],
 
     TypeError for what are not `HeadScores`.
 
-    Example:
+    Examples:
         >>> inside, outside = detector.head_scores_loader(id_loader), detector.head_scores_loader(ood_loader)
         >>> results = compare_methods(inside, {"places": outside})
         >>> auroc = results["places"]["GradNorm"]["auroc"]
@@ -142,7 +142,7 @@ def compare_methods(id_scores: HeadScores, ood_scores: Mapping[str, HeadScores],
 def by_method(scores: HeadScores) -> dict[str, torch.Tensor]:
     """The score of each of METHODS.
 
-    Example:
+    Examples:
         >>> list(by_method(id_scores))
         ['GradNorm', 'MSP', 'MaxLogit', 'Energy', 'feature norm']
     """
@@ -156,7 +156,7 @@ def compare(
 
     The last entry, "average", is the mean over the OOD sets. ValueError for no OOD set, or no method.
 
-    Example:
+    Examples:
         >>> results = compare({"MSP": [0.9, 0.8]}, {"places": {"MSP": [0.7, 0.85]}})
         >>> results["places"]["MSP"]["auroc"]
         0.75
@@ -181,7 +181,7 @@ def results_table(results: Results, methods: Sequence[str] | None = None) -> str
 
     FPR95 is that of the convention the results were made with; without one, ID is the positive class.
 
-    Example:
+    Examples:
         >>> table = results_table(compare_methods(id_scores, {"places": ood_scores}))
         >>> table.splitlines()[0]
         '| | places FPR95 ↓ | AUROC ↑ | average FPR95 ↓ | AUROC ↑ |'
@@ -203,7 +203,7 @@ def results_table(results: Results, methods: Sequence[str] | None = None) -> str
 def fpr95(metrics: Mapping[str, float]) -> float:
     """That of the convention the metrics were made with; without one, with ID as the positive class.
 
-    Example:
+    Examples:
         >>> fpr95(evaluate([2.0, 3.0], [1.0, 2.5]))
         0.5
     """
@@ -213,7 +213,7 @@ def fpr95(metrics: Mapping[str, float]) -> float:
 def results_csv(results: Results) -> str:
     """One line per OOD set and method with every metric, fractions in [0, 1].
 
-    Example:
+    Examples:
         >>> results_csv(compare_methods(id_scores, {"places": ood_scores})).splitlines()[0]
         'ood,method,auroc,aupr_in,aupr_out,fpr95_id_positive,fpr95_ood_positive,n_id,n_ood'
     """
@@ -251,7 +251,7 @@ def plot_scores(
         ValueError: as in `evaluate`, or ``ood_scores`` is an empty mapping.
         ImportError: matplotlib is not installed.
 
-    Example:
+    Examples:
         >>> ax = plot_scores(id_scores.gradnorm, {"places": ood_scores.gradnorm})
         >>> ax.figure.savefig("scores.png")
     """
@@ -283,7 +283,7 @@ def plot_roc(id_scores: ScoresLike, ood_scores: ScoresLike | Mapping[str, Scores
         ValueError: as in `evaluate`, or ``ood_scores`` is an empty mapping.
         ImportError: matplotlib is not installed.
 
-    Example:
+    Examples:
         >>> ax = plot_roc(id_scores.gradnorm, {"places": ood_scores.gradnorm})
         >>> ax.figure.savefig("roc.png")
     """

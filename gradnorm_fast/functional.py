@@ -97,7 +97,7 @@ def fast_gradnorm(
         ValueError: a shape, device, target, p, temperature, reduction or backend that does not fit.
         NotImplementedError: p is neither 1 nor 2 and an input requires grad.
 
-    Example:
+    Examples:
         >>> features, weight = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.eye(2)
         >>> fast_gradnorm(features, weight)
         tensor([1.3864, 0.0000])
@@ -127,7 +127,7 @@ def head_scores(
     Takes and raises what `fast_gradnorm` does. Where GradNorm fails, feature_norm and output_norm show which factor is
     at fault. Every field but prediction is differentiable.
 
-    Example:
+    Examples:
         >>> features, weight = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.eye(2)
         >>> scores = head_scores(features, weight)
         >>> scores.feature_norm, scores.prediction
@@ -173,7 +173,7 @@ def gradnorm_from_logits(
     Raises:
         TypeError, ValueError, NotImplementedError: as `fast_gradnorm`.
 
-    Example:
+    Examples:
         >>> features, head = torch.tensor([[1.0, 2.0]]), torch.nn.Linear(2, 5)
         >>> with torch.no_grad():
         ...     torch.allclose(gradnorm_from_logits(features, head(features)),
@@ -226,7 +226,7 @@ def token_statistics(
     Raises:
         TypeError, ValueError: as `fast_gradnorm`.
 
-    Example:
+    Examples:
         >>> features, weight = torch.tensor([[1.0, 2.0]]), torch.eye(2)
         >>> token_statistics(features, weight, torch.tensor([1])).log_prob
         tensor([-0.3133])
@@ -264,7 +264,7 @@ def warmup(
     Raises:
         TypeError, ValueError: as `fast_gradnorm`; a batch size that is not a positive integer.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from gradnorm_fast import warmup
         >>> head = torch.nn.Linear(512, 10)

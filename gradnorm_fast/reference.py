@@ -46,7 +46,7 @@ def autograd_gradnorm(
     Raises:
         TypeError, ValueError: as `gradnorm_fast.fast_gradnorm`, but torch.autocast casts nothing here.
 
-    Example:
+    Examples:
         >>> from gradnorm_fast import fast_gradnorm
         >>> features, weight = torch.rand(4, 8), torch.randn(5, 8)
         >>> exact = autograd_gradnorm(features.double(), weight.double())

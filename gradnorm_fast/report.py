@@ -91,7 +91,7 @@ def write_report(
         TypeError, ValueError: an argument that does not fit.
         ImportError: matplotlib or Pillow is not installed.
 
-    Example:
+    Examples:
         >>> scores = detector.head_scores_loader(id_loader)._asdict()
         >>> paths = [f"{i}.png" for i in range(len(scores["gradnorm"]))]
         >>> write_report("report.html", {"photos": ScoredImages(paths, scores)}, threshold=detector.threshold)

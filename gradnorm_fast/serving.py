@@ -45,7 +45,7 @@ class ServedModel(nn.Module):
     model, needs no gradients, and stays in evaluation mode. It does not verify the head in each batch: score some
     batches with the detector first. Inputs have to be on the module's device and in its dtype.
 
-    Example:
+    Examples:
         >>> gate = GradNorm.load("gate.json", model).module()
         >>> program = torch.export.export(gate, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
         >>> torch.export.save(program, "gate.pt2")

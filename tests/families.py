@@ -16,21 +16,21 @@ TEMPERATURES = (1.0, 3.0, 1e3, 1e6, 1e9)
 
 
 def deviation(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Σ|p − 1/C|/T of float64 rows, without ever subtracting nearly equal numbers: |expm1(z/T − logmeanexp)|/C."""
-    d = (logits.double() - logits.double().amax(1, keepdim=True)) / temperature
-    classes = logits.shape[1]
-    # logmeanexp = log1p(mean expm1 d) keeps its digits where d is small; plain log where it is not.
-    mean = torch.expm1(d).mean(1, keepdim=True)
-    log_mean = torch.where(mean > -0.5, torch.log1p(mean), torch.logsumexp(d, 1, keepdim=True) - math.log(classes))
-    return torch.expm1(d - log_mean).abs().sum(1) / classes / temperature
+    """Σ|p − 1/C|/T of rows of logits."""
+    return deviation_norm(logits, temperature, 1.0) / temperature
 
 
 def deviation_norm(logits: Tensor, temperature: float, p: float) -> Tensor:
-    """‖p − 1/C‖_p of float64 rows, likewise."""
+    """‖p − 1/C‖_p of rows of logits in float64, without ever subtracting nearly equal numbers.
+
+    p·C − 1 = expm1(z/T − logmeanexp). What the rounding of logmeanexp leaves in its mean is taken out afterwards.
+    """
     d = (logits.double() - logits.double().amax(1, keepdim=True)) / temperature
+    # logmeanexp = log1p(mean expm1 d) keeps its digits where d is small; plain log where it is not.
     mean = torch.expm1(d).mean(1, keepdim=True)
     log_mean = torch.where(mean > -0.5, torch.log1p(mean), torch.logsumexp(d, 1, keepdim=True) - math.log(d.shape[1]))
-    return _norm(torch.expm1(d - log_mean).abs() / d.shape[1], p)
+    u = torch.expm1(d - log_mean)
+    return _norm((u - u.mean(1, keepdim=True)).abs() / d.shape[1], p)
 
 
 def residual_norm(logits: Tensor, labels: Tensor, temperature: float, p: float) -> Tensor:

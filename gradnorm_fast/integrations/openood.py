@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from .._progress import with_bar
 from ..functional import fast_gradnorm
 
 try:  # OpenOOD's Evaluator takes only what inherits from its own class
@@ -35,7 +36,7 @@ class GradNormPostprocessor(BasePostprocessor):
         args: `config.postprocessor.postprocessor_args`, None without a config.
         num_classes: of the data set that the config names, None where it names none that is known.
 
-    Example:
+    Examples:
         >>> features, weight = torch.rand(4, 8), torch.randn(5, 8)
         >>> GradNormPostprocessor().gradnorm(features, weight).shape  # as OpenOOD's evaluator calls it
         (4,)
@@ -132,7 +133,7 @@ def register() -> None:
         ImportError: OpenOOD is not installed.
         RuntimeError: an OpenOOD whose registries are not those of v1.5.
 
-    Example:
+    Examples:
         >>> register()  # doctest: +SKIP
     """
     import openood.postprocessors as postprocessors  # type: ignore
@@ -214,8 +215,4 @@ def _with_bar(loader: Iterable[Any], progress: bool) -> Iterable[Any]:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not progress or (distributed and torch.distributed.get_rank() != 0):
         return loader
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:  # a bar is not worth an error
-        return loader
-    return tqdm(loader)
+    return with_bar(loader)

@@ -40,7 +40,7 @@ class GradNorm(_Base):
         ModelNotSetException: model is None.
         TypeError, ValueError: an argument that does not fit.
 
-    Example:
+    Examples:
         >>> scores = GradNorm(model, param_filter=lambda name: name == "fc.weight").predict(images)
     """
 

@@ -82,7 +82,7 @@ def layer_gradnorms(
     Raises:
         TypeError, ValueError: an argument that does not fit; a model with dropout or batch statistics in training mode.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 5))
         >>> images = torch.rand(3, 8)
         >>> layer_gradnorms(model, images).shape  # of all parameters together

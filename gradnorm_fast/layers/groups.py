@@ -13,7 +13,7 @@ def layer_groups(model: nn.Module) -> dict[str, list[str]]:
     Stages are the model's children that have parameters. While there are fewer than five, the children of the largest
     take its place: of a network that is body and head, the blocks of the body are compared.
 
-    Example:
+    Examples:
         >>> list(layer_groups(torchvision.models.resnet50()))
         ['conv1', 'bn1', 'layer1', 'layer2', 'layer3', 'layer4', 'fc', 'all']
     """
