@@ -83,6 +83,16 @@ def default_transform(
     return transform
 
 
+def normalisation_of(transform: Transform | None) -> dict[str, Sequence[float]]:
+    """The mean and std that a transform normalises by, torchvision's or timm's; ImageNet's where it does not say."""
+    for step in reversed(getattr(transform, "transforms", [transform])):
+        if hasattr(step, "transforms"):
+            return normalisation_of(step)
+        if hasattr(step, "mean") and hasattr(step, "std"):
+            return {"mean": [float(m) for m in step.mean], "std": [float(s) for s in step.std]}
+    return {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+
+
 def device_of(name: str | None) -> torch.device:
     """The device that is asked for; ValueError where it is not there."""
     if name is None:

@@ -20,7 +20,7 @@ from ..detector import GradNorm
 from ..layers import LayerNorms, layer_gradnorms
 from ..layers.groups import layer_groups
 from ..layers.norms import combined
-from ..models import class_names, default_transform, device_of, load_model
+from ..models import class_names, default_transform, device_of, load_model, normalisation_of
 from ..verification import autocast_in_force
 from .features import load_array, score_features
 from .images import Preprocessing, Scores, first_readable, score_images, transformed
@@ -207,11 +207,11 @@ def _load_model(args: argparse.Namespace) -> tuple[nn.Module, Any]:
     if known and args.weights is None and args.checkpoint is None and rank_and_world()[0] == 0:
         print("note: no --weights and no --checkpoint: the model's weights are random", file=sys.stderr)
     if transform is None or args.resize is not None or args.mean is not None or args.std is not None:
-        given = {"mean": args.mean, "std": args.std}
+        given = {name: getattr(args, name) or own for name, own in normalisation_of(transform).items()}
         size = None if args.resize == 0 else args.resize
         if args.resize is None and known:
             size = 224
-        transform = default_transform(size, **{k: v for k, v in given.items() if v is not None})
+        transform = default_transform(size, **given)
     return model.to(device), transform
 
 
