@@ -1,4 +1,4 @@
-"""What else the package computes, beside what others do: processor time of one CPU thread, rounds in turn, medians.
+"""The rest of the package side by side with what others use: processor time of one CPU thread, medians of rounds.
 
     python benchmarks/beside.py                  all of it; or some of: targets tokens grand layers verification
 

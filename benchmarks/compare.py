@@ -1,10 +1,10 @@
-"""Measure fast_gradnorm against every other way to get the score, side by side, and render what came of it.
+"""Measure fast_gradnorm side by side with every other way to get the score, and draw the table and the picture.
 
     make bench                                         everything this machine can hold
     python benchmarks/compare.py --workload x1000 --implementation fast_gradnorm matmul
     python benchmarks/compare.py --render benchmarks/results/cpu/bench.json --readme
 
-Results are written after every workload; a second run into the same folder goes on where the first stopped.
+Results are written after every workload. A second run into the same folder continues where the first stopped.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> int:
     parser.add_argument("--implementation", nargs="+", metavar="NAME", help=f"of: {', '.join(peers.ALL)}")
     parser.add_argument("--rounds", type=int, default=measure.ROUNDS, help="(%(default)s)")
     parser.add_argument("--out", type=Path, help="folder (benchmarks/results/DEVICE)")
-    parser.add_argument("--again", action="store_true", help="measure anew what the folder already holds")
+    parser.add_argument("--again", action="store_true", help="also what the folder already holds")
     parser.add_argument("--render", type=Path, metavar="JSON", help="measure nothing, render this file")
     parser.add_argument("--readme", action="store_true", help="put the table into the README")
     args = parser.parse_args()

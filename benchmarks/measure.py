@@ -1,4 +1,4 @@
-"""How it is measured: rounds in which every implementation takes its turn, so that a noisy machine is noisy for all.
+"""How it is measured: in rounds where each implementation takes its turn, so that noise hits all of them alike.
 
 On a CPU, wall time. On a GPU, four figures: device time by events with a cold L2 (inputs rotate, together larger than
 the L2), wall time per call with a synchronisation (launch overhead shows where the batch is small), time inside a CUDA
@@ -32,7 +32,7 @@ CHECKED_ROWS = 8
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What a figure means nothing without."""
+    """The machine and the versions, to be kept with the figures."""
     import triton
 
     def output(*command: str) -> str:

@@ -1,4 +1,4 @@
-"""What is measured: shapes, dtypes and inputs."""
+"""On what it is measured: shapes, dtypes and inputs."""
 
 from __future__ import annotations
 

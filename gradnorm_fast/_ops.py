@@ -75,7 +75,7 @@ def _loop(
     def at(i: int) -> tuple[Any, ...]:
         return tuple(a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True))
 
-    if size == 0:  # the shapes of what there is none of
+    if size == 0:  # empty results have shapes too
         blank = (
             a.new_zeros(a.movedim(d, 0).shape[1:]) if isinstance(d, int) else a
             for a, d in zip(args, in_dims, strict=True)

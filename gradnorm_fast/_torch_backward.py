@@ -14,7 +14,6 @@ from ._torch_forward import (
     budget_of,
     centred,
     converted,
-    half_deviation,
     logits_of,
     row_norm,
     rows_at_once,
@@ -31,7 +30,7 @@ def _derivatives(z: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor, Ten
     """p, V and T·∂V/∂z for the rows of logits z.  # (R, C) -> (R, C), (R, 1), (R, C)"""
     p, (u, t) = softmax(z, inv_temperature), centred(z, inv_temperature)
     sign = u.sign()
-    v = 2.0 * half_deviation(u, t)
+    v = row_norm(u.clone(), 1.0).div_(t)
     above, below = torch.add(sign, 1.0, out=u).mul_(p), sign.neg_().add_(1.0).mul_(p)
     a, b = below.sum(1, keepdim=True), above.sum(1, keepdim=True)
     return p, v, above.mul_(a).sub_(below.mul_(b)).mul_(0.5)

@@ -113,28 +113,27 @@ def centred(z: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor]:
     error = (z - r).mul_(inv_temperature).expm1_().sum(1, keepdim=True) / classes
     r += torch.where(error.abs() < 0.5, error.log1p(), 0.0) / inv_temperature
     u = (z - r).mul_(inv_temperature).expm1_()
-    q = u.sum(1, keepdim=True)
-    return u.sub_(q, alpha=1.0 / classes), q + classes
+    q = row_sum(u)
+    u.sub_(q, alpha=1.0 / classes)
+    u.sub_(row_sum(u), alpha=1.0 / classes)  # the rounding of q, which may be large beside u
+    return u, q + classes
 
 
-def half_deviation(u: Tensor, t: Tensor) -> Tensor:
-    """Σ|p − 1/C|/2 from u = t·(p − 1/C), in which t and the mean of u may be rounded; overwrites u.  # -> (R, 1)
-
-    (P(1 − w) + N·w)/t, where P and N sum u above and below 0, and w is the share of classes above. P = N but for
-    rounding; this blend of them is stationary in the mean. (P − w·Σu is not as good: Σu rounds otherwise than P.)
-    """
-    below = u.clamp_max(0.0).sum(1, keepdim=True)
-    above = u.clamp_min_(0.0).sum(1, keepdim=True)
-    count = u.sign_().sum(1, keepdim=True)
-    excess = below.add_(above)
-    return above.addcmul_(count, excess, value=-1.0 / u.shape[1]).div_(excess.add_(t))
+def row_sum(u: Tensor) -> Tensor:
+    """Σu of each row, rounded once: long float32 sums of equal terms round all one way.  # (R, N) -> (R, 1)"""
+    exact = u.dtype if u.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    step = budget_of(u.device).piece // 16  # of classes: on a CPU, torch converts all it adds first
+    total = part(u, 0, step, 1).sum(1, keepdim=True, dtype=exact)
+    for i in range(step, u.shape[1], step):
+        total += part(u, i, i + step, 1).sum(1, keepdim=True, dtype=exact)
+    return total.to(u.dtype)
 
 
 def row_norm(u: Tensor, p: float) -> Tensor:
     """‖u‖_p of each row, without overflow or underflow of the powers; overwrites u.  # (R, N) -> (R, 1)"""
     magnitudes = u.abs_()
     if p == 1.0:
-        return magnitudes.sum(1, keepdim=True)
+        return row_sum(magnitudes)
     if not u.shape[1]:
         return u.new_zeros(len(u), 1)
     largest = magnitudes.amax(1, keepdim=True)
@@ -165,15 +164,6 @@ def feature_norms(problem: Problem, out: Tensor) -> None:
         norm.nan_to_num_(torch.nan, torch.nan)
 
 
-def deviation_norm(u: Tensor, t: Tensor, p: float) -> Tensor:
-    """‖p − 1/C‖_p from u = t·(p − 1/C), in which t and the mean of u may be rounded; overwrites u.  # -> (R, 1)"""
-    if p == 1.0:
-        half = half_deviation(u, t)
-        return half + half
-    u.sub_(u.mean(1, keepdim=True))
-    return row_norm(u, p).div_(t)
-
-
 def quick_limit(classes: int, p: float) -> float:
     """The ‖p − 1/C‖_p from which the quick form is exact: where C^(1 − 1/p) times it is QUICK."""
     return min(QUICK * classes ** (1.0 / p - 1.0), 1e38)
@@ -184,17 +174,18 @@ def _score(problem: Problem, z: Tensor, scores: Scores) -> None:
     out, prediction = scores
     inv_temperature = 1.0 / problem.temperature
     p = softmax(z, inv_temperature)
-    t = p.sum(1, keepdim=True)
+    t = row_sum(p)
     if prediction is not None:
         msp = p.amax(1, keepdim=True).div_(t)
     order, limit = problem.p, quick_limit(problem.classes, problem.p)
-    deviation = deviation_norm(p.sub_(t, alpha=1.0 / z.shape[1]), t, order)
+    deviation = row_norm(p.sub_(t, alpha=1.0 / z.shape[1]), order).div_(t)
     if z.device.type != "cpu":  # never wait for the data
-        deviation = torch.where(deviation < limit, deviation_norm(*centred(z, inv_temperature), order), deviation)
+        u, t = centred(z, inv_temperature)
+        deviation = torch.where(deviation < limit, row_norm(u, order).div_(t), deviation)
     elif not deviation.min().item() >= limit:  # NaN too
         rows = (deviation[:, 0] < limit).nonzero()[:, 0]
-        some = z if len(rows) == len(z) else z[rows]
-        deviation[rows] = deviation_norm(*centred(some, inv_temperature), order)
+        u, t = centred(z if len(rows) == len(z) else z[rows], inv_temperature)
+        deviation[rows] = row_norm(u, order).div_(t)
     v = deviation  # (R, 1)
     for factor in (problem.scale, inv_temperature):  # in this order: 0·inf is not 0
         if factor != 1.0:
@@ -220,7 +211,7 @@ def forward(problem: Problem, scores: Scores) -> None:
     feature_norms(problem, out[0 if scores.prediction is None else 1])
     row = problem.classes * size
     piece = max(budget.piece, row)
-    step, rows = rows_at_once(problem, out.dtype, budget.chunk - 2 * piece - budget.piece), piece // row
+    step, rows = rows_at_once(problem, out.dtype, budget.chunk - 2 * piece - 2 * budget.piece), piece // row
     for i in range(0, batch, step):
         chunk, targets = problem.rows(i, i + step), scores.rows(i, i + step)
         z = logits_of(chunk, out.dtype)

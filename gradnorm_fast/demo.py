@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from . import HeadScores, fast_gradnorm, head_scores
 from ._progress import with_bar
 from .evaluation import METHODS, Results, compare_methods, plot_roc, plot_scores
+from .models import device_of
 from .reference import autograd_gradnorm
 
 ID_DIGITS = 7  # the classes 0-6 are trained on, 7-9 are held out
@@ -81,7 +82,7 @@ def run(
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed: expected 0 to 2**32 - 1, got {seed}")
     path = check_output(Path(output))
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = device_of(device)
 
     data = load_data(seed)
     print(f"ID: digits 0-{ID_DIGITS - 1}, {len(data.train_images)} for training, {len(data.test_images)} for testing")

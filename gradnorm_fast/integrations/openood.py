@@ -78,7 +78,7 @@ class GradNormPostprocessor(BasePostprocessor):
     def postprocess(self, net: nn.Module, data: Any) -> tuple[Tensor, Tensor]:
         """Predictions (B,) int64 on the net's device and scores (B,) on the CPU, as OpenOOD's own, of one batch.
 
-        The head is fetched anew when a parameter or buffer of the net has changed. A change that leaves no trace, in
+        The head is fetched again when a parameter or buffer of the net has changed. A change that leaves no trace, in
         place through `.data`, is seen by the next `inference`.
 
         Raises:
@@ -183,7 +183,7 @@ _heads: WeakKeyDictionary[nn.Module, _Head] = WeakKeyDictionary()
 
 
 def _head(net: nn.Module, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the net's head on the device, taken anew only when a parameter or buffer has changed."""
+    """Weight and bias of the net's head on the device, fetched again only when a parameter or buffer has changed."""
     tensors = [*net.parameters(), *net.buffers()]
     known = _heads.get(net)
     if known is None or not known.is_current(tensors, device):
