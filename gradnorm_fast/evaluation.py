@@ -122,10 +122,9 @@ def evaluate(
 
 
 def compare_methods(id_scores: HeadScores, ood_scores: Mapping[str, HeadScores], **options: Any) -> Results:
-    """`evaluate`, with its options, of every OOD set for GradNorm and the baselines of the same pass (METHODS).
+    """`compare` for GradNorm and the baselines of the same pass (METHODS).
 
-    The last entry, "average", is the mean over the OOD sets. TypeError for what are not `HeadScores`, ValueError for no
-    OOD set.
+    TypeError for what are not `HeadScores`.
 
     Examples:
         >>> inside, outside = detector.head_scores_loader(id_loader), detector.head_scores_loader(ood_loader)
@@ -137,19 +136,48 @@ def compare_methods(id_scores: HeadScores, ood_scores: Mapping[str, HeadScores],
     for name, scores in {"id_scores": id_scores, **{f"ood_scores[{n!r}]": s for n, s in ood_scores.items()}}.items():
         if any(not hasattr(scores, field) for field in METHODS.values()):
             raise TypeError(f"{name}: expected HeadScores, as head_scores returns them, got {type(scores).__name__}")
+    return compare(by_method(id_scores), {name: by_method(scores) for name, scores in ood_scores.items()}, **options)
+
+
+def by_method(scores: HeadScores) -> dict[str, torch.Tensor]:
+    """The score of each of METHODS.
+
+    Examples:
+        >>> list(by_method(id_scores))
+        ['GradNorm', 'MSP', 'MaxLogit', 'Energy', 'feature norm']
+    """
+    return {method: getattr(scores, field) for method, field in METHODS.items()}
+
+
+def compare(
+    id_scores: Mapping[str, ScoresLike], ood_scores: Mapping[str, Mapping[str, ScoresLike]], **options: Any
+) -> Results:
+    """`evaluate`, with its options, of every OOD set by every method that has a score for the ID set.
+
+    The last entry, "average", is the mean over the OOD sets. ValueError for no OOD set, or no method.
+
+    Examples:
+        >>> results = compare({"MSP": [0.9, 0.8]}, {"places": {"MSP": [0.7, 0.85]}})
+        >>> results["places"]["MSP"]["auroc"]
+        0.75
+    """
     if not ood_scores:
         raise ValueError("ood_scores: expected at least one named set of scores, got an empty mapping")
+    if not id_scores:
+        raise ValueError("id_scores: expected at least one method, got an empty mapping")
     results = {
-        name: {m: evaluate(getattr(id_scores, f), getattr(scores, f), **options) for m, f in METHODS.items()}
+        name: {method: evaluate(inside, scores[method], **options) for method, inside in id_scores.items()}
         for name, scores in ood_scores.items()
     }
-    metrics = _metric_names(next(iter(results.values()))["GradNorm"])
-    average = {m: {k: float(np.mean([results[name][m][k] for name in results])) for k in metrics} for m in METHODS}
+    metrics = _metric_names(next(iter(next(iter(results.values())).values())))
+    average = {m: {k: float(np.mean([results[name][m][k] for name in results])) for k in metrics} for m in id_scores}
     return results | {"average": average}
 
 
-def results_table(results: Results) -> str:
+def results_table(results: Results, methods: Sequence[str] | None = None) -> str:
     """Markdown in the layout of the paper's Table 1: a row per method; FPR95 and AUROC of each OOD set, in %.
+
+    The rows are `methods`, by default all in their order.
 
     FPR95 is that of the convention the results were made with; without one, ID is the positive class.
 
@@ -163,16 +191,23 @@ def results_table(results: Results) -> str:
         "| | " + " | ".join(f"{name} FPR95 ↓ | AUROC ↑" for name in names) + " |",
         "|---|" + "---:|---:|" * len(results),
     ]
-    for method in METHODS:
+    for method in methods or next(iter(results.values())):
         cells = []
         for of_set in results.values():
             metrics = of_set[method]
-            cells += [
-                f"{100 * metrics.get('fpr95', metrics.get('fpr95_id_positive', np.nan)):.2f}",
-                f"{100 * metrics['auroc']:.2f}",
-            ]
+            cells += [f"{100 * fpr95(metrics):.2f}", f"{100 * metrics['auroc']:.2f}"]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def fpr95(metrics: Mapping[str, float]) -> float:
+    """That of the convention the metrics were made with; without one, with ID as the positive class.
+
+    Examples:
+        >>> fpr95(evaluate([2.0, 3.0], [1.0, 2.5]))
+        0.5
+    """
+    return metrics["fpr95"] if "fpr95" in metrics else metrics["fpr95_id_positive"]
 
 
 def results_csv(results: Results) -> str:

@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import bit
+
 Transform = Callable[[Any], torch.Tensor]  #: a PIL image to a tensor (3, H, W)
 _STATE_KEYS = ("state_dict", "model_state_dict", "model", "net")  #: under which checkpoints keep the state dict
+BIT = "bits_r101x1"  #: the network of the paper
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -24,12 +27,13 @@ def load_model(
     """The model, and its own preprocessing where its weights come with one.
 
     Args:
-        name: a torchvision classifier ("resnet50"), "timm:NAME", or "module:function", a function without arguments
-            that returns the model or (model, transform); the current folder is searched first, and stays on sys.path
-            for what the model imports as it runs.
+        name: a torchvision classifier ("resnet50"), "timm:NAME", "bits_r101x1" (`gradnorm_fast.bit`), or
+            "module:function", a function without arguments that returns the model or (model, transform); the current
+            folder is searched first, and stays on sys.path for what the model imports as it runs.
         weights: torchvision: "DEFAULT" or an enum name as "IMAGENET1K_V1"; timm: "DEFAULT" for the pretrained ones.
         checkpoint: a state dict file, read without executing what is in it; also one under the key "state_dict",
-            "model_state_dict", "model" or "net", and with a prefix before all names, as of DataParallel or Lightning.
+            "model_state_dict", "model" or "net", and with a prefix before all names, as of DataParallel or Lightning;
+            of "bits_r101x1" also the .npz file that its authors publish.
         classes: of torchvision and timm models that are not ImageNet's.
 
     Raises:
@@ -44,9 +48,13 @@ def load_model(
         if classes is not None:
             raise ValueError(f"classes: {name!r} decides that itself; --classes is for torchvision's and timm's models")
         model, transform = _own(name)
+    elif name == BIT:
+        model, transform = _bit(weights, classes)
     else:
         model, transform = _torchvision(name, weights, classes)
-    if checkpoint is not None:
+    if checkpoint is not None and isinstance(model, bit.ResNetV2) and os.fspath(checkpoint).endswith(".npz"):
+        bit.load_npz(model, checkpoint)
+    elif checkpoint is not None:
         _load_checkpoint(model, checkpoint)
     return model.eval(), transform
 
@@ -73,6 +81,16 @@ def default_transform(
     steps += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
     transform: Transform = v2.Compose(steps)
     return transform
+
+
+def normalisation_of(transform: Transform | None) -> dict[str, Sequence[float]]:
+    """The mean and std that a transform normalises by, torchvision's or timm's; ImageNet's where it does not say."""
+    for step in reversed(getattr(transform, "transforms", [transform])):
+        if hasattr(step, "transforms"):
+            return normalisation_of(step)
+        if hasattr(step, "mean") and hasattr(step, "std"):
+            return {"mean": [float(m) for m in step.mean], "std": [float(s) for s in step.std]}
+    return {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 
 
 def device_of(name: str | torch.device | None) -> torch.device:
@@ -102,7 +120,8 @@ def _torchvision(name: str, weights: str | None, classes: int | None) -> tuple[n
         names = [n for n in known if n.startswith(name[:4])] or known
         near = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         raise ValueError(
-            f"model: torchvision has no classifier {name!r} (near: {near}); others are timm:NAME or module:function"
+            f"model: torchvision has no classifier {name!r} (near: {near}); others are timm:NAME or module:function, "
+            f"and {BIT}"
         )
     options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     if weights is None:
@@ -151,6 +170,16 @@ def _timm(name: str, weights: str | None, classes: int | None) -> tuple[nn.Modul
         folder = os.environ.get("HF_HOME", "~/.cache/huggingface")
         raise ValueError(_no_download(f"the weights of {name}", folder, error)) from error
     return model, timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+
+
+def _bit(weights: str | None, classes: int | None) -> tuple[nn.Module, Transform]:
+    from torchvision.transforms import v2
+
+    if weights is not None:
+        raise ValueError(f"weights: those of {BIT} come from a local file; give --checkpoint BiT-S-R101x1.npz")
+    resize = v2.Resize((bit.IMAGE_SIZE, bit.IMAGE_SIZE), antialias=True)  # whatever the image's proportions
+    transform = v2.Compose([resize, default_transform(mean=[0.5] * 3, std=[0.5] * 3)])
+    return bit.ResNetV2(classes=classes or 1000), transform
 
 
 def _own(name: str) -> tuple[nn.Module, Transform | None]:

@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from gradnorm_fast.models import _load_checkpoint, class_names, load_model
+from gradnorm_fast.models import (
+    IMAGENET_MEAN,
+    _load_checkpoint,
+    class_names,
+    default_transform,
+    load_model,
+    normalisation_of,
+)
 
 
 def network(seed):
@@ -114,3 +121,18 @@ def test_names_of_the_classes():
 def test_classes_are_an_own_models_own(tmp_path):
     with pytest.raises(ValueError, match="classes: 'own:small' decides that itself"):
         load_model("own:small", classes=10)
+
+
+def test_another_size_keeps_the_normalisation_of_the_weights():
+    torchvision, timm = pytest.importorskip("torchvision"), pytest.importorskip("timm")
+    half = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    vit = timm.data.resolve_data_config(
+        pretrained_cfg={"mean": (0.5,) * 3, "std": (0.5,) * 3, "input_size": (3, 32, 32)}
+    )
+    with torch.device("meta"):
+        _, bits = load_model("bits_r101x1")
+    for transform in (bits, timm.data.create_transform(**vit), default_transform(**half)):
+        assert normalisation_of(transform) == half
+    weights = torchvision.models.ResNet50_Weights.DEFAULT.transforms()
+    for transform in (weights, None, lambda image: image):
+        assert normalisation_of(transform)["mean"] == pytest.approx(IMAGENET_MEAN)

@@ -45,7 +45,7 @@ def _build_parser() -> Parser:
     import argparse
 
     from .. import __version__
-    from . import bench, demo, env, eval, fit, score
+    from . import bench, demo, env, eval, fit, paper, score
     from .parsing import Parser
 
     # --debug may stand before or after the subcommand; SUPPRESS keeps the subcommand's default from overwriting it.
@@ -61,7 +61,7 @@ def _build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     subparsers = parser.add_subparsers(title="subcommands", metavar="COMMAND", required=True)
-    for subcommand in (score, eval, fit, demo, env, bench):
+    for subcommand in (score, eval, paper, fit, demo, env, bench):
         subcommand.add_parser(subparsers, common)
     return parser
 

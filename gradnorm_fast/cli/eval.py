@@ -8,11 +8,11 @@ import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from .. import __version__
 from .._files import replacing
-from . import PROG, options, report
+from . import PROG, options, plan, report
 from .env import version_of
 from .inputs import check_output
 from .parsing import Parser, Subparsers, count
@@ -55,79 +55,141 @@ def add_parser(subparsers: Subparsers, common: Parser) -> None:
     )
     parser.add_argument("--bootstrap", type=count, default=0, metavar="N", help="resamples for confidence intervals")
     report.add_option(parser)
+    plan.add_options(parser)
     options.add_options(parser)
     parser.set_defaults(command=run)
 
 
+class Outcome(NamedTuple):
+    """What an evaluation found."""
+
+    results: Results
+    ablation: dict[str, Results]  #: by part
+    tables: dict[str, Table]  #: of the one pass, the ID set first
+    notes: list[str]
+    features: bool  #: whether there is a file of features for each set
+
+
 def run(args: argparse.Namespace) -> int:
     """ID against OOD sets: table, plots, and a JSON with what is needed to repeat it."""
-    from ..evaluation import CONVENTIONS, compare_methods, results_table
-    from . import run_log
-    from .scorers import scorer
+    outcome = evaluate_sets(args)
+    if outcome is not None:  # else another process writes
+        show(args, outcome)
+    return 0
+
+
+def evaluate_sets(args: argparse.Namespace) -> Outcome | None:
+    """Score the sets and write all files to --out; None in all processes but the first."""
+    from ..evaluation import CONVENTIONS, by_method
+    from . import ablation, run_log
+    from .scorers import ModelScorer, scorer
     from .tables import write_table
 
     out = Path(args.out)
     sets, groups = _sets(args)
+    wanted = plan.Plan.of(args)
     if args.convention not in (None, *CONVENTIONS):
         raise ValueError(f"convention: expected one of {', '.join(CONVENTIONS)}, got {args.convention!r}")
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: expected a folder, {out} is a file")
-    files = {name: out / f"scores-{name}.csv" for name in sets}
-    read = [*(source for sources in sets.values() for source in sources), *options.files_read(args)]
-    for path in (out, *files.values()):
+    scored = sets if args.train is None else sets | {"train": [args.train]}
+    files = {name: out / f"scores-{name}.csv" for name in scored}
+    second_files = {name: out / f"gradients-{name}.csv" for name in sets if wanted.second_pass}
+    read = [*(source for sources in scored.values() for source in sources), *options.files_read(args)]
+    for path in (out, *files.values(), *second_files.values()):
         check_output("out", path, read)
     report.check(args, read, new_folder=out)
     if find_spec("matplotlib") is None:
         raise ImportError('eval needs matplotlib: pip install "gradnorm_fast[eval]"')
+    if "mahalanobis" in wanted.baselines and find_spec("sklearn") is None:
+        raise ImportError('baselines: mahalanobis needs scikit-learn: pip install "gradnorm_fast[eval]"')
     existed = out.exists()
     out.mkdir(parents=True, exist_ok=True)
+    shown = not args.quiet and run_log.rank_and_world()[0] == 0
     try:
         with run_log.locked(out / "eval"):
-            for file in files.values():
+            for file in (*files.values(), *second_files.values()):
                 run_log.check_progress(file, args.resume, args.restart)
-            chosen = scorer(args, sets)
-            tables = {}
-            for name, sources in sets.items():
-                if not args.quiet and run_log.rank_and_world()[0] == 0:
+            chosen = scorer(args, scored)
+            wanted.check(chosen)
+            tables, features = {}, {}
+            for name, sources in scored.items():
+                if shown:
                     print(f"{name}:", file=sys.stderr)
-                table = chosen.table(name, sources, files[name])
+                if wanted.features:  # features that are given need no file of their own
+                    features[name] = out / f"features-{name}.npy" if chosen.makes_features else Path(sources[0])
+                table = chosen.table(name, sources, files[name], features.get(name))
                 if table is not None:
                     tables[name] = table
                     with run_log.resumable(files[name]):
                         write_table(table, files[name])
+            second = {}
+            for name, file in second_files.items():
+                assert isinstance(chosen, ModelScorer)
+                if shown:
+                    print(f"{name}, gradients:", file=sys.stderr)
+                table = chosen.second_pass(name, file, wanted.epsilon, "layers" in wanted.parts)
+                if table is not None:
+                    second[name] = table
+                    with run_log.resumable(file):
+                        write_table(table, file)
             if not tables:
-                return 0
+                return None
             for name, table in tables.items():
                 if message := table.nan_message():
                     raise ValueError(f"eval: expected finite scores, but in {name} {message}")
-            scores = {name: table.head_scores() for name, table in tables.items()}
-            id_scores = scores.pop("id")
-            results = compare_methods(id_scores, scores, convention=args.convention, bootstrap=args.bootstrap)
-            results = _with_groups(results, groups)
+            train = tables.pop("train", None) if args.train is not None else None
+            more = ablation.scores_of(wanted, chosen, tables, features, second, train, shown)
+            ablation.check_finite(more, tables)
+            rows = {name: by_method(table.head_scores()) | more.baselines[name] for name, table in tables.items()}
+            how = {"convention": args.convention, "bootstrap": args.bootstrap}
+            results = _with_groups(ablation.results_of(rows, **how), groups)
+            parts = {
+                part: _with_groups(ablation.results_of(scores, **how), groups) for part, scores in more.ablation.items()
+            }
+            outcome = Outcome(results, parts, tables, more.notes, bool(features) and chosen.makes_features)
             with run_log.resumable(out):
-                _write(out, results, args, chosen, tables)
-                _draw(out / "scores.png", id_scores, scores)
+                _write(out, outcome, args, chosen)
+                _draw(out / "scores.png", tables)
                 report.write(args, chosen, tables, results=results)
-            for file in files.values():  # only now: an interrupted run goes on with the sets that are complete
+            for part, by_setting in parts.items():
+                ablation.write(out, part, by_setting)
+            # Only now: an interrupted run goes on with the sets that are complete.
+            for file in (*files.values(), *second_files.values()):
                 run_log.discard_parts(file)
     finally:
         if not existed and not any(out.iterdir()):
             out.rmdir()
-    print(results_table(results))
+    return outcome
+
+
+def show(args: argparse.Namespace, outcome: Outcome) -> None:
+    """Print the tables, and what there is to say of them."""
+    from ..evaluation import results_table
+
+    print(results_table(outcome.results))
     how = "FPR95 with ID positive, in %" if args.convention is None else f"In %, as {args.convention} computes it"
-    print(f"\n{how}. Files in {out}: table.md, table.csv, results.json, scores.png, scores-*.csv")
-    if tables["id"].accuracy is not None:
-        print(f"ID accuracy: {100 * tables['id'].accuracy:.2f}%")
-    if results["average"]["GradNorm"]["auroc"] < 0.5:
+    files = ["table.md", "table.csv", "results.json", "scores.png", "scores-*.csv"]
+    for part, by_setting in outcome.ablation.items():
+        print(f"\nGradNorm by {plan.TITLES[part]}:\n\n{results_table(by_setting)}")
+        files.append(f"ablation-{part}.*")
+    if outcome.features:
+        files.append("features-*.npy")
+    print(f"\n{how}. Files in {args.out}: {', '.join(files)}")
+    for note in outcome.notes:
+        print(note)
+    accuracy = outcome.tables["id"].accuracy
+    if accuracy is not None:
+        print(f"ID accuracy: {100 * accuracy:.2f}%")
+    if outcome.results["average"]["GradNorm"]["auroc"] < 0.5:
         print("GradNorm is worse than chance here: compare the feature norm and the baselines")
-    return 0
 
 
 def _sets(args: argparse.Namespace) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """What each set is read from, the ID set first; and the names of the sets in each group."""
     sets: dict[str, list[str]] = {"id": args.id}
     groups: dict[str, list[str]] = {}
-    taken = {"id", "average", *_GROUPS}
+    taken = {"id", "average", *_GROUPS, *(["train"] if args.train is not None else [])}
     for option in ("ood", *_GROUPS):
         for item in getattr(args, option):
             name, separator, source = item.partition("=")
@@ -157,15 +219,17 @@ def _with_groups(results: Results, groups: dict[str, list[str]]) -> Results:
     return results | {"average": average}
 
 
-def _write(out: Path, results: Results, args: argparse.Namespace, scorer: Scorer, tables: dict[str, Table]) -> None:
+def _write(out: Path, outcome: Outcome, args: argparse.Namespace, scorer: Scorer) -> None:
     from ..evaluation import results_csv, results_table
 
+    results, tables = outcome.results, outcome.tables
     note = "In %; FPR95: the share of OOD images accepted when 95 % of the ID images are."
     if args.convention is not None:
         note = f"In %, by the convention of {args.convention}."
     accuracy = tables["id"].accuracy
     if accuracy is not None:
         note += f" ID accuracy: {100 * accuracy:.2f}."
+    note = " ".join([note, *outcome.notes])
     repeat = {
         "versions": {"gradnorm_fast": __version__} | {p: version_of(p) for p in ("torch", "torchvision")},
         "folder": os.getcwd(),
@@ -175,6 +239,8 @@ def _write(out: Path, results: Results, args: argparse.Namespace, scorer: Scorer
         "unreadable": {name: table.skipped for name, table in tables.items()},
         "id_accuracy": accuracy,
         "results": results,
+        "ablation": outcome.ablation,
+        "notes": outcome.notes,
     }
     texts = {
         "table.md": f"{results_table(results)}\n\n{note}\n",
@@ -186,7 +252,7 @@ def _write(out: Path, results: Results, args: argparse.Namespace, scorer: Scorer
             file.write(text)
 
 
-def _draw(path: Path, id_scores: Any, ood_scores: dict[str, Any]) -> None:
+def _draw(path: Path, tables: dict[str, Table]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -195,9 +261,9 @@ def _draw(path: Path, id_scores: Any, ood_scores: dict[str, Any]) -> None:
     figure = Figure(figsize=(12, 4.5), layout="constrained")  # pyplot would choose a window system
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    field = METHODS["GradNorm"]
-    outside = {name: getattr(scores, field) for name, scores in ood_scores.items()}
-    plot_scores(getattr(id_scores, field), outside, left, xlabel="GradNorm (larger = more in-distribution)")
-    plot_roc(getattr(id_scores, field), outside, right)
+    outside = {name: table.scores[METHODS["GradNorm"]] for name, table in tables.items()}
+    inside = outside.pop("id")
+    plot_scores(inside, outside, left, xlabel="GradNorm (larger = more in-distribution)")
+    plot_roc(inside, outside, right)
     with replacing(path, "wb") as file:
         figure.savefig(file, format="png", dpi=120)

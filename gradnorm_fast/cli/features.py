@@ -66,7 +66,7 @@ def score_features(
         for start in range(0, len(todo), batch_size):
             indices = todo[start : start + batch_size]
             rows = torch.from_numpy(np.array(features[indices[0] : indices[-1] + 1])[np.array(indices) - indices[0]])
-            yield Batch(indices, head_scores(rows.to(device, dtype), weight, bias, **options), [])
+            yield Batch(indices, head_scores(rows.to(device, dtype), weight, bias, **options)._asdict(), [])
 
     x, b = torch.empty(features.shape, dtype=dtype, device="meta"), None if bias is None else bias.to("meta")
     head_scores(x, weight.to("meta"), b, **options)  # refuses what does not fit, without reading anything

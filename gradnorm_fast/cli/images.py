@@ -11,7 +11,8 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from ..detector import GradNorm
 from .feature_file import FeatureFile
 from .inputs import Input, identities, read_bytes
 from .run_log import Batch, Job, rank_and_world, run
-from .tables import Table
+from .tables import FIELDS, Table
 
 MAX_ASPECT = 100  # resized by their shorter side, longer images take gigabytes
 MAX_PIXELS = 178_956_970  # where PIL, too, takes an image for an attack
@@ -36,6 +37,14 @@ class Preprocessing(NamedTuple):
     transform: Callable[[Any], Tensor]  #: of an RGB image of PIL
     exif: bool = True  #: whether the image is turned as its EXIF orientation says
     side: int = 256  #: about what the shorter side is resized to
+
+
+class Scores(NamedTuple):
+    """What a pass over images computes in place of the detector's scores."""
+
+    fields: tuple[str, ...]
+    of: Callable[[Tensor], Mapping[str, Tensor]]  #: images (B, ...) to each field's (B,)
+    settings: dict[str, Any]  #: what they depend on beside the detector's options, as JSON knows it
 
 
 def read_image(item: Input, exif: bool = True, side: int = 256) -> Any:
@@ -175,6 +184,7 @@ def score_images(
     progress: bool = True,
     features: Path | None = None,
     module: str | None = None,
+    scores: Scores | None = None,
 ) -> Table | None:
     """Score images by a detector into the parts of `out`; see `run_log.run`.
 
@@ -185,7 +195,10 @@ def score_images(
         content: tell images by their content, not by size and time of change.
         features: write what the head is given, (N, D), of the images of the table, to this .npy file.
         module: the module that made the model, whose source file a resumed run compares too.
+        scores: others than the detector's.
     """
+    if scores is None:
+        scores = Scores(FIELDS, lambda images: detector.head_scores(images)._asdict(), {})
     store = None if features is None else FeatureFile(features, out, detector, len(inputs), resume)
 
     def batches(todo: list[int]) -> Iterator[Batch]:
@@ -205,15 +218,11 @@ def score_images(
             if bad and strict:
                 raise ValueError(f"images: cannot read {inputs[bad[0][0]].name}: {bad[0][1]}")
             good = [i for i, reason in zip(indices, reasons, strict=True) if reason is None]
-            scores = None
+            found = None
             if tensor is not None:
-                with torch.autocast(device, enabled=amp):
-                    if store is None:
-                        scores = detector.head_scores(tensor)
-                    else:
-                        with store.recording(good):
-                            scores = detector.head_scores(tensor)
-            yield Batch(good, scores, bad, waited)
+                with torch.autocast(device, enabled=amp), nullcontext() if store is None else store.recording(good):
+                    found = scores.of(tensor)
+            yield Batch(good, found, bad, waited)
         detector.raise_refusals()
 
     if resume and progress and rank_and_world()[0] == 0:
@@ -233,12 +242,12 @@ def score_images(
         "model's code": _code_digest(detector.model, preprocessing.transform, module),
         "--save-features": features is not None,
         "--content-hash": content,
+        **scores.settings,
     }
     labels = np.array([-1 if item.label is None else item.label for item in inputs], dtype=np.int64)
     identity = np.fromiter(identities(inputs, content), np.uint64, len(inputs))
-    table = run(
-        Job([item.name for item in inputs], identity, labels, settings), batches, out, resume=resume, progress=progress
-    )
+    job = Job([item.name for item in inputs], identity, labels, settings, fields=scores.fields)
+    table = run(job, batches, out, resume=resume, progress=progress)
     if store is not None and table is not None:
         store.finish(table)
     return table

@@ -177,6 +177,21 @@ def with_folder_labels(inputs: list[Input], folder: str) -> list[Input]:
     return labelled
 
 
+def labelled_if_in_folders(inputs: list[Input], source: str) -> list[Input]:
+    """`with_folder_labels` where the source is a folder and every image lies in a folder of it; else as they are."""
+    try:
+        return with_folder_labels(inputs, source) if os.path.isdir(source) else inputs
+    except ValueError:
+        return inputs
+
+
+def evenly_spaced(inputs: list[Input], limit: int) -> list[Input]:
+    """At most `limit` of them, so that all parts of a sorted folder are there."""
+    if len(inputs) <= limit:
+        return inputs
+    return [inputs[i * len(inputs) // limit] for i in range(limit)]
+
+
 def class_folders(folder: str) -> list[str]:
     """The names of the folders in `folder`, sorted."""
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())

@@ -4,8 +4,8 @@ A run that writes NAME.csv keeps its rows in NAME.part-RANK-of-WORLD as it goes;
 of the inputs. The parts stay until the caller has written what it makes of them and calls `discard_parts`. So nothing
 is lost when a run is interrupted, and `resume` goes on with the rows that are there, into a file of another format too.
 
-A part begins with a line of JSON, the inputs and settings of its run. Each row has the input's number, its identity
-(see `inputs.identities`) and a checksum: what is damaged, or of an input that has changed since, is not used.
+A part begins with a line of JSON: the inputs, fields and settings of its run. Each row has the input's number, its
+identity (see `inputs.identities`) and a checksum: what is damaged, or of an input that has changed since, is not used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import re
 import socket
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -26,14 +26,11 @@ import torch
 
 from .._files import digest_of, replacing
 from .._progress import Progress
-from ..functional import HeadScores
 from .tables import FIELDS, Array, Table
 
-_MAGIC = b'{"gradnorm_fast part": 2,'
+_MAGIC = b'{"gradnorm_fast part": '  #: how a part begins; then the version of its format
 _OWNER = b"process "  #: how a lock file begins
-_ROW = np.dtype([("index", "<i8"), ("identity", "<u8"), ("scores", "<f8", len(FIELDS)), ("checksum", "<u4")])
-_PREDICTION = FIELDS.index("prediction")  #: which also says that there is no score
-_UNREADABLE, _NOTHING = -1.0, -2.0
+_NOTHING, _UNREADABLE, _SCORED = 0, 1, 2  #: what is known of an input
 
 
 class Job(NamedTuple):
@@ -44,13 +41,19 @@ class Job(NamedTuple):
     labels: Array  #: (N,) int64, −1 where unknown
     settings: dict[str, Any]  #: all that scores depend on beside the inputs, as JSON knows it
     unit: str = "images"
+    fields: tuple[str, ...] = FIELDS  #: names of the scores
+
+    @property
+    def row(self) -> np.dtype[Any]:
+        scores = ("scores", "<f8", (len(self.fields),))
+        return np.dtype([("index", "<i8"), ("identity", "<u8"), ("state", "u1"), scores, ("checksum", "<u4")])
 
 
 class Batch(NamedTuple):
     """What came of some inputs."""
 
     indices: list[int]  #: the inputs that were scored
-    scores: HeadScores | None  #: theirs, each (len(indices),); None for none
+    scores: Mapping[str, torch.Tensor] | None  #: theirs by field, each (len(indices),); None for none
     unreadable: list[tuple[int, str]]  #: the others, and why
     waited: float = 0.0  #: seconds that scoring waited for them to be read
 
@@ -113,7 +116,7 @@ def check_progress(out: Path, resume: bool, restart: bool) -> None:
             raise ValueError(f"out: {part} is in the way: it is not a part of a run; choose another name")
     if resume or restart:
         return
-    kept = sum(max(0, part.stat().st_size - len(_header_of(part))) // _ROW.itemsize for part in parts_of(out))
+    kept = sum(_rows_in(part) for part in parts_of(out))
     if kept:
         raise ValueError(
             f"out: an interrupted run of {out} has kept {kept} rows; --resume goes on with them, --restart drops them"
@@ -144,13 +147,12 @@ def run(job: Job, batches: Batches, out: Path, *, resume: bool = False, progress
     part = _part(out, rank, world)
     old = parts_of(out)
     bar = Progress(len(job.names), job.unit, progress and rank == 0)
-    values = _read(old if resume else [], header, job, bar.say if rank == 0 else None)
+    values, state = _read(old if resume else [], header, job, bar.say if rank == 0 else None)
     _barrier(world)  # nobody writes before everybody has read
-    gradnorm = values[:, FIELDS.index("gradnorm")]
-    scored = np.flatnonzero((values[:, _PREDICTION] >= 0) & ~np.isnan(gradnorm))  # a NaN may be of a refused batch
+    scored = np.flatnonzero((state == _SCORED) & ~np.isnan(values).any(1))  # a NaN may be of a refused batch
     if rank == 0:  # takes over all rows, and only then do the parts that had them go
         with resumable(part), replacing(part, "wb") as file:
-            file.write(header + _rows(job, scored, values[scored], header))
+            file.write(header + _rows(job, scored, _SCORED, values[scored], header))
         for p in old:
             if p != part:
                 p.unlink()
@@ -167,11 +169,11 @@ def run(job: Job, batches: Batches, out: Path, *, resume: bool = False, progress
             for batch in batches(todo):
                 rows = b""
                 if batch.scores is not None:
-                    columns = [getattr(batch.scores, name).cpu().double().numpy() for name in FIELDS]
-                    rows = _rows(job, np.array(batch.indices), np.column_stack(columns), header)
+                    columns = [batch.scores[name].cpu().double().numpy() for name in job.fields]
+                    rows = _rows(job, np.array(batch.indices), _SCORED, np.column_stack(columns), header)
                 for i, reason in batch.unreadable:
                     bar.say(f"cannot read {job.names[i]}: {reason}")
-                    rows += _rows(job, np.array([i]), np.full((1, len(FIELDS)), _UNREADABLE), header)
+                    rows += _rows(job, np.array([i]), _UNREADABLE, np.full((1, len(job.fields)), np.nan), header)
                 with resumable(part):
                     _append(file, rows)
                 bar.advance(len(batch.indices) + len(batch.unreadable), batch.waited)
@@ -185,13 +187,13 @@ def run(job: Job, batches: Batches, out: Path, *, resume: bool = False, progress
     _barrier(world)
     if rank:
         return None
-    values = _read([_part(out, r, world) for r in range(world)], header, job, bar.say)
-    missing = int((values[:, _PREDICTION] == _NOTHING).sum())
+    values, state = _read([_part(out, r, world) for r in range(world)], header, job, bar.say)
+    missing = int((state == _NOTHING).sum())
     if missing:
         raise ValueError(f"{out}: {missing} of {len(job.names)} inputs have no row; is a process missing?")
-    good = values[:, _PREDICTION] >= 0
-    types = {name: np.int64 if name == "prediction" else np.float32 for name in FIELDS}
-    fields = {name: values[good, k].astype(types[name]) for k, name in enumerate(FIELDS)}
+    good = state == _SCORED
+    types = {name: np.int64 if name == "prediction" else np.float32 for name in job.fields}
+    fields = {name: values[good, k].astype(types[name]) for k, name in enumerate(job.fields)}
     skipped = [job.names[i] for i in np.flatnonzero(~good)]
     indices = np.flatnonzero(good)
     return Table([job.names[i] for i in indices], fields, job.labels[good], indices, skipped)
@@ -206,7 +208,8 @@ def discard_parts(out: Path) -> None:
 
 def _header(job: Job) -> bytes:
     inputs = [len(job.names), digest_of("\0".join(job.names))]
-    return _MAGIC + json.dumps({"inputs": inputs} | job.settings)[1:].encode() + b"\n"
+    settings = {"gradnorm_fast part": 3, "inputs": inputs, "fields": job.fields} | job.settings
+    return json.dumps(settings).encode() + b"\n"
 
 
 def _starts_with(path: Path, magic: bytes) -> bool:
@@ -221,16 +224,28 @@ def _header_of(part: Path) -> bytes:
     return header if header.startswith(_MAGIC) and header.endswith(b"\n") else b""
 
 
-def _rows(job: Job, indices: Array, scores: Array, header: bytes) -> bytes:
-    rows = np.zeros(len(indices), _ROW)
-    rows["index"], rows["identity"], rows["scores"] = indices, job.identities[indices], scores
+def _rows_in(part: Path) -> int:
+    """How many rows a part has, whatever job it is of."""
+    header = _header_of(part)
+    try:
+        fields = json.loads(header)["fields"]
+    except (ValueError, KeyError):  # of another version
+        fields = FIELDS
+    size = Job([], np.empty(0), np.empty(0), {}, fields=tuple(fields)).row.itemsize
+    return max(0, part.stat().st_size - len(header)) // size
+
+
+def _rows(job: Job, indices: Array, state: int, scores: Array, header: bytes) -> bytes:
+    rows = np.zeros(len(indices), job.row)
+    rows["index"], rows["identity"], rows["state"], rows["scores"] = indices, job.identities[indices], state, scores
     rows["checksum"] = _checksums(rows, header)
     return rows.tobytes()
 
 
 def _checksums(rows: Array, header: bytes) -> list[int]:
     seed = zlib.crc32(header)
-    body = rows.view(np.uint8).reshape(len(rows), _ROW.itemsize)[:, : -_ROW["checksum"].itemsize]
+    size = rows.dtype.itemsize
+    body = rows.view(np.uint8).reshape(len(rows), size)[:, : size - rows.dtype["checksum"].itemsize]
     return [zlib.crc32(row.tobytes(), seed) for row in body]
 
 
@@ -239,12 +254,13 @@ def _append(file: Any, data: bytes) -> None:
         data = data[file.write(data) :]
 
 
-def _read(parts: list[Path], header: bytes, job: Job, say: Callable[[str], None] | None) -> Array:
-    """FIELDS of each of the job's inputs, float64 (N, 7), from parts; _NOTHING where they have none.
+def _read(parts: list[Path], header: bytes, job: Job, say: Callable[[str], None] | None) -> tuple[Array, Array]:
+    """From parts, the scores of each of the job's inputs, float64 (N, fields), and what is known of each, (N,).
 
     ValueError where a part is of another job, naming what differs.
     """
-    values = np.full((len(job.names), len(FIELDS)), _NOTHING)
+    values = np.full((len(job.names), len(job.fields)), np.nan)
+    state = np.full(len(job.names), _NOTHING)
     changed = 0
     for part in parts:
         data = part.read_bytes()
@@ -255,19 +271,19 @@ def _read(parts: list[Path], header: bytes, job: Job, say: Callable[[str], None]
             raise ValueError(
                 f"{part}: kept by a run that differs in {_difference(data[:start], header)}; --restart drops it"
             )
-        whole = (len(data) - start) // _ROW.itemsize
-        rows = np.frombuffer(data, _ROW, whole, start)
+        whole = (len(data) - start) // job.row.itemsize
+        rows = np.frombuffer(data, job.row, whole, start)
         good = np.array(_checksums(rows, header), dtype=np.uint32) == rows["checksum"]
         kept = whole if good.all() else int(good.argmin())
-        if (kept < whole or (len(data) - start) % _ROW.itemsize) and say is not None:
+        if (kept < whole or (len(data) - start) % job.row.itemsize) and say is not None:
             say(f"{part}: row {kept + 1} is damaged or cut off; the {kept} rows before it are kept")
         rows = rows[:kept]
         same = job.identities[rows["index"]] == rows["identity"]
         changed += int((~same).sum())
-        values[rows["index"][same]] = rows["scores"][same]
+        values[rows["index"][same]], state[rows["index"][same]] = rows["scores"][same], rows["state"][same]
     if changed and say is not None:
         say(f"inputs that have changed since and are scored again: {changed}")
-    return values
+    return values, state
 
 
 def _difference(theirs: bytes, ours: bytes) -> str:

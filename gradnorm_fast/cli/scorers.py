@@ -15,12 +15,16 @@ import torch
 from torch import nn
 
 from .. import gate, heads
+from ..baselines import odin
 from ..detector import GradNorm
-from ..models import class_names, default_transform, device_of, load_model
+from ..layers import LayerNorms, layer_gradnorms
+from ..layers.groups import layer_groups
+from ..layers.norms import combined
+from ..models import class_names, default_transform, device_of, load_model, normalisation_of
 from ..verification import autocast_in_force
 from .features import load_array, score_features
-from .images import Preprocessing, first_readable, score_images, transformed
-from .inputs import class_folders, find_inputs, with_folder_labels
+from .images import Preprocessing, Scores, first_readable, score_images, transformed
+from .inputs import class_folders, evenly_spaced, find_inputs, labelled_if_in_folders, with_folder_labels
 from .options import MODEL_OPTIONS, SCORE_OPTIONS, layers_of, score_options
 from .parsing import refuse
 from .run_log import rank_and_world
@@ -38,9 +42,16 @@ class Scorer(Protocol):
         ...
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        ...
+
+    @property
     def autocast(self) -> str | None:
         """As in `GradNorm.fit_scores`; None where the model is not run here."""
         ...
+
+    makes_features: bool  #: whether `table` writes the features that the head is given
 
     def table(self, name: str, sources: list[str], out: Path, features: Path | None = None) -> Table | None:
         """The scores of a set, kept in the parts of `out` as they come; None in all processes but the first."""
@@ -85,6 +96,8 @@ def _kind(source: Path) -> Kind:
 class ModelScorer:
     """The detector of --model on --device, its head verified on the first image that can be read."""
 
+    makes_features = True
+
     def __init__(self, args: argparse.Namespace, sets: dict[str, list[str]]) -> None:
         refuse(args, "images", "weight", "bias")
         self.args = args
@@ -95,6 +108,11 @@ class ModelScorer:
                 raise ValueError("folder-labels: expected one folder in --id, with a folder for each class")
             self.inputs["id"] = with_folder_labels(self.inputs["id"], args.id[0])
             folders = class_folders(args.id[0])
+        if "train" in sets and args.train is not None:
+            self.inputs["train"] = labelled_if_in_folders(self.inputs["train"], args.train)
+        limit = getattr(args, "limit", None)
+        if limit is not None:
+            self.inputs = {name: evenly_spaced(inputs, limit) for name, inputs in self.inputs.items()}
         model, transform = _load_model(args)
         self.classes = class_names(model, args.model, args.weights) or folders
         self.preprocessing = Preprocessing(transform, not args.no_exif, args.resize or 256)
@@ -118,7 +136,38 @@ class ModelScorer:
                 raise ValueError("compile: gradients of layers are computed without it")
             heads.compile_backbone(self.detector.model, self.detector._head, lambda module: module.compile())
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.detector.model.parameters()).device
+
     def table(self, name: str, sources: list[str], out: Path, features: Path | None = None) -> Table | None:
+        return self._score(name, out, features=features)
+
+    def second_pass(self, name: str, out: Path, odin_epsilon: float, layers: bool) -> Table | None:
+        """Scores of a set that take gradients: ODIN where ε > 0, and GradNorm by the gradients of each stage.
+
+        The table's columns are "odin" and "gradnorm of NAME", kept in the parts of `out` as they come.
+        """
+        model, options = self.detector.model, {n: getattr(self.detector, n) for n in ("temperature", "reduction")}
+        groups = layer_groups(model) if layers else {}
+
+        def scores(images: torch.Tensor) -> dict[str, torch.Tensor]:
+            images = self.detector._placed(images)[1]
+            found = (
+                {"odin": odin(model, images, epsilon=odin_epsilon)} if odin_epsilon > 0 else dict[str, torch.Tensor]()
+            )
+            if groups:
+                with heads.evaluating(model):
+                    norms = layer_gradnorms(model, images, per_layer=True, **options)
+                assert isinstance(norms, LayerNorms)
+                for group, names in groups.items():
+                    found[f"gradnorm of {group}"] = combined([norms[n] for n in names], 1.0)
+            return found
+
+        fields = (*(["odin"] if odin_epsilon > 0 else []), *(f"gradnorm of {group}" for group in groups))
+        return self._score(name, out, scores=Scores(fields, scores, {"odin epsilon": odin_epsilon}))
+
+    def _score(self, name: str, out: Path, **options: Any) -> Table | None:
         module, own, _ = self.args.model.partition(":")
         return score_images(
             self.detector,
@@ -132,13 +181,13 @@ class ModelScorer:
             resume=self.args.resume,
             content=self.args.content_hash,
             progress=not self.args.quiet,
-            features=features,
             module=module if own and module != "timm" else None,
+            **options,
         )
 
     def description(self) -> dict[str, Any]:
         return {
-            "device": str(next(self.detector.model.parameters()).device),
+            "device": str(self.device),
             "preprocessing": str(self.preprocessing),
             **_detector_description(self.detector),
         }
@@ -158,21 +207,23 @@ def _load_model(args: argparse.Namespace) -> tuple[nn.Module, Any]:
     if known and args.weights is None and args.checkpoint is None and rank_and_world()[0] == 0:
         print("note: no --weights and no --checkpoint: the model's weights are random", file=sys.stderr)
     if transform is None or args.resize is not None or args.mean is not None or args.std is not None:
-        given = {"mean": args.mean, "std": args.std}
+        given = {name: getattr(args, name) or own for name, own in normalisation_of(transform).items()}
         size = None if args.resize == 0 else args.resize
         if args.resize is None and known:
             size = 224
-        transform = default_transform(size, **{k: v for k, v in given.items() if v is not None})
+        transform = default_transform(size, **given)
     return model.to(device), transform
 
 
 class HeadScorer:
     """The head of --weight and --bias."""
 
-    autocast = None
+    autocast, makes_features = None, False
 
     def __init__(self, args: argparse.Namespace) -> None:
         refuse(args, "features", *MODEL_OPTIONS)
+        if getattr(args, "limit", None) is not None:
+            raise ValueError("limit: it goes with images")
         self.args, self.device = args, device_of(args.device)
         self.weight, self.bias = _load_head(args)
         if getattr(args, "detector", None) is None:
@@ -201,10 +252,12 @@ class HeadScorer:
 class FileScorer:
     """Files that `score` wrote; the model or head that they are from, where `fit` is to save a detector."""
 
-    autocast = None
+    autocast, device, makes_features = None, torch.device("cpu"), False
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.fields: tuple[str, ...] = FIELDS
+        if getattr(args, "limit", None) is not None:
+            raise ValueError("limit: it goes with images")
         if hasattr(args, "tpr") and args.score != "auto":  # fit needs no other
             self.fields = (args.score or "gradnorm",)
         self.detector: GradNorm | None = None

@@ -23,7 +23,7 @@ class Table(NamedTuple):
     """One entry per input that could be read, in the order given."""
 
     names: list[str]  #: the image's path, or the row's number
-    scores: dict[str, Array]  #: by field of HeadScores, each (N,): float32, prediction int64
+    scores: dict[str, Array]  #: by field, mostly those of HeadScores, each (N,): float32, prediction int64
     labels: Array  #: (N,) int64, −1 where unknown
     indices: Array  #: (N,) int64, the number of each among all inputs
     skipped: list[str]  #: inputs that could not be read
@@ -44,9 +44,9 @@ class Table(NamedTuple):
 
 
 def columns_of(table: Table, is_ood: Array | None = None) -> dict[str, Any]:
-    """path, prediction and the other fields of HeadScores; label where one is known; is_ood if given."""
+    """path, the prediction if there is one, the other scores; label where one is known; is_ood if given."""
     columns: dict[str, Any] = {"path": table.names}
-    columns |= {name: table.scores[name] for name in ("prediction", *FIELDS)}
+    columns |= {name: table.scores[name] for name in ("prediction", *table.scores) if name in table.scores}
     if (table.labels >= 0).any():
         columns["label"] = table.labels
     if is_ood is not None:

@@ -66,6 +66,12 @@ def pairs(u: Array, kind: str) -> Array:
     return from_halves(halves, kind)
 
 
+def permute_bytes(a: Array, b: Array, selector: int) -> Array:
+    """prmt: each nibble of the selector names one of the eight bytes of b and a."""
+    source = np.stack(np.broadcast_arrays(a, b), -1).view(np.uint8)
+    return source[..., [selector >> i & 7 for i in (0, 4, 8, 12)]].copy().view(np.uint32)[..., 0]
+
+
 def divide(batch: Batch, q: Mask, d: Array, a: Array, b: Array) -> None:
     """div.s32 and div.u32, towards zero."""
     if ((b == 0) & q).any():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from dataclasses import dataclass, field, fields
@@ -138,10 +139,8 @@ def cases(arch: int) -> list[Case]:
         (add if dtype == "float32" else add_rows)("library", dtype, 2, 40, 9000)  # float32 logits for halves too
     for kernel, c in (("one_tile", 20), ("tiled", 300), ("library", 300)):
         add(kernel, "float32", 18, 64, c, tf32=True)
-    for groups in (2, 3):
-        add("logsumexp", "float16", 230, 192, 130, processors=groups)
-        if arch == 90:
-            add("logsumexp", "float16", 230, 192, 130, processors=groups, tma="64x64")
+    for groups, tma in itertools.product((2, 3), ("", "64x64") if arch == 90 else ("",)):
+        add("logsumexp", "float16", 230, 192, 130, processors=groups, tma=tma)
     return list(dict.fromkeys(found))
 
 
@@ -214,9 +213,8 @@ def judge(case: Case, problem: Problem, scores: Scores, base: float) -> tuple[fl
             size = (x.abs() @ w.abs().T + bias.nan_to_num(neginf=0.0).abs()).amax(1)
             unit = 2.0**-11 if case.tf32 else 2.0**-53 if case.dtype == "float64" else 2.0**-24
             rounding = min(case.d + 1, 4 * (case.d + 1) ** 0.5) * unit * size
-    norm, output_norm, m = x.abs().sum(1), deviation(z, t), z.amax(1)
+    norm, output_norm, m, zero = x.abs().sum(1), deviation(z, t), z.amax(1), torch.zeros_like(rounding)
     relative = base + torch.expm1(2 * rounding / t) / (output_norm * t)
-    zero = torch.zeros_like(norm)
     expected = {  # field: value, relative and absolute tolerance
         "gradnorm": (norm * output_norm, relative, zero),
         "feature_norm": (norm, base + zero, zero),
@@ -286,7 +284,7 @@ def execute(case: Case, arch: int, options: Options, edit: Edit | None = None) -
     """Run a case on the emulator."""
     began, outcome = time.process_time(), Outcome()
     problem = problem_of(case)
-    dtype = torch.float64 if case.dtype == "float64" else torch.float32
+    dtype = torch.promote_types(problem.features.dtype, torch.float32)
     out = torch.full((len(FIELDS) if case.fields else 1, case.b), torch.nan, dtype=dtype)
     scores = Scores(out, torch.full((case.b,), -1) if case.fields else None)
     inputs = {name: t for name, t in problem._asdict().items() if isinstance(t, torch.Tensor)}

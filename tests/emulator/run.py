@@ -3,7 +3,6 @@
     python tests/emulator/run.py                                         both architectures, three schedules
     python tests/emulator/run.py --arch 90 --only "one_tile float16" --schedule random:3 --copies early
     python tests/emulator/run.py --only bulk --inexact                   as inexact as hardware may be
-
     python tests/emulator/run.py --controls                              spoiled kernels: each must be reported
 
 A line for each case, and last "N passed, N failed"; exit code 1 if one failed.
@@ -38,8 +37,7 @@ def run(job: tuple[Case, int, Sequence[Options]]) -> tuple[str, bool]:
     except Exception as failure:  # the kernel refuses, or the emulator does not know what it is made of
         return f"FAIL sm_{arch} {case!s:70} {type(failure).__name__}: {failure}", False
     good = not any(outcome.problems for outcome in outcomes)
-    worst = max(outcome.error for outcome in outcomes)
-    seconds = sum(outcome.seconds for outcome in outcomes)
+    worst, seconds = max(outcome.error for outcome in outcomes), sum(outcome.seconds for outcome in outcomes)
     lines = [f"{'ok  ' if good else 'FAIL'} sm_{arch} {case!s:70} {worst:.1e} {seconds:6.1f} s"]
     for options, outcome in zip(schedules, outcomes, strict=True):
         lines += [f"     [{options}] {problem[:300]}" for problem in outcome.problems]
@@ -60,11 +58,9 @@ def main() -> int:
     parser.add_argument("--inexact", action="store_true", help="approximate functions, logarithms and sums may be off")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
-    schedules: Sequence[Options] = SCHEDULES
-    if args.schedule:
-        name, _, seed = args.schedule.partition(":")
-        schedules = (Options(name, int(seed or 0), args.copies, args.products),)
-    schedules = tuple(replace(o, inexact=args.inexact) for o in schedules)
+    name, _, seed = (args.schedule or "").partition(":")
+    given = (Options(name, int(seed or 0), args.copies, args.products),) if name else SCHEDULES
+    schedules = tuple(replace(options, inexact=args.inexact) for options in given)
     chosen = [(case, arch, schedules) for arch in args.arch for case in (quick if args.quick else cases)(arch)]
     jobs: list[Any] = [job for job in chosen if args.only in str(job[0])]
     if args.controls:

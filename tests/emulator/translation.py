@@ -185,6 +185,8 @@ def translated(t: Translator, ins: Instruction, q: str) -> list[str]:
             width, position, length = int(kind[1:]), int(args[2], 0), int(args[3], 0)
             up = t.constant(width - position - length, kind)
             return put(kind, f"({value(1)} << {up}) >> {t.constant(width - length, kind)}")
+        case ["prmt", "b32"] if not int(args[3].rstrip("U"), 0) & 0x8888:
+            return put("u32", f"arithmetic.permute_bytes({value(1)}, {value(2)}, {args[3].rstrip('U')})")
         case ["selp", _]:
             a, b = value(1, unsigned(kind)), value(2, unsigned(kind))
             return put(unsigned(kind), f"np.where({value(3, 'pred')}, {a}, {b})")

@@ -1,0 +1,111 @@
+"""``gradnorm-fast paper``: Table 1 and the ablations of the GradNorm paper, as a preset of ``eval``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import PROG, eval, options, plan, report
+from .parsing import Parser, Subparsers, count
+
+if TYPE_CHECKING:
+    from ..evaluation import Results
+
+SETS = {"inaturalist": "iNaturalist", "sun": "SUN", "places": "Places", "textures": "Textures"}
+# Table 1 of Huang, Geng & Li (NeurIPS 2021), ImageNet as ID, BiT-S R101x1: FPR95 and AUROC of each set, in %.
+PUBLISHED = {
+    "MSP": ((63.69, 87.59), (79.98, 78.34), (81.44, 76.76), (82.73, 74.45)),
+    "ODIN": ((62.69, 89.36), (71.67, 83.92), (76.27, 80.67), (81.31, 76.30)),
+    "Mahalanobis": ((96.34, 46.33), (88.43, 65.20), (89.75, 64.46), (52.23, 72.10)),
+    "Energy": ((64.91, 88.48), (65.33, 85.32), (73.02, 81.37), (80.87, 75.79)),
+    "GradNorm": ((50.03, 90.33), (46.48, 89.03), (60.86, 84.82), (61.42, 81.07)),
+}
+
+
+def add_parser(subparsers: Subparsers, common: Parser) -> None:
+    parser = subparsers.add_parser(
+        "paper",
+        parents=[common],
+        help="Table 1 and the ablations of the GradNorm paper",
+        description="Score ImageNet and the four OOD sets of the GradNorm paper. Lays the results out as its Table 1, "
+        "the published figures beside them, with the ablations over norms, temperatures, factors and layers. It is "
+        "`eval` with the paper's settings and the official code's metrics; --limit N takes a first look.",
+        epilog="examples:\n"
+        f"  {PROG} paper --checkpoint BiT-S-R101x1.npz --imagenet imagenet/val --inaturalist iNaturalist/ \\\n"
+        "    --sun SUN/ --places Places/ --textures dtd/images --train imagenet/train --out paper/\n"
+        f"  {PROG} paper --model resnet50 --weights DEFAULT --imagenet imagenet/val --textures dtd/images \\\n"
+        "    --limit 500 --out look/",
+    )
+    parser.add_argument("--imagenet", nargs="+", required=True, metavar="PATH", help=f"ID images: {options.IMAGES}")
+    for name, shown in SETS.items():
+        parser.add_argument(f"--{name}", metavar="PATH", help=f"OOD images: {shown}")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument("--bootstrap", type=count, default=0, metavar="N", help="resamples for confidence intervals")
+    report.add_option(parser)
+    plan.add_options(parser)
+    options.add_options(parser)
+    parser.set_defaults(command=run, baselines=list(plan.BASELINES), ablation=list(plan.PARTS))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Table 1 and the ablations of the GradNorm paper."""
+    from ..evaluation import results_table
+    from ..models import BIT
+    from .run_log import replacing, resumable
+
+    if args.model is None and args.weight is None:
+        args.model = BIT
+    if args.model == BIT and args.checkpoint is None:
+        raise ValueError(
+            f"checkpoint: {BIT} needs its published weights, --checkpoint BiT-S-R101x1.npz (from the Big Transfer "
+            "authors) or the GradNorm authors' .pth.tar; or give another --model"
+        )
+    args.id, args.near, args.far, args.convention = args.imagenet, [], [], "official"
+    args.ood = [f"{shown}={path}" for name, shown in SETS.items() if (path := getattr(args, name)) is not None]
+    if not args.ood:
+        raise ValueError(f"paper: expected at least one OOD set, by {', '.join(f'--{name}' for name in SETS)}")
+    args.folder_labels = _in_class_folders(args.imagenet)
+    outcome = eval.evaluate_sets(args)
+    if outcome is None:  # another process writes
+        return 0
+    same_network = args.model == BIT
+    results, rows = beside_published(outcome.results, same_network)
+    table = results_table(results, rows)
+    note = "In %, as the official code computes it. Published: Huang, Geng & Li (NeurIPS 2021), Table 1, BiT-S R101x1"
+    note += "." if same_network else f"; this is another network, {args.model or args.weight}."
+    if args.limit is not None:
+        note += f" At most {args.limit} images of each set: a first look."
+    with resumable(Path(args.out)), replacing(Path(args.out) / "table1.md", encoding="utf-8") as file:
+        file.write(f"{table}\n\n{' '.join([note, *outcome.notes])}\n")
+    eval.show(args, outcome)
+    print(f"\nTable 1, also in {Path(args.out) / 'table1.md'}:\n\n{table}\n\n{note}")
+    return 0
+
+
+def beside_published(results: Results, same_network: bool) -> tuple[Results, list[str]]:
+    """Our results and the published ones, and the names of the rows in the order of Table 1."""
+    marks = {method: f"{method}, published" + ("" if same_network else " (another network)") for method in PUBLISHED}
+    sets = [name for name in SETS.values() if name in results]
+    merged, rows = {name: dict(results[name]) for name in [*sets, "average"]}, []
+    for method, mark in marks.items():
+        rows += [method, mark] if method in results["average"] else [mark]
+        figures = dict(zip(SETS.values(), PUBLISHED[method], strict=True))
+        for name in sets:
+            merged[name][mark] = {
+                key: value / 100 for key, value in zip(("fpr95", "auroc"), figures[name], strict=True)
+            }
+        merged["average"][mark] = {
+            key: sum(merged[name][mark][key] for name in sets) / len(sets) for key in ("fpr95", "auroc")
+        }
+    return merged, rows
+
+
+def _in_class_folders(sources: list[str]) -> bool:
+    """Whether the images are one folder with a folder for each class, as torchvision's ImageFolder."""
+    if len(sources) != 1 or not os.path.isdir(sources[0]):
+        return False
+    from .inputs import find_inputs, labelled_if_in_folders
+
+    return all(item.label is not None for item in labelled_if_in_folders(find_inputs(sources), sources[0]))
