@@ -6,6 +6,7 @@ field of `head_scores` but `prediction` give it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -195,7 +196,8 @@ def results_table(results: Results, methods: Sequence[str] | None = None) -> str
         cells = []
         for of_set in results.values():
             metrics = of_set[method]
-            cells += [f"{100 * fpr95(metrics):.2f}", f"{100 * metrics['auroc']:.2f}"]
+            values = fpr95(metrics), metrics["auroc"]
+            cells += ["-" if math.isnan(value) else f"{100 * value:.2f}" for value in values]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
