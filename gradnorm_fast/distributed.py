@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ._backends import score_dtype
 from ._targets import IGNORE
-from ._torch_forward import budget_of, feature_norms, logits_of, quick_limit, with_bias
+from ._torch_forward import budget_of, feature_norms, logits_of, quick_limit, row_sum, with_bias
 from ._torch_targets import Others, Sums, blocks, merged, others_of, probabilities_of, tiles_of
 from .functional import _autocast, _check_gradient, _check_head, _check_options, _rows
 from .kernels.problem import Problem
@@ -305,7 +305,7 @@ def _deviations(problem: Problem, norm: Tensor, ranks: _Ranks) -> tuple[Tensor, 
     dtype, classes, p, inv_temperature = norm.dtype, sum(ranks.classes), problem.p, 1.0 / problem.temperature
     z = logits_of(problem, dtype) if problem.classes else norm.new_empty(len(norm), 0)
     m = z.amax(1) if z.shape[1] else torch.full_like(norm, -torch.inf)
-    s = (z - _finite(m)[:, None]).mul_(inv_temperature).exp_().sum(1)
+    s = row_sum((z - _finite(m)[:, None]).mul_(inv_temperature).exp_())[:, 0]
     theirs = ranks.gather(norm, m, s)
     norm = theirs[0, 0]
     maxima, sums = _wide(theirs[:, 1]), _wide(theirs[:, 2])
@@ -320,7 +320,7 @@ def _deviations(problem: Problem, norm: Tensor, ranks: _Ranks) -> tuple[Tensor, 
         error = _sum_of_expm1(z, r, inv_temperature, ranks) / classes
         r = r + torch.where(error.abs() < 0.5, error.log1p(), 0.0) / inv_temperature
         u = (z - r.to(dtype)[:, None]).mul_(inv_temperature).expm1_()
-        q = _in_order(_wide(ranks.gather(u.sum(1))[:, 0]))
+        q = _in_order(_wide(ranks.gather(row_sum(u)[:, 0])[:, 0]))
         u.sub_((q / classes).to(dtype)[:, None])
         v = torch.where(small, _merged_norm(ranks.gather(*_norm_parts(u, p)), p, classes, q + classes), v)
     return norm, v.to(dtype)
@@ -328,7 +328,7 @@ def _deviations(problem: Problem, norm: Tensor, ranks: _Ranks) -> tuple[Tensor, 
 
 def _sum_of_expm1(z: Tensor, r: Tensor, inv_temperature: float, ranks: _Ranks) -> Tensor:
     """Σ expm1((z − r)/T) over all classes.  # (R, C'), (R,) -> (R,)"""
-    q = (z - r.to(z.dtype)[:, None]).mul_(inv_temperature).expm1_().sum(1)
+    q = row_sum((z - r.to(z.dtype)[:, None]).mul_(inv_temperature).expm1_())[:, 0]
     return _in_order(_wide(ranks.gather(q)[:, 0]))
 
 
@@ -338,9 +338,9 @@ def _norm_parts(u: Tensor, p: float) -> tuple[Tensor, ...]:
     p = 1: Σ|u|, Σu, Σ sign(u). p = ∞: max u, max −u, Σu. Else, with M = max|u|: M, Σ(|u|/M)^p,
     Σ sign(u)(|u|/M)^(p − 1), Σu.
     """
-    total = u.sum(1)
+    total = row_sum(u)[:, 0]
     if p == 1.0:
-        return u.abs().sum(1), total, u.sign_().sum(1)
+        return row_sum(u.abs())[:, 0], total, u.sign_().sum(1)
     if not u.shape[1]:
         lowest = total - torch.inf
         return (lowest, lowest, total) if p == math.inf else (total, total, total, total)

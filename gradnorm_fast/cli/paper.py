@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .._files import replacing
 from . import PROG, eval, options, plan, report
 from .parsing import Parser, Subparsers, count
 
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     """Table 1 and the ablations of the GradNorm paper."""
     from ..evaluation import results_table
     from ..models import BIT
-    from .run_log import replacing, resumable
+    from .run_log import resumable
 
     if args.model is None and args.weight is None:
         args.model = BIT
