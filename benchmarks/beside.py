@@ -7,6 +7,7 @@ The first row of a table is its unit. Nothing is downloaded: heads and networks 
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 import time
@@ -137,8 +138,13 @@ def show(calls: Calls) -> None:
 
 
 if __name__ == "__main__":
+    subjects = {call.__name__: call for call in (targets, tokens, grand, layers, verification)}
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help=f"some of: {', '.join(subjects)} (all)")
+    chosen = parser.parse_args().subjects or list(subjects)
+    if unknown := set(chosen) - set(subjects):
+        parser.error(f"expected some of {', '.join(subjects)}, got {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
-    for subject in (targets, tokens, grand, layers, verification):
-        if subject.__name__ in (sys.argv[1:] or subject.__name__):
-            print(f"\n{subject.__doc__}\n")
-            show(subject())
+    for name in chosen:
+        print(f"\n{subjects[name].__doc__}\n")
+        show(subjects[name]())
