@@ -1,14 +1,17 @@
 """Largest relative error of Σ|p − 1/C| for given float32 logits, over the hard rows of the tests: the table of
-docs/numerics.md.
+docs/numerics.md. Beside the torch path and the kernels, the form of 0.1.0 and the formula as it stands.
 
-    python benchmarks/accuracy.py            the torch path; beside it the form of 0.1.0, and the formula as it stands
-    TRITON_INTERPRET=1 python benchmarks/accuracy.py --backend triton
+    python benchmarks/accuracy.py            without a GPU, the kernels run in Triton's interpreter
+    python benchmarks/accuracy.py --matmul   instead: of a logit, by how float32 is multiplied
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -16,9 +19,19 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
 from gradnorm_fast import gradnorm_from_logits  # noqa: E402
 
 from families import deviation, families  # noqa: E402
+
+
+def ours(logits: torch.Tensor, temperature: float, backend: str) -> torch.Tensor:
+    logits = logits.cuda() if CUDA else logits
+    features = torch.ones(len(logits), 1, device=logits.device)
+    return gradnorm_from_logits(features, logits, temperature=temperature, backend=backend).cpu()
 
 
 def naive(logits: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -57,8 +70,7 @@ def matmul_errors(depths: list[int]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--backend", default="auto", choices=("auto", "torch", "triton"))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--classes", type=int, nargs="+", default=[2, 10, 1000, 32000, 128256])
     parser.add_argument("--rows", type=int, default=1000, help="hard rows for each C, beside the listed ones")
     parser.add_argument("--matmul", action="store_true", help="instead: of float32 matmuls, tf32 ones emulated")
@@ -66,19 +78,22 @@ def main() -> None:
     if args.matmul:
         matmul_errors([64, 512, 2048, 4096])
         return
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    print("| C | now | on | 0.1.0 | on | as it stands |\n|---:|---:|---|---:|---|---:|")
+    forms: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
+        "torch path": partial(ours, backend="torch"),
+        "kernels": partial(ours, backend="triton"),
+        "0.1.0": switched,
+        "as it stands": naive,
+    }
+    print(f"| C | {' | '.join(forms)} | worst row of the kernels |\n|---:|{'---:|' * len(forms)}---|")
     for classes in args.classes:
-        worst: list[tuple[float, str]] = [(0.0, "")] * 3
+        worst = dict.fromkeys(forms, (0.0, ""))
         for name, logits, temperature in families(classes, most=args.rows):
             truth = deviation(logits, temperature)
-            ones = torch.ones(len(logits), 1, device=device)
-            ours = gradnorm_from_logits(ones, logits.to(device), temperature=temperature, backend=args.backend)
-            for i, got in enumerate((ours.cpu(), switched(logits, temperature), naive(logits, temperature))):
-                error = ((got.double() - truth).abs() / truth).max().item()
-                worst[i] = max(worst[i], (error, name))
-        (now, a), (before, b), (plain, _) = worst
-        print(f"| {classes} | {now:.1e} | {a} | {before:.1e} | {b} | {plain:.1e} |", flush=True)
+            for form, score in forms.items():
+                error = ((score(logits, temperature).double() - truth).abs() / truth).max().item()
+                worst[form] = max(worst[form], (error, name))
+        errors = " | ".join(f"{error:.1e}" for error, _ in worst.values())
+        print(f"| {classes} | {errors} | {worst['kernels'][1]} |", flush=True)
 
 
 if __name__ == "__main__":

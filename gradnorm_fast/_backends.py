@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,6 +76,20 @@ def uses_triton(backend: str, device: torch.device) -> bool:
     return not reason
 
 
+def _on_cpu_without_float64(call: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+    """Apple's GPUs have no float64, which the torch path computes in: there, copy to the CPU and back."""
+
+    @wraps(call)
+    def wrapped(*args: Any) -> tuple[Tensor, ...]:
+        device = args[0].device
+        if device.type != "mps":
+            return call(*args)
+        return tuple(t.to(device) for t in call(*(a.cpu() if isinstance(a, Tensor) else a for a in args)))
+
+    return wrapped
+
+
+@_on_cpu_without_float64
 def run(
     features: Tensor,
     logits: Tensor | None,
@@ -115,6 +131,7 @@ def run(
     return out, prediction
 
 
+@_on_cpu_without_float64
 def run_backward(
     grad: Tensor,
     features: Tensor,
@@ -143,6 +160,7 @@ def check_differentiable(p: float) -> None:
         raise NotImplementedError(f"p: gradients are implemented for p = 1 and p = 2, got p = {p:g}; detach the inputs")
 
 
+@_on_cpu_without_float64
 def run_token_statistics(
     features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
@@ -157,6 +175,7 @@ def run_token_statistics(
     return out[:2].clone(), out[2:].clone()
 
 
+@_on_cpu_without_float64
 def run_token_statistics_backward(
     grad: Tensor,
     features: Tensor,

@@ -12,45 +12,43 @@ from torch import Tensor
 
 from ._torch_forward import (
     budget_of,
-    centred,
     converted,
+    deviations,
     logits_of,
     row_norm,
     rows_at_once,
-    softmax,
+    shifted,
     usable,
     with_bias,
 )
 from .kernels.problem import Problem
 
-BUFFERS = 7  # of the size of a chunk of logits that are alive at once
+BUFFERS = 4  # of the size of a chunk of logits in float64 that are alive at once
 
 
-def _derivatives(z: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """p, V and T·∂V/∂z for the rows of logits z.  # (R, C) -> (R, C), (R, 1), (R, C)"""
-    p, (u, t) = softmax(z, inv_temperature), centred(z, inv_temperature)
+def _derivatives(p: Tensor, u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """V and T·∂V/∂z of rows with probabilities p, given u = t·(p − 1/C); overwrites u.  # -> (R, 1), (R, C)"""
     sign = u.sign()
-    v = row_norm(u.clone(), 1.0).div_(t)
+    v = row_norm(u, 1.0).div_(t)
     above, below = torch.add(sign, 1.0, out=u).mul_(p), sign.neg_().add_(1.0).mul_(p)
     a, b = below.sum(1, keepdim=True), above.sum(1, keepdim=True)
-    return p, v, above.mul_(a).sub_(below.mul_(b)).mul_(0.5)
+    return v, above.mul_(a).sub_(below.mul_(b)).mul_(0.5)
 
 
-def _derivatives_of_l2(z: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def _derivatives_of_l2(p: Tensor, u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """The same for V = ‖p − 1/C‖₂: ∂V/∂z_k = p_k (p_k − Σp²)/(V·T).
 
     With u = p − 1/C, that is p_k (u_k/V − V)/T, since Σp² = V² + 1/C. For a class with most of the probability,
     p_k − Σp² = ε p_k − Σ_(c ≠ k) p_c², where ε is the sum of the others.
     """
-    p, (u, t) = softmax(z, inv_temperature), centred(z, inv_temperature)
-    u.div_(t).sub_(u.mean(1, keepdim=True))
+    u.div_(t)
     v = row_norm(u.clone(), 2.0)
     safe = torch.where(v > 0, v, 1.0)
     dz = u.div_(safe).sub_(v).mul_(p)
     most, top = p.max(1, keepdim=True)
     others = p.scatter(1, top, 0.0)
     exact = most * (most * others.sum(1, keepdim=True) - others.square_().sum(1, keepdim=True)) / safe
-    return p, v, dz.scatter_(1, top, torch.where(most > 0.5, exact, dz.gather(1, top)))
+    return v, dz.scatter_(1, top, torch.where(most > 0.5, exact, dz.gather(1, top)))
 
 
 def norm_gradient(x: Tensor, norm: Tensor, p: float) -> Tensor:
@@ -74,11 +72,14 @@ def backward(grad: Tensor, problem: Problem, needed: list[bool]) -> tuple[Tensor
     w = problem.weight
     if w is not None and not usable(w, dtype):
         problem = problem._replace(weight=converted(w, dtype))
-    step = rows_at_once(problem, dtype, budget_of(grad.device).chunk // BUFFERS)
+    step = rows_at_once(problem, torch.float64, budget_of(grad.device).chunk // BUFFERS)
     for i in range(0, len(problem.features), step):
         rows, z = slice(i, i + step), logits_of(problem.rows(i, i + step), dtype)
         x, g = problem.features[rows].to(dtype), grad[:, rows].unsqueeze(2)
-        p, v, dz = (_derivatives if problem.p == 1.0 else _derivatives_of_l2)(z, inv_temperature)
+        d = shifted(z, inv_temperature)
+        p, (u, t) = d.exp(), deviations(d)
+        p.div_(t)
+        v, dz = (_derivatives if problem.p == 1.0 else _derivatives_of_l2)(p, u, t)
         grad_norm = g[0] * v * problem.scale * inv_temperature
         norm = with_bias(row_norm(x.clone(), problem.p), problem.bias_norm, problem.p)
         grad_output = g[0] * norm
@@ -92,10 +93,11 @@ def backward(grad: Tensor, problem: Problem, needed: list[bool]) -> tuple[Tensor
             dz.addcmul_(p, g[5])
             p.scatter_(1, top, 0.0)  # 1 − msp is the sum of the others
             dz.addcmul_(p, grad_msp, value=-1.0).scatter_add_(1, top, g[3] + grad_msp * p.sum(1, keepdim=True))
+        dz = dz.to(dtype)
         if needed[0]:
             if problem.weight is not None:
                 torch.mm(dz, problem.weight, out=grad_x[rows])
-            grad_x[rows].addcmul_(norm_gradient(x, norm, problem.p), grad_norm)
+            grad_x[rows].addcmul_(norm_gradient(x, norm, problem.p), grad_norm.to(dtype))
         if needed[1]:
             grad_z[rows] = dz
         if needed[2]:

@@ -30,11 +30,9 @@ class Budget(NamedTuple):
 CPU, GPU = Budget(22 * MIB, MIB, 4 * MIB), Budget(1792 * MIB, 256 * MIB, 256 * MIB)
 
 # As measured on CPUs: BLAS is up to five times as fast if the logits of FEW rows, or of NARROW rows, lie transposed in
-# memory; softmax over 10 contiguous classes takes five times as long as across them.
+# memory; the passes over 10 classes take half as long again where the classes of a row are contiguous.
 FEW = 128
 NARROW = 16
-
-QUICK = 0.25  # Σ|p − 1/C| from which the quick form is exact
 
 
 def budget_of(device: torch.device) -> Budget:
@@ -93,47 +91,29 @@ def logits_of(problem: Problem, dtype: torch.dtype) -> Tensor:
     return z
 
 
-def softmax(z: Tensor, inv_temperature: float) -> Tensor:
-    """softmax(z/T), shifted before it is divided."""
-    if inv_temperature != 1.0:
-        z = (z - z.amax(1, keepdim=True)).mul_(inv_temperature)
-    rows, classes = z.shape
-    return torch.softmax(z, 1) if classes >= NARROW or rows == 1 else torch.softmax(z.t(), 0).t()
+def shifted(z: Tensor, inv_temperature: float) -> Tensor:
+    """(z − max z)/T of each row in float64, as new memory.  # (R, C) -> (R, C)"""
+    d = z.clone() if z.dtype == torch.float64 else z.double()
+    d.sub_(d.amax(1, keepdim=True))
+    return d if inv_temperature == 1.0 else d.mul_(inv_temperature)
 
 
-def centred(z: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor]:
-    """The careful form: u = t·(p − 1/C) of each row, and t.  # (R, C) -> (R, C), (R, 1)
+def deviations(d: Tensor) -> tuple[Tensor, Tensor]:
+    """u = t·(p − 1/C) and t = Σ exp d of rows d = (z − max z)/T; overwrites d.  # (R, C) -> (R, C), (R, 1)
 
-    With r = T·log mean exp(z/T), q = expm1((z − r)/T) is t·p − 1 for t = C + Σq. The first r errs by T times the
-    rounding of its logarithm; the mean of q tells by how much.
+    q = expm1(d) is t·p − 1, so u = q − mean q and t = C + Σq. Sum, 1/C and their product round the mean by 4·2⁻⁵³ of
+    the largest |q| at most, and Σ|u| is at least that |q|: Σ|u| errs by C·2⁻⁵¹ relative at most.
     """
-    classes, m = z.shape[1], z.amax(1, keepdim=True)
-    s = (z - m).mul_(inv_temperature).exp_().sum(1, keepdim=True)
-    r = m + (s / classes).log_() / inv_temperature
-    error = (z - r).mul_(inv_temperature).expm1_().sum(1, keepdim=True) / classes
-    r += torch.where(error.abs() < 0.5, error.log1p(), 0.0) / inv_temperature
-    u = (z - r).mul_(inv_temperature).expm1_()
-    q = row_sum(u)
-    u.sub_(q, alpha=1.0 / classes)
-    u.sub_(row_sum(u), alpha=1.0 / classes)  # the rounding of q, which may be large beside u
-    return u, q + classes
-
-
-def row_sum(u: Tensor) -> Tensor:
-    """Σu of each row, rounded once: long float32 sums of equal terms round all one way.  # (R, N) -> (R, 1)"""
-    exact = u.dtype if u.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-    step = budget_of(u.device).piece // 16  # of classes: on a CPU, torch converts all it adds first
-    total = part(u, 0, step, 1).sum(1, keepdim=True, dtype=exact)
-    for i in range(step, u.shape[1], step):
-        total += part(u, i, i + step, 1).sum(1, keepdim=True, dtype=exact)
-    return total.to(u.dtype)
+    classes = d.shape[1]
+    q = d.expm1_().sum(1, keepdim=True)
+    return d.sub_(q, alpha=1.0 / classes), q.add_(classes)
 
 
 def row_norm(u: Tensor, p: float) -> Tensor:
     """‖u‖_p of each row, without overflow or underflow of the powers; overwrites u.  # (R, N) -> (R, 1)"""
     magnitudes = u.abs_()
     if p == 1.0:
-        return row_sum(magnitudes)
+        return magnitudes.sum(1, keepdim=True)
     if not u.shape[1]:
         return u.new_zeros(len(u), 1)
     largest = magnitudes.amax(1, keepdim=True)
@@ -164,42 +144,26 @@ def feature_norms(problem: Problem, out: Tensor) -> None:
         norm.nan_to_num_(torch.nan, torch.nan)
 
 
-def quick_limit(classes: int, p: float) -> float:
-    """The ‖p − 1/C‖_p from which the quick form is exact: where C^(1 − 1/p) times it is QUICK."""
-    return min(QUICK * classes ** (1.0 / p - 1.0), 1e38)
-
-
 def _score(problem: Problem, z: Tensor, scores: Scores) -> None:
     """Write the scores of rows with logits z; their feature norms are there already."""
     out, prediction = scores
     inv_temperature = 1.0 / problem.temperature
-    p = softmax(z, inv_temperature)
-    t = row_sum(p)
-    if prediction is not None:
-        msp = p.amax(1, keepdim=True).div_(t)
-    order, limit = problem.p, quick_limit(problem.classes, problem.p)
-    deviation = row_norm(p.sub_(t, alpha=1.0 / z.shape[1]), order).div_(t)
-    if z.device.type != "cpu":  # never wait for the data
-        u, t = centred(z, inv_temperature)
-        deviation = torch.where(deviation < limit, row_norm(u, order).div_(t), deviation)
-    elif not deviation.min().item() >= limit:  # NaN too
-        rows = (deviation[:, 0] < limit).nonzero()[:, 0]
-        u, t = centred(z if len(rows) == len(z) else z[rows], inv_temperature)
-        deviation[rows] = row_norm(u, order).div_(t)
-    v = deviation  # (R, 1)
+    u, t = deviations(shifted(z, inv_temperature))
+    v = row_norm(u, problem.p).div_(t)
     for factor in (problem.scale, inv_temperature):  # in this order: 0·inf is not 0
         if factor != 1.0:
-            v = v * factor
+            v.mul_(factor)
+    v = v.to(out.dtype)
     columns = out.t()  # (R, 1) or (R, 6)
     if prediction is None:
         if problem.bias_norm:
-            columns.copy_(with_bias(columns, problem.bias_norm, order))
+            columns.copy_(with_bias(columns, problem.bias_norm, problem.p))
         columns.mul_(v)
         return
     m, index = z.max(1, keepdim=True)
     norm = columns[:, 1:2]
-    poison = (norm + deviation).mul_(0.0)  # a row without a score has no other number either
-    fields = [(norm + problem.bias_norm) * v, norm, v, m, msp, m - msp.log() / inv_temperature]
+    poison = (norm + v).mul_(0.0)  # a row without a score has no other number either
+    fields = [(norm + problem.bias_norm) * v, norm, v, m, t.reciprocal(), m + t.log() / inv_temperature]
     torch.add(torch.cat(fields, 1), poison, out=columns)
     prediction.copy_(torch.where(poison == 0.0, index, 0)[:, 0])
 
@@ -207,11 +171,11 @@ def _score(problem: Problem, z: Tensor, scores: Scores) -> None:
 def forward(problem: Problem, scores: Scores) -> None:
     """Scores of the problem's rows, for the uniform target."""
     out = scores.out
-    batch, size, budget = problem.features.shape[0], out.itemsize, budget_of(out.device)
+    batch, budget = problem.features.shape[0], budget_of(out.device)
     feature_norms(problem, out[0 if scores.prediction is None else 1])
-    row = problem.classes * size
-    piece = max(budget.piece, row)
-    step, rows = rows_at_once(problem, out.dtype, budget.chunk - 2 * piece - 2 * budget.piece), piece // row
+    wide = problem.classes * torch.float64.itemsize
+    piece = max(budget.piece, wide)
+    step, rows = rows_at_once(problem, out.dtype, budget.chunk - piece - budget.piece), piece // wide
     for i in range(0, batch, step):
         chunk, targets = problem.rows(i, i + step), scores.rows(i, i + step)
         z = logits_of(chunk, out.dtype)

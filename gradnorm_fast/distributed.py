@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ._backends import score_dtype
 from ._targets import IGNORE
-from ._torch_forward import budget_of, feature_norms, logits_of, quick_limit, row_sum, with_bias
+from ._torch_forward import budget_of, feature_norms, logits_of, with_bias
 from ._torch_targets import Others, Sums, blocks, merged, others_of, probabilities_of, tiles_of
 from .functional import _autocast, _check_gradient, _check_head, _check_options, _rows
 from .kernels.problem import Problem
@@ -27,7 +27,7 @@ LONGEST = 400  # characters of a message in it: at most four bytes each
 ERRORS = {error.__name__: error for error in (TypeError, ValueError, NotImplementedError, RuntimeError)}
 # Its name since torch 2.14, and before; torch may have been built without either.
 all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
-LIVE = 4  # tensors of the size of a chunk's logits that are alive at once
+LIVE = 3  # a chunk of logits, and its deviations in float64
 
 
 def sharded_gradnorm(
@@ -265,7 +265,7 @@ def _one_hot(problem: Problem, offset: int, ranks: _Ranks, out: Tensor) -> None:
             sent[k, rows] = value[:, 0].to(out.dtype)
     received = _gather(sent, ranks.group)
     norm = received[0, 0]
-    wide = _wide(received)[..., None]  # (ranks, numbers, B, 1)
+    wide = received.double()[..., None]  # (ranks, numbers, B, 1)
     none, zero, one = wide[0, 0] * 0.0 - torch.inf, torch.zeros_like(wide[0, 0]), torch.ones_like(wide[0, 0])
     z_y: Tensor = none
     sums: Sums = none, zero, zero, zero
@@ -287,7 +287,7 @@ def _one_hot(problem: Problem, offset: int, ranks: _Ranks, out: Tensor) -> None:
 
 
 def _uniform(problem: Problem, ranks: _Ranks, out: Tensor) -> None:
-    """The uniform target: m and S of a chunk of rows, then the deviations, then the careful form if a row needs it."""
+    """The uniform target, for as many rows at a time as fit: the mean of expm1, then the deviations from it."""
     norms = torch.empty_like(out)
     feature_norms(problem, norms)
     row = max(1, max(ranks.classes)) * out.itemsize
@@ -301,78 +301,50 @@ def _uniform(problem: Problem, ranks: _Ranks, out: Tensor) -> None:
 
 
 def _deviations(problem: Problem, norm: Tensor, ranks: _Ranks) -> tuple[Tensor, Tensor]:
-    """‖x‖_p as the first rank has it, and ‖p − 1/C‖_p, of rows whose local logits fit in memory.  # -> 2 x (R,)"""
-    dtype, classes, p, inv_temperature = norm.dtype, sum(ranks.classes), problem.p, 1.0 / problem.temperature
-    z = logits_of(problem, dtype) if problem.classes else norm.new_empty(len(norm), 0)
-    m = z.amax(1) if z.shape[1] else torch.full_like(norm, -torch.inf)
-    s = row_sum((z - _finite(m)[:, None]).mul_(inv_temperature).exp_())[:, 0]
-    theirs = ranks.gather(norm, m, s)
-    norm = theirs[0, 0]
-    maxima, sums = _wide(theirs[:, 1]), _wide(theirs[:, 2])
-    m = _finite(maxima.amax(0))
-    s = _in_order(sums * ((maxima - m) * inv_temperature).exp())
-    mean = s / classes
-    u = (z - m.to(dtype)[:, None]).mul_(inv_temperature).exp_().sub_(mean.to(dtype)[:, None])
-    v = _merged_norm(ranks.gather(*_norm_parts(u, p)), p, classes, s)
-    small = v < quick_limit(classes, p)
-    if bool(small.any()):  # v has the same bits on all ranks
-        r = m + mean.log() / inv_temperature
-        error = _sum_of_expm1(z, r, inv_temperature, ranks) / classes
-        r = r + torch.where(error.abs() < 0.5, error.log1p(), 0.0) / inv_temperature
-        u = (z - r.to(dtype)[:, None]).mul_(inv_temperature).expm1_()
-        q = _in_order(_wide(ranks.gather(row_sum(u)[:, 0])[:, 0]))
-        u.sub_((q / classes).to(dtype)[:, None])
-        v = torch.where(small, _merged_norm(ranks.gather(*_norm_parts(u, p)), p, classes, q + classes), v)
-    return norm, v.to(dtype)
+    """‖x‖_p as the first rank has it, and ‖p − 1/C‖_p, of rows whose local logits fit in memory.  # -> 2 x (R,)
+
+    As in _torch_forward.deviations. With m_j the maximum of rank j, C_j its classes, q_j = Σ expm1((z − m_j)/T) over
+    them and a = (m_j − m)/T:  Σ expm1((z − m)/T) = q_j exp(a) + C_j expm1(a) over the same classes.
+    """
+    inv_temperature, classes = 1.0 / problem.temperature, sum(ranks.classes)
+    z = logits_of(problem, norm.dtype) if problem.classes else norm.new_empty(len(norm), 0)
+    m = z.amax(1).double() if z.shape[1] else norm.new_full(norm.shape, -torch.inf, dtype=torch.float64)
+    theirs = ranks.gather(norm.double(), m, _expm1(z, m, inv_temperature).sum(1))
+    norm, maxima, sums = theirs[0, 0], theirs[:, 1], theirs[:, 2]
+    m = maxima.amax(0)
+    a = (maxima - _finite(m)) * inv_temperature
+    counts = torch.tensor(ranks.classes, dtype=torch.float64, device=a.device)[:, None]
+    q = _in_order(sums * a.exp() + counts * a.expm1())
+    u = _expm1(z, m, inv_temperature).sub_((q / classes)[:, None])
+    return norm, _merged_norm(ranks.gather(*_norm_parts(u, problem.p)), problem.p) / (q + classes)
 
 
-def _sum_of_expm1(z: Tensor, r: Tensor, inv_temperature: float, ranks: _Ranks) -> Tensor:
-    """Σ expm1((z − r)/T) over all classes.  # (R, C'), (R,) -> (R,)"""
-    q = row_sum((z - r.to(z.dtype)[:, None]).mul_(inv_temperature).expm1_())[:, 0]
-    return _in_order(_wide(ranks.gather(q)[:, 0]))
+def _expm1(z: Tensor, m: Tensor, inv_temperature: float) -> Tensor:
+    """expm1((z − m)/T) in float64.  # (R, C'), (R,) -> (R, C')"""
+    return z.to(torch.float64, copy=True).sub_(_finite(m)[:, None]).mul_(inv_temperature).expm1_()
 
 
 def _norm_parts(u: Tensor, p: float) -> tuple[Tensor, ...]:
-    """What a rank tells of ‖u‖_p, so that the rounding of the mean of u can be taken out; overwrites u.  # (R, C')
-
-    p = 1: Σ|u|, Σu, Σ sign(u). p = ∞: max u, max −u, Σu. Else, with M = max|u|: M, Σ(|u|/M)^p,
-    Σ sign(u)(|u|/M)^(p − 1), Σu.
-    """
-    total = row_sum(u)[:, 0]
+    """What a rank tells of ‖u‖_p: that norm for p = 1 and ∞, else max|u| and Σ(|u|/max|u|)^p; overwrites u."""
+    magnitudes = u.abs_()
     if p == 1.0:
-        return row_sum(u.abs())[:, 0], total, u.sign_().sum(1)
-    if not u.shape[1]:
-        lowest = total - torch.inf
-        return (lowest, lowest, total) if p == math.inf else (total, total, total, total)
+        return (magnitudes.sum(1),)
+    largest = magnitudes.amax(1) if u.shape[1] else u.new_zeros(len(u))
     if p == math.inf:
-        return u.amax(1), -u.amin(1), total
-    largest = u.abs().amax(1)
-    u.div_(torch.where(largest > 0, largest, 1.0)[:, None])
-    powers = u.abs().pow_(p)
-    slope = u.sign().mul_(u.abs().pow_(p - 1.0)).sum(1) if p > 1.0 else torch.zeros_like(total)
-    return largest, powers.sum(1), slope, total
+        return (largest,)
+    return largest, magnitudes.div_(torch.where(largest > 0, largest, 1.0)[:, None]).pow_(p).sum(1)
 
 
-def _merged_norm(parts: Tensor, p: float, classes: int, t: Tensor) -> Tensor:
-    """‖u − mean u‖_p/(t + Σu) over all classes, of all ranks' parts: u is t·(p − 1/C) but for the rounding of its
-    mean.  # (ranks, parts, R) -> (R,)"""
-    parts = _wide(parts)
+def _merged_norm(parts: Tensor, p: float) -> Tensor:
+    """‖u‖_p over all classes, of all ranks' parts.  # (ranks, parts, R) -> (R,)"""
     if p == 1.0:
-        magnitudes, total, signs = map(_in_order, parts.unbind(1))
-        norm = magnitudes - total * signs / classes
-    elif p == math.inf:
-        total = _in_order(parts[:, 2])
-        norm = torch.maximum(parts[:, 0].amax(0) - total / classes, parts[:, 1].amax(0) + total / classes)
-    else:
-        total, largest = _in_order(parts[:, 3]), parts[:, 0].amax(0)
-        unit = torch.where(largest > 0, largest, 1.0)
-        scale = parts[:, 0] / unit
-        powers = _in_order(parts[:, 1] * scale.pow(p))
-        slope = _in_order(parts[:, 2] * scale.pow(p - 1.0)) if p > 1.0 else torch.zeros_like(total)
-        powers = (powers - p * (total / classes / unit) * slope).clamp_min(0.0)
-        root = powers.pow(0.5 / p)  # half of it at a time: C^(1/p) alone may overflow
-        norm = largest * root * root
-    return norm / (t + total)
+        return _in_order(parts[:, 0])
+    largest = parts[:, 0].amax(0)
+    if p == math.inf:
+        return largest
+    scale = parts[:, 0] / torch.where(largest > 0, largest, 1.0)
+    root = _in_order(parts[:, 1] * scale.pow(p)).pow(0.5 / p)  # half of it at a time: C^(1/p) alone may overflow
+    return largest * root * root
 
 
 def _in_order(values: Tensor) -> Tensor:
@@ -386,8 +358,3 @@ def _in_order(values: Tensor) -> Tensor:
 def _finite(m: Tensor) -> Tensor:
     """What to subtract from a row whose maximum is m."""
     return torch.where(m == -torch.inf, 0.0, m)
-
-
-def _wide(t: Tensor) -> Tensor:
-    """As float64, where the device has it."""
-    return t if t.device.type == "mps" else t.double()

@@ -109,7 +109,7 @@ def fast_gradnorm(
     out, _ = _ops.scores(
         _rows(features), None, weight, bias, *gradient, temperature, reduction, include_bias, backend, False
     )
-    return out.reshape(features.shape[:-1])
+    return _shaped(out[0], features)
 
 
 def head_scores(
@@ -141,11 +141,8 @@ def head_scores(
     out, prediction = _ops.scores(
         _rows(features), None, weight, bias, None, "uniform", 1.0, temperature, reduction, include_bias, backend, True
     )
-    gradnorm, feature_norm, output_norm, max_logit, msp, energy = (
-        row.reshape(features.shape[:-1]) for row in out.unbind(0)
-    )
-    prediction = prediction.reshape(features.shape[:-1])
-    return HeadScores(gradnorm, feature_norm, output_norm, prediction, max_logit, msp, energy)
+    gradnorm, feature_norm, output_norm, max_logit, msp, energy = (_shaped(row, features) for row in out.unbind(0))
+    return HeadScores(gradnorm, feature_norm, output_norm, _shaped(prediction, features), max_logit, msp, energy)
 
 
 def gradnorm_from_logits(
@@ -193,7 +190,7 @@ def gradnorm_from_logits(
     out, _ = _ops.scores(
         _rows(features), _rows(logits), None, None, *gradient, temperature, reduction, include_bias, backend, False
     )
-    return out.reshape(features.shape[:-1])
+    return _shaped(out[0], features)
 
 
 def token_statistics(
@@ -239,7 +236,7 @@ def token_statistics(
     check_labels(labels, features.shape[:-1], "labels")
     _check_device("labels", labels, features)
     fields = _ops.token_statistics(_rows(features), weight, bias, labels.reshape(-1), temperature)
-    return TokenStatistics(*(row.reshape(features.shape[:-1]) for out in fields for row in out.unbind(0)))
+    return TokenStatistics(*(_shaped(row, features) for out in fields for row in out.unbind(0)))
 
 
 def warmup(
@@ -295,6 +292,11 @@ def warmup(
 def _rows(t: Tensor) -> Tensor:
     """(..., N) to (B, N), a view wherever the strides allow one."""
     return t if t.dim() == 2 else t.unsqueeze(0) if t.dim() == 1 else t.flatten(0, -2)
+
+
+def _shaped(row: Tensor, features: Tensor) -> Tensor:
+    """(B,) to features.shape[:-1]."""
+    return row if features.dim() == 2 else row.reshape(features.shape[:-1])
 
 
 def _autocasting(device: torch.device) -> bool:

@@ -126,9 +126,9 @@ def whole_world(rank: int) -> dict[str, object]:
         found[f"bad {name}"] = attempt(**arguments(rank))
     found["not a member"] = attempt(torch.ones(2, 3), torch.ones(4, 3), group=groups[2])
     x, w = torch.ones(2, 3), torch.arange(12.0).view(4, 3)[rank : rank + 1]
-    found["quick"] = counted(sent, x, w, target="uniform")
-    found["careful"] = counted(sent, x, w * 1e-3, target="uniform")
-    found["quick, p = 2"] = counted(sent, x, w, target="uniform", p=2.0)
+    found["uniform"] = counted(sent, x, w, target="uniform")
+    found["near-uniform"] = counted(sent, x, w * 1e-3, target="uniform")
+    found["uniform, p = 2"] = counted(sent, x, w, target="uniform", p=2.0)
     found["label"] = counted(sent, x, w, target=torch.tensor([0, 3]))
     found["predicted, p = 3"] = counted(sent, x, w, target="predicted", p=3.0)
     logits = torch.tensor([[0.0, 9.0, 0.0, 0.0], [9.0, 0.0, 0.0, 0.0]] * 2 + [[0.0, 0.0, 9.0, 0.0]])
