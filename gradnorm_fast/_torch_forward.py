@@ -104,7 +104,7 @@ def deviations(d: Tensor) -> tuple[Tensor, Tensor]:
     q = expm1(d) is t·p − 1, so u = q − mean q and t = C + Σq. Sum, 1/C and their product round the mean by 4·2⁻⁵³ of
     the largest |q| at most, and Σ|u| is at least that |q|: Σ|u| errs by C·2⁻⁵¹ relative at most.
     """
-    classes = d.shape[1]
+    classes = float(d.shape[1])  # adding an int takes torch twice as long
     q = d.expm1_().sum(1, keepdim=True)
     return d.sub_(q, alpha=1.0 / classes), q.add_(classes)
 
