@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from gradnorm_fast import _torch_targets, fast_gradnorm, gradnorm_from_logits, token_statistics
 from gradnorm_fast._torch_forward import MEMORY, Budget
@@ -149,16 +150,34 @@ def test_gradcheck(target, p, include_bias):
     assert torch.autograd.gradcheck(lambda *a: gradnorm_from_logits(*a, **options), (x, logits))
 
 
-def test_gradcheck_of_token_statistics():
+def test_gradients_of_token_statistics():
+    """Backward, forward mode and torch.func, with an ignored row and a masked class."""
     x, w, bias, labels = problem(4, 5, 6)
-    labels[1] = -100
-    inputs = tuple(t.requires_grad_() for t in (x, w, bias))
-    for few in (inputs, inputs[:2]):
-        assert torch.autograd.gradcheck(
-            lambda x, w, b=None: token_statistics(x, w, labels, b, temperature=1.3)[:2], few
-        )
-    found = token_statistics(x, w, labels, bias)
+    labels[1], bias[labels[0] - 1] = -100, -torch.inf
+    call = lambda x, w, b=None: token_statistics(x, w, labels, b, temperature=1.3)[:2]  # noqa: E731
+    for few in ((x, w), (x, w, bias.clamp(-9))):
+        inputs = tuple(t.clone().requires_grad_() for t in few)
+        assert torch.autograd.gradcheck(call, inputs, check_forward_ad=True)
+        for i in range(len(inputs)):
+            alone = tuple(t.detach().requires_grad_(i == j) for j, t in enumerate(inputs))
+            assert torch.autograd.gradcheck(call, alone, check_forward_ad=True)
+    every = (0, 1, 2)
+    forward, backward = (jac(call, argnums=every)(x, w, bias) for jac in (torch.func.jacfwd, torch.func.jacrev))
+    torch.testing.assert_close(forward, backward)
+    along = lambda x, dx: torch.func.jvp(lambda x: call(x, w, bias), (x,), (dx,))[1]  # noqa: E731
+    dx = torch.randn(3, *x.shape, dtype=x.dtype, device=DEVICE)
+    several = torch.func.vmap(along)(torch.stack([x, 2 * x, -x]), dx)
+    for i, scale in enumerate((1, 2, -1)):
+        torch.testing.assert_close(tuple(t[i] for t in several), along(scale * x, dx[i]))
+
+
+def test_squares_and_residual_norms_are_not_differentiable():
+    x, w, bias, labels = problem(4, 5, 6)
+    found = token_statistics(x.clone().requires_grad_(), w, labels, bias)
     assert [t.requires_grad for t in found] == [True, True, False, False]
+    with forward_ad.dual_level():
+        found = token_statistics(forward_ad.make_dual(x, torch.ones_like(x)), w, labels, bias)
+        assert [forward_ad.unpack_dual(t).tangent is not None for t in found] == [True, True, False, False]
 
 
 @pytest.mark.parametrize("target", TARGETS)
