@@ -462,6 +462,16 @@ def test_extra_memory_of_the_backward_is_bounded():
     for target, p in (("uniform", 2.0), ("predicted", 1.0), (labels, 2.0)):
         scores = fast_gradnorm(x, w, target=target, p=p).sum()
         assert peak_extra_memory(lambda: torch.autograd.grad(scores, (x, w))) <= MEMORY  # noqa: B023
-    found = token_statistics(x, w, labels)
-    loss = found.log_prob.sum() + found.entropy.sum()
+
+
+def test_extra_memory_of_token_statistics_and_their_gradients_is_bounded():
+    """512 x 1024 x 50,000: 100 MiB of logits, and 200 MiB of weight, whose gradient is the result."""
+    x, w, labels = random(512, 1024).requires_grad_(), random(50000, 1024).requires_grad_(), torch.arange(512)
+    found = []
+    assert peak_extra_memory(lambda: found.extend(token_statistics(x, w, labels)) or found) <= MEMORY
+    loss = found[0].sum() + found[1].sum()
     assert peak_extra_memory(lambda: torch.autograd.grad(loss, (x, w))) <= MEMORY
+    few, narrow = x[:, :64].detach(), w[:, :64].detach()  # forward mode takes three times the matmuls
+    tangent = torch.ones_like(few)
+    along = lambda: torch.func.jvp(lambda x: token_statistics(x, narrow, labels)[:2], (few,), (tangent,))[1]  # noqa: E731
+    assert peak_extra_memory(along) <= MEMORY
