@@ -177,7 +177,8 @@ class _TokenStatistics(torch.autograd.Function):
         or db is given, a copy of W and of it."""
         features, weight, bias, labels = ctx.saved_tensors
         dtype = score_dtype(features, None)
-        x, w, b, dx, dw, db = (t if t is None else t.to(dtype) for t in (features, weight, bias, *tangents[:3]))
+        x, w, b = features.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        dx, dw, db = (None if t is None else t.to(dtype) for t in tangents[:3])
         along, heads = [torch.zeros_like(x) if dx is None else dx], [w]
         if dw is not None:
             along.append(x)
