@@ -157,15 +157,45 @@ class _TokenStatistics(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*inputs[:4])
+        ctx.save_for_forward(*inputs[:4])
         ctx.temperature = inputs[4]
         ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(True)
+        ctx.set_materialize_grads(False)  # no dW where there is none
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 5
         needed = list(ctx.needs_input_grad[:3])
         grads = token_statistics_backward(grad, *ctx.saved_tensors, ctx.temperature, needed)
         return (*(g if need else None for g, need in zip(grads, needed, strict=True)), None, None)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None]:
+        """Features (x, 0, 0) with weight (W, dW, db) have the same logits as x with W, and their gradient, each row's
+        own, is ∂/∂z·(W, dW, db): times (dx, x, 1) it is the derivative. Takes the memory of a backward and, where dW
+        or db is given, a copy of W and of it."""
+        features, weight, bias, labels = ctx.saved_tensors
+        dtype = score_dtype(features, None)
+        x, w, b = features.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        dx, dw, db = (None if t is None else t.to(dtype) for t in tangents[:3])
+        along, heads = [torch.zeros_like(x) if dx is None else dx], [w]
+        if dw is not None:
+            along.append(x)
+            heads.append(dw)
+        if db is not None:
+            along.append(torch.ones_like(x[:, :1]))
+            heads.append(db[:, None])
+        if len(heads) > 1:
+            w = torch.cat(heads, 1)
+            x = torch.cat([x, x.new_zeros(len(x), w.shape[1] - x.shape[1])], 1)
+        slopes = []
+        for field in range(2):
+            grad = torch.zeros((2, len(x)), dtype=dtype, device=x.device)
+            grad[field] = 1.0
+            of_x, _, _ = token_statistics_backward(grad, x, w, b, labels, ctx.temperature, [True, False, False])
+            slopes.append((of_x * torch.cat(along, 1)).sum(1))
+        return torch.stack(slopes), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:

@@ -118,6 +118,32 @@ def _set_column(z: Tensor, classes: slice, y: Tensor, value: Tensor | float) -> 
 Sums = tuple[Tensor, Tensor, Tensor, Tensor]  #: m, s, powers and products of some classes; m = −inf for none
 
 
+def _sums(z: Tensor, inv_temperature: float, powers: float, entropy: bool) -> Sums:
+    """The sums over all classes of a tile, in its dtype, by rows that stay in the cache; overwrites z.
+
+    softmax(d) = exp(d)/S takes 2/3 of the time of exp(d) by itself, and 1/S is its maximum.
+    """
+    m, s, r, q = z.new_zeros(4, len(z), 1).unbind(0)
+    step = max(1, budget_of(z.device).piece // (z.shape[1] * z.itemsize)) if z.is_contiguous() else len(z)
+    for i in range(0, len(z), step):
+        d, rows = part(z, i, i + step), slice(i, i + step)
+        top = torch.amax(d, 1, keepdim=True, out=m[rows])
+        d.sub_(torch.where(top == -torch.inf, 0.0, top))
+        if inv_temperature != 1.0:
+            d.mul_(inv_temperature)
+        d.clamp_min_(FLOOR)
+        p = torch.softmax(d, 1) if d.is_contiguous() else torch.softmax(d.t(), 0).t()
+        scale = p.amax(1, keepdim=True).reciprocal_()
+        s[rows] = p.sum(1, keepdim=True) * scale
+        if powers not in (1.0, 2.0, math.inf):
+            r[rows] = (d * powers).exp_().sum(1, keepdim=True)
+        if entropy:
+            q[rows] = d.mul_(p).sum(1, keepdim=True) * scale
+        if powers == 2.0:
+            r[rows] = p.square_().sum(1, keepdim=True) * scale * scale
+    return m, s, r, q
+
+
 def merged(a: Sums, b: Sums, inv_temperature: float, powers: float) -> Sums:
     """The sums over both sets of classes, relative to the larger maximum."""
     m = torch.maximum(a[0], b[0])
@@ -154,22 +180,7 @@ def others_of(
             better = ~(top <= z_y)  # NaN too
             z.scatter_(1, at, torch.where(better, z_y, top.to(dtype)).to(z.dtype))
             z_y, y = torch.where(better, top.to(dtype), z_y), torch.where(better, at + classes.start, y)
-        tile_m = z.amax(1, keepdim=True)
-        d = z.sub_(torch.where(tile_m == -torch.inf, 0.0, tile_m))
-        if inv_temperature != 1.0:
-            d.mul_(inv_temperature)
-        tile_r = tile_q = torch.zeros_like(tile_m)
-        if powers not in (1.0, 2.0, math.inf):
-            tile_r = (d * powers).exp_().sum(1, keepdim=True)
-        if entropy:
-            t = d.clamp_min_(FLOOR).exp()
-            tile_q = d.mul_(t).sum(1, keepdim=True)
-        else:
-            t = d.exp_()
-        tile_s = t.sum(1, keepdim=True)
-        if powers == 2.0:
-            tile_r = t.square_().sum(1, keepdim=True)
-        tile = tile_m.to(dtype), tile_s.to(dtype), tile_r.to(dtype), tile_q.to(dtype)
+        tile: Sums = tuple(t.to(dtype) for t in _sums(z, inv_temperature, powers, entropy))  # type: ignore[assignment]
         m, s, r, q = merged((m, s, r, q), tile, inv_temperature, powers)
     return Others(y, z_y, m, s, r, q)
 

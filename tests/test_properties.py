@@ -1,17 +1,20 @@
 """What must hold for any input (hypothesis), on every path."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradnorm_fast import fast_gradnorm, gradnorm_from_logits, head_scores
+from gradnorm_fast import fast_gradnorm, gradnorm_from_logits, head_scores, token_statistics
 
 from conftest import DEVICE
-from families import deviation
+from families import deviation, deviation_norm, residual_norm
 
 # A row's own float32 error is at most 2e-6 (test_gradnorm.py): two computations of it differ by at most twice that.
 TWICE = dict(rtol=4e-6, atol=0.0)
+NORMS = [1.0, 2.0, 3.0, 4.0, math.inf, 0.5]
 both = pytest.mark.parametrize("backend", ["torch", "triton"])
 quick = settings(max_examples=25, deadline=None)
 
@@ -30,21 +33,76 @@ def problems(draw):
 temperatures = st.floats(0.01, 1e4)
 
 
+@st.composite
+def hard_rows(draw):
+    """A row of logits (1, C) and a temperature: groups of classes at heights of their own, each with a spread of its
+    own, around any centre."""
+    classes = draw(st.sampled_from([2, 3, 10, 129, 1000, 10000]))
+    temperature = draw(st.sampled_from([0.01, 1.0, 3.0, 1e3, 1e6, 1e9]))
+    z = torch.full((1, classes), draw(st.sampled_from([0.0, 5.0, -300.0, 3e4, -3e4])))
+    normal = torch.randn(classes, generator=torch.Generator().manual_seed(draw(st.integers(0, 2**32))))
+    for _ in range(draw(st.integers(1, 3))):
+        group = slice(draw(st.integers(0, classes - 1)), draw(st.integers(1, classes)))
+        height = draw(st.floats(-12, 12)) * draw(st.sampled_from([1.0, temperature]))
+        z[:, group] += height + normal[group] * draw(st.sampled_from([0.0, 1e-6, 1e-3, 0.1, 1.0]))
+    return z, temperature
+
+
 @settings(max_examples=300, deadline=None)
-@given(st.data())
-def test_scores_of_given_logits_are_exact(data):
-    """Groups of classes at heights of their own, each with a spread of its own, around any centre."""
-    classes = data.draw(st.sampled_from([2, 3, 10, 129, 1000, 10000]))
-    temperature = data.draw(st.sampled_from([0.01, 1.0, 3.0, 1e3, 1e6, 1e9]))
-    z = torch.full((1, classes), data.draw(st.sampled_from([0.0, 5.0, -300.0])))
-    normal = torch.randn(classes, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 2**32))))
-    for _ in range(data.draw(st.integers(1, 3))):
-        group = slice(data.draw(st.integers(0, classes - 1)), data.draw(st.integers(1, classes)))
-        height = data.draw(st.floats(-12, 12)) * data.draw(st.sampled_from([1.0, temperature]))
-        z[:, group] += height + normal[group] * data.draw(st.sampled_from([0.0, 1e-6, 1e-3, 0.1, 1.0]))
+@given(hard_rows())
+def test_scores_of_given_logits_are_exact(row):
+    z, temperature = row
     truth = deviation(z, temperature).item()
     got = gradnorm_from_logits(torch.ones(1, 1), z, temperature=temperature, backend="torch").item()
     assert abs(got - truth) <= 1e-6 * truth
+
+
+def rounding(z, label, temperature):
+    """What the rounding of z_y − m, m the largest of the other logits, moves the odds of class y by."""
+    others = z.double().index_fill(1, torch.tensor([label]), -torch.inf)
+    return 6e-8 * abs(z[0, label].item() - others.max().item()) / temperature
+
+
+@settings(max_examples=600, deadline=None)
+@given(hard_rows(), st.sampled_from(["uniform", "predicted", "label"]), st.sampled_from(NORMS), st.data())
+def test_norms_of_given_logits_are_exact(row, target, p, data):
+    z, temperature = row
+    label = z.argmax().item() if target == "predicted" else data.draw(st.integers(0, z.shape[1] - 1))
+    chosen, tolerance = torch.tensor([label]), 1e-6 if p >= 1.0 else 5e-5
+    if target == "uniform":
+        truth = deviation_norm(z, temperature, p)
+    else:
+        truth = residual_norm(z, chosen, temperature, p)
+        tolerance += rounding(z, label, temperature)
+    options = dict(target=chosen.to(DEVICE) if target == "label" else target, p=p, temperature=temperature)
+    ones = torch.ones(1, 1, device=DEVICE)
+    got = gradnorm_from_logits(ones, z.to(DEVICE), **options).double().cpu() * temperature
+    assert abs(got - truth) <= tolerance * truth + 1e-37
+
+
+@settings(max_examples=300, deadline=None)
+@given(hard_rows(), st.data())
+def test_token_statistics_are_exact_and_keep_their_bounds(row, data):
+    """With one feature, of 1, the weight is the logits."""
+    z, temperature = row
+    classes = z.shape[1]
+    label = data.draw(st.integers(0, classes - 1))
+    labels = torch.tensor([label])
+    weight = z.T.contiguous().to(DEVICE)
+    found = token_statistics(torch.ones(1, 1, device=DEVICE), weight, labels.to(DEVICE), temperature=temperature)
+    log_prob, entropy, sum_squares, norm = (t.double().item() for t in found)
+    d, top = z.double() / temperature, z.argmax(1)
+    others = d.index_fill(1, top, -torch.inf).logsumexp(1)
+    log_top = torch.nn.functional.logsigmoid(d[:, top] - others)  # log softmax rounds it to 0
+    log_p = torch.log_softmax(d, 1).index_copy(1, top, log_top)
+    truths = log_p[0, label], -(log_p.exp() * log_p).nansum(), log_p.exp().square().sum()
+    truths = [t.item() for t in truths] + [residual_norm(z, labels, temperature, 2.0).item()]
+    tolerance = 1e-6 + rounding(z, label, temperature)
+    for got, truth in zip((log_prob, entropy, sum_squares, norm), truths, strict=True):
+        absolute = 3e-7 if got is entropy and label != top.item() else 1e-37  # log S of the others, S near 1
+        assert abs(got - truth) <= tolerance * abs(truth) + absolute
+    assert log_prob <= 0 and 0 <= entropy <= math.log(classes) * (1 + 2e-6)
+    assert 1 / classes * (1 - 2e-6) <= sum_squares <= 1 + 2e-6
 
 
 @both

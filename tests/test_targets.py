@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from gradnorm_fast import _torch_targets, fast_gradnorm, gradnorm_from_logits, token_statistics
 from gradnorm_fast._torch_forward import MEMORY, Budget
@@ -71,13 +72,15 @@ def test_hard_rows_of_given_logits(classes, p):
 @pytest.mark.parametrize("p", NORMS)
 def test_where_the_label_has_all_the_probability(p):
     """1 − p_y from 1e-2 to 1e-30, where 1 − 2p_y + Σp² is 0; logits around ±3e4, where z/T would lose five digits."""
-    for level, gap in itertools.product([0.0, 3e4, -3e4], [5.0, 20.0, 69.0]):
-        z = torch.randn(4, 500, generator=torch.Generator().manual_seed(1)) + level
-        z[:, 7] = level + gap
+    for level, gap in itertools.product([0.0, 3e4, -3e4], [5.0, 20.0, 75.5]):
+        temperature = 3.0 if level else 1.0
+        z = torch.randn(4, 500, generator=torch.Generator().manual_seed(1)) * temperature + level
+        z[:, 7] = level + gap * temperature
         labels = torch.full((4,), 7)
-        truth = residual_norm(z, labels, 3.0 if level else 1.0, p)
+        truth = residual_norm(z, labels, temperature, p)
+        assert (truth.max() < 1e-29) == (gap > 70) or p < 1.0
         assert truth.max() > 0
-        options = dict(p=p, temperature=3.0 if level else 1.0)
+        options = dict(p=p, temperature=temperature)
         ones = torch.ones(4, 1, device=DEVICE)
         for target in (labels.to(DEVICE), "predicted"):
             got = gradnorm_from_logits(ones, z.to(DEVICE), target=target, **options) * options["temperature"]
@@ -85,14 +88,20 @@ def test_where_the_label_has_all_the_probability(p):
 
 
 def test_the_statistics_of_a_saturated_row():
+    """1 − p_y = 1e-30: to 1e-6 and the rounding of z_y − m, where the usual formula gives 0."""
     z = torch.full((1, 32000), 0.0)
     z[0, 3] = 79.5
-    truth = torch.expm1(torch.tensor(79.5 - math.log(31999.0)).double())  # p_y/(1 − p_y), about 1e30
+    log_rest = math.log(31999) - 79.5  # of 1 − p_y, since p_y is 1 to 30 digits
     x, w = torch.ones(1, 1, device=DEVICE), z.T.contiguous().to(DEVICE)
     found = token_statistics(x, w, torch.tensor([3], device=DEVICE))
-    assert relative(-found.log_prob * truth, torch.ones(1)) < 1e-5
-    assert relative(found.residual_norm * truth, torch.ones(1)) < 1e-4  # and 1 + ρ₂ = 1 + 1/31999
-    assert 0 < found.entropy.item() < 1e-26 and found.sum_squares.item() == 1.0
+    tolerance = 1e-6 + 6e-8 * 79.5
+    assert math.exp(log_rest) < 1.1e-30
+    assert math.isclose(-found.log_prob.item(), math.exp(log_rest), rel_tol=tolerance)
+    assert math.isclose(found.residual_norm.item(), math.exp(log_rest) * (1 + 1 / 31999) ** 0.5, rel_tol=tolerance)
+    entropy = math.exp(log_rest) * (1 - log_rest + math.log(31999))
+    assert math.isclose(found.entropy.item(), entropy, rel_tol=tolerance)
+    assert found.sum_squares.item() == 1.0
+    assert (1 - 2 * found.log_prob.exp() + found.sum_squares).item() == 0.0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -149,16 +158,34 @@ def test_gradcheck(target, p, include_bias):
     assert torch.autograd.gradcheck(lambda *a: gradnorm_from_logits(*a, **options), (x, logits))
 
 
-def test_gradcheck_of_token_statistics():
+def test_gradients_of_token_statistics():
+    """Backward, forward mode and torch.func, with an ignored row and a masked class."""
     x, w, bias, labels = problem(4, 5, 6)
-    labels[1] = -100
-    inputs = tuple(t.requires_grad_() for t in (x, w, bias))
-    for few in (inputs, inputs[:2]):
-        assert torch.autograd.gradcheck(
-            lambda x, w, b=None: token_statistics(x, w, labels, b, temperature=1.3)[:2], few
-        )
-    found = token_statistics(x, w, labels, bias)
+    labels[1], bias[labels[0] - 1] = -100, -torch.inf
+    call = lambda x, w, b=None: token_statistics(x, w, labels, b, temperature=1.3)[:2]  # noqa: E731
+    for few in ((x, w), (x, w, bias.clamp(-9))):
+        inputs = tuple(t.clone().requires_grad_() for t in few)
+        assert torch.autograd.gradcheck(call, inputs, check_forward_ad=True)
+        for i in range(len(inputs)):
+            alone = tuple(t.detach().requires_grad_(i == j) for j, t in enumerate(inputs))
+            assert torch.autograd.gradcheck(call, alone, check_forward_ad=True)
+    every = (0, 1, 2)
+    forward, backward = (jac(call, argnums=every)(x, w, bias) for jac in (torch.func.jacfwd, torch.func.jacrev))
+    torch.testing.assert_close(forward, backward)
+    along = lambda x, dx: torch.func.jvp(lambda x: call(x, w, bias), (x,), (dx,))[1]  # noqa: E731
+    dx = torch.randn(3, *x.shape, dtype=x.dtype, device=DEVICE)
+    several = torch.func.vmap(along)(torch.stack([x, 2 * x, -x]), dx)
+    for i, scale in enumerate((1, 2, -1)):
+        torch.testing.assert_close(tuple(t[i] for t in several), along(scale * x, dx[i]))
+
+
+def test_squares_and_residual_norms_are_not_differentiable():
+    x, w, bias, labels = problem(4, 5, 6)
+    found = token_statistics(x.clone().requires_grad_(), w, labels, bias)
     assert [t.requires_grad for t in found] == [True, True, False, False]
+    with forward_ad.dual_level():
+        found = token_statistics(forward_ad.make_dual(x, torch.ones_like(x)), w, labels, bias)
+        assert [forward_ad.unpack_dual(t).tangent is not None for t in found] == [True, True, False, False]
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -260,8 +287,8 @@ def test_invariants(rows, label, temperature):
     assert (found.entropy >= 0).all() and (found.entropy <= math.log(5) * (1 + 2e-6)).all()
     assert (found.sum_squares >= 0.2 * (1 - 2e-6)).all() and (found.sum_squares <= 1 + 2e-6).all()
     assert torch.allclose(
-        found.residual_norm * z.norm(dim=1) / temperature,
-        fast_gradnorm(z, torch.eye(5, device=DEVICE), target=labels, p=2.0, temperature=temperature),
+        found.residual_norm * z.double().norm(dim=1) / temperature,  # float32 would square small features to 0
+        fast_gradnorm(z, torch.eye(5, device=DEVICE), target=labels, p=2.0, temperature=temperature).double(),
         rtol=1e-5,
         atol=1e-37,
     )
@@ -376,17 +403,24 @@ def test_torch_func():
 
 
 def test_what_others_compute():
-    """By the formulas of DeepCore (GraNd, EL2N) and of verl (the weight of its optimal token baseline)."""
+    """By the formulas of DeepCore (GraNd, EL2N), verl (Σπ², the weight of its optimal token baseline) and ExGrad."""
     x, w, bias, labels = problem(6, 8, 5)
-    p = torch.softmax(torch.nn.functional.linear(x, w, bias), 1)
-    delta = p - torch.nn.functional.one_hot(labels, 5)
-    found = token_statistics(x, w, labels, bias)
-    assert relative(found.residual_norm, delta.norm(dim=1)) < 1e-12
+    z = torch.nn.functional.linear(x, w, bias).requires_grad_()
+    (delta,) = torch.autograd.grad(torch.nn.functional.cross_entropy(z, labels, reduction="sum"), z)
     gradients = torch.cat([delta, (x[:, None] * delta[:, :, None]).flatten(1)], 1)
     got = fast_gradnorm(x, w, bias, target=labels, p=2.0, include_bias=True)
     assert relative(got, gradients.norm(dim=1)) < 1e-12
-    p_y = p.gather(1, labels[:, None])[:, 0]
-    assert relative(found.residual_norm**2, 1 - 2 * p_y + found.sum_squares) < 1e-12
+    found = token_statistics(x, w, labels, bias)
+    assert relative(found.residual_norm, delta.norm(dim=1)) < 1e-12
+    squares = (torch.logsumexp(2.0 * z, 1) - 2.0 * torch.logsumexp(z, 1)).exp().detach()
+    p = torch.softmax(z, 1).detach()
+    assert relative(found.sum_squares, squares) < 1e-12
+    assert relative(found.residual_norm**2, 1 - 2 * p.gather(1, labels[:, None])[:, 0] + squares) < 1e-12
+    every = [autograd_gradnorm(x, w, bias, target=torch.full_like(labels, y)) for y in range(5)]
+    exgrad = (p * torch.stack(every, 1)).sum(1)  # E ‖∂ log p_y/∂W‖₁, y drawn from p
+    found = token_statistics(x, w, p.argmax(1), bias)
+    gini = -2 * found.log_prob.expm1() - found.residual_norm**2  # 1 − Σp², of the largest p too
+    assert relative(2 * x.abs().sum(1) * gini, exgrad) < 1e-12
 
 
 def test_grad_uncertainty_of_pytorch_ood():
@@ -443,6 +477,16 @@ def test_extra_memory_of_the_backward_is_bounded():
     for target, p in (("uniform", 2.0), ("predicted", 1.0), (labels, 2.0)):
         scores = fast_gradnorm(x, w, target=target, p=p).sum()
         assert peak_extra_memory(lambda: torch.autograd.grad(scores, (x, w))) <= MEMORY  # noqa: B023
-    found = token_statistics(x, w, labels)
-    loss = found.log_prob.sum() + found.entropy.sum()
+
+
+def test_extra_memory_of_token_statistics_and_their_gradients_is_bounded():
+    """512 x 1024 x 50,000: 100 MiB of logits, and 200 MiB of weight, whose gradient is the result."""
+    x, w, labels = random(512, 1024).requires_grad_(), random(50000, 1024).requires_grad_(), torch.arange(512)
+    found = []
+    assert peak_extra_memory(lambda: found.extend(token_statistics(x, w, labels)) or found) <= MEMORY
+    loss = found[0].sum() + found[1].sum()
     assert peak_extra_memory(lambda: torch.autograd.grad(loss, (x, w))) <= MEMORY
+    few, narrow = x[:, :64].detach(), w[:, :64].detach()  # forward mode takes three times the matmuls
+    tangent = torch.ones_like(few)
+    along = lambda: torch.func.jvp(lambda x: token_statistics(x, narrow, labels)[:2], (few,), (tangent,))[1]  # noqa: E731
+    assert peak_extra_memory(along) <= MEMORY
