@@ -163,7 +163,7 @@ def others_of(
 ) -> Others:
     """The sums for the problem's target in one pass; the powers are p-th ones, the products are 0 without entropy."""
     n, device, inv_temperature = len(problem.features), problem.features.device, 1.0 / problem.temperature
-    dtype = torch.float32 if device.type == "mps" else torch.float64
+    dtype = torch.float64
     m = z_y = torch.full((n, 1), -torch.inf, dtype=dtype, device=device)
     s = r = q = torch.zeros_like(m)
     given = isinstance(problem.target, Tensor)
