@@ -248,7 +248,11 @@ def _state_dict(content: Any, path: str | os.PathLike[str]) -> dict[str, torch.T
     """The state dict in a checkpoint: itself, or under one of _STATE_KEYS."""
     for key in (None, *_STATE_KEYS):
         state = content if key is None else content.get(key) if isinstance(content, dict) else None
-        if isinstance(state, dict) and state and all(isinstance(v, torch.Tensor) for v in state.values()):
+        if (
+            isinstance(state, dict)
+            and state
+            and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items())
+        ):
             return state
     there = f"the keys {', '.join(map(str, content))}" if isinstance(content, dict) else f"a {type(content).__name__}"
     raise ValueError(

@@ -97,8 +97,20 @@ def test_more_mistakes(place, capsys):
     wrong.append(((*SCORE, "--images", "empty", "--out", "s.csv"), "images: expected one size"))
     np.save("objects.npy", np.array([{}]), allow_pickle=True)
     Path("cut.npy").write_bytes(b"\x93NUMPY")
+    weight = Path("W.npy").read_bytes()
+    Path("negative.npy").write_bytes(weight.replace(b"(4, 6)", b"(-4,6)"))
+    Path("endless.npy").write_bytes(weight.replace(b"(4, 6), }       ", b"(99999999999,6)}"))
+    np.savez("archive.npz", weight)
+    Path("archive.npz").rename("archive.npy")
     Path("nothing.csv").touch()
-    for file in ("objects.npy", "cut.npy", "own.py"):
+    wrong.append(
+        (
+            ("eval", "--id", "archive.npy", "--ood", "a=F.npy", "--weight", "W.npy", "--quiet", "--out", "r"),
+            "an archive",
+        )
+    )
+    wrong.append((("score", "--features", "negative.npy", "--weight", "W.npy", "--out", "s.csv"), "it is damaged"))
+    for file in ("objects.npy", "cut.npy", "own.py", "negative.npy", "endless.npy"):
         features = ("score", "--features", "F.npy", "--device", "cpu", "--out", "s.csv", "--weight", file)
         wrong.append((features, f"weight: cannot read {file} as a NumPy array: it is damaged, or no .npy file"))
     wrong.append((("eval", "--id", "nothing.csv", "--ood", "a=nothing.csv", "--out", "r", "--quiet"), "it is empty"))

@@ -110,6 +110,10 @@ def test_workers_hand_over_one_tensor_per_batch():
     assert batch.shape == (2, 3, 2, 2) and reasons == [None, "not an image", None]
 
 
+def test_a_batch_may_be_larger_than_what_there_is(place):
+    assert run(*SCORE, "--images", "id", "--batch-size", 18 * "9", "--out", "s.csv") == 0 and len(table("s.csv")) == 20
+
+
 def test_workers_by_the_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
     some, many = (images._Images([None] * n, images.Preprocessing(lambda image: image)) for n in (30, 40))
@@ -250,19 +254,20 @@ def test_images_are_turned_as_exif_says(place):
 
 def test_lists_standard_input_and_shards(place, monkeypatch):
     assert run(*SCORE, "--images", "id", "--out", "s.csv") == 0
-    expected = {row["path"]: row["gradnorm"] for row in table("s.csv")}
+    expected = {row["path"]: pytest.approx(float(row["gradnorm"]), rel=1e-5) for row in table("s.csv")}  # other batches
+
+    def scored(*columns):
+        return [(*(row[c] for c in columns), float(row["gradnorm"])) for row in table("s.csv")]
+
     some = list(expected)[3:6]
     Path("some images.txt").write_text("".join(f"{os.path.basename(p)} {i}\n" for i, p in enumerate(some)) + "\n")
     assert run(*SCORE, "--images", "some images.txt", "--root", os.path.dirname(some[0]), "--out", "s.csv") == 0
-    assert [(r["gradnorm"], r["label"]) for r in table("s.csv")] == [(expected[p], str(i)) for i, p in enumerate(some)]
+    assert scored("label") == [(str(i), expected[p]) for i, p in enumerate(some)]
 
     shutil.copy(some[0], "a name 7")  # a file of that name is no label
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{some[1]} -1\r\na name 7\n".encode())))
     assert run(*SCORE, "--images", "-", "--out", "s.csv") == 0
-    assert [(r["path"], r["gradnorm"]) for r in table("s.csv")] == [
-        (some[1], expected[some[1]]),
-        ("a name 7", expected[some[0]]),
-    ]
+    assert scored("path") == [(some[1], expected[some[1]]), ("a name 7", expected[some[0]])]
     assert "label" not in table("s.csv")[0]
 
     with tarfile.open("shard.tar", "w") as shard:
@@ -276,8 +281,8 @@ def test_lists_standard_input_and_shards(place, monkeypatch):
     os.rename("shard.tar", "shards/a.tar")
     assert run(*SCORE, "--images", "shards", "--out", "t.csv") == 0
     assert [r["gradnorm"] for r in table("t.csv")] == [r["gradnorm"] for r in table("s.csv")]
-    assert [(r["path"], r["gradnorm"], r["label"]) for r in table("s.csv")] == [
-        (f"shard.tar:x/{i}.rgb.png", expected[path], str(4 - i)) for i, path in enumerate(some)
+    assert scored("path", "label") == [
+        (f"shard.tar:x/{i}.rgb.png", str(4 - i), expected[path]) for i, path in enumerate(some)
     ]
 
 
@@ -407,6 +412,17 @@ def test_a_gate_knows_its_model_and_preprocessing(place, capsys, interrupt):
     Path("own2.py").write_text(Path("own.py").read_text().replace("torch.nn.ReLU()", "torch.nn.BatchNorm2d(8)"))
     assert run(*gate, "--model", "own2:small") == 2
     assert "tensors differ" in capsys.readouterr().err
+
+
+def test_a_preprocessing_that_is_unknown_is_said_to_be(place, capsys):
+    with open("own.py", "a") as file:
+        file.write("def untold():\n    from torchvision.transforms.v2.functional import to_dtype, to_image\n")
+        file.write("    return small(), lambda image: to_dtype(to_image(image), torch.float32, scale=True)\n")
+    assert run("fit", *MODEL_RUN, "--model", "own:untold", "--id", "id", "--out", "g.json") == 0
+    assert "g.json does not know the preprocessing" in capsys.readouterr().err
+    for model, message in (("small", "is unknown and was not compared"), ("untold", "has no text to compare")):
+        gate = (*SCORE, "--model", f"own:{model}", "--images", "id", "--detector", "g.json", "--out", "s.csv")
+        assert run(*gate) == 0 and message in capsys.readouterr().err
 
 
 def test_a_gate_knows_whether_it_was_fitted_with_amp(place, capsys):
