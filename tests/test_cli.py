@@ -1,6 +1,7 @@
 """The command line as a user meets it: help, and one line for every mistake."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -160,6 +161,19 @@ def test_ctrl_c_while_it_starts_is_one_line(module, tmp_path):
     command = [sys.executable, "-c", "from gradnorm_fast.cli import main; raise SystemExit(main(['env']))"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (130, "gradnorm-fast: interrupted\n")
+
+
+def test_ctrl_c_while_the_command_line_is_imported_is_one_line(monkeypatch, capsys):
+    class Interrupting:
+        def find_spec(self, name, path=None, target=None):
+            if name == "gradnorm_fast.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "gradnorm_fast.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("gradnorm_fast", run_name="__main__")
+    assert stop.value.code == 130 and capsys.readouterr().err == "gradnorm-fast: interrupted\n"
 
 
 def test_switches_that_are_none(monkeypatch, capsys):

@@ -176,6 +176,12 @@ def test_nan_scores_are_counted(place, capsys):
     assert run(*arguments, "--strict") == 1 and len(table("s.csv")) == 200
     assert run("fit", "--id", "G.npy", *FEATURES_RUN, "--out", "g.json") == 2
     assert "2 of 200 scores are NaN, the first of 3" in capsys.readouterr().err
+    sys.path.insert(0, str(place))
+    weights = importlib.import_module("own").small().state_dict()
+    torch.save({name: torch.nan * value for name, value in weights.items()}, "nan.pt")
+    arguments = (*SCORE, "--checkpoint", "nan.pt", "--images", "ood", "--out", "s.csv")
+    assert run(*arguments) == 0 and run(*arguments, "--strict") == 1
+    assert capsys.readouterr().err.count("12 of 12 scores are NaN, the first of ood/00.png") == 2
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
