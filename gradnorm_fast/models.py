@@ -100,7 +100,7 @@ def device_of(name: str | torch.device | None) -> torch.device:
     try:
         device = torch.device(name)
         if device.type != "cuda":
-            torch.empty(0, device=device)
+            torch.empty(0, device=device).tolist()  # "meta" has no values
     except (RuntimeError, AssertionError):
         raise ValueError(f"device: expected cpu, cuda, cuda:N or another device here, got {name!r}") from None
     if device.type == "cuda":

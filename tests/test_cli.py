@@ -50,6 +50,7 @@ WRONG = [
     (("--images", "id", "--std", "nan", "1", "1"), "std: expected a finite number"),
     (("--images", "id", "--mean", "inf", "1", "1"), "mean: expected a finite number"),
     (("--images", "id", "--temperature", "nan"), "temperature: expected a finite number"),
+    (("--images", "id", "--device", "meta"), "device: expected cpu, cuda, cuda:N or another device here"),
     (("--images", "id", "--device", "mps"), "device: expected cpu, cuda, cuda:N or another device here"),
     (("--images", "id", "--model", ":"), "expected module:function"),
     (("--images", "id", "--classes", "7"), "classes: 'own:small' decides that itself"),

@@ -325,6 +325,12 @@ def test_features_have_their_room_on_the_disk_before_any_work(place, interrupt, 
     assert re.search(r"s.part-features: 640 bytes of features: No space left on device", capsys.readouterr().err)
     assert not Path("s.part-features").exists()
 
+    def no_header(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # NumPy's own names no file
+
+    monkeypatch.setattr(np.lib.format, "open_memmap", no_header)
+    assert run(*arguments, "--restart") == 2 and "s.part-features: 640 bytes" in capsys.readouterr().err
+
 
 def test_an_own_model_may_import_beside_itself_while_it_runs(place):
     Path("beside.py").write_text("SCALE = 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,15 +39,15 @@ class FeatureFile:
 
     def _create(self) -> None:
         """Make the file and allocate all of it: writing to a mapped file on a full disk kills the process."""
-        rows = self._map("w+")
-        if hasattr(os, "posix_fallocate"):
-            try:
+        size = math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        try:
+            rows = self._map("w+")
+            if hasattr(os, "posix_fallocate"):
                 with open(self.part, "r+b") as file:
-                    os.posix_fallocate(file.fileno(), rows.offset, rows.nbytes)
-            except OSError as error:
-                self.part.unlink()
-                reason = f"{rows.nbytes} bytes of features: {error.strerror}"
-                raise OSError(error.errno, reason, str(self.part)) from error
+                    os.posix_fallocate(file.fileno(), rows.offset, size)
+        except OSError as error:
+            self.part.unlink(missing_ok=True)
+            raise OSError(error.errno, f"{size} bytes of features: {error.strerror}", str(self.part)) from error
 
     def _map(self, mode: Any) -> Any:
         return np.lib.format.open_memmap(self.part, mode=mode, dtype=self.dtype, shape=self.shape)
