@@ -37,6 +37,20 @@ def test_eval(place):
     assert "GradNorm" in Path("r/table.md").read_text() and len(table("r/table.csv")) == 10
 
 
+def test_eval_never_scores_its_own_plot(place, capsys):
+    Path("r").mkdir()
+    os.symlink(place / "r", "id/results")
+    arguments = ("eval", *MODEL_RUN, "--id", "id", "--ood", "a=ood", "--out", "r")
+    assert run(*arguments) == 0
+    assert run(*arguments) == 2
+    assert "out: id/results/scores.png, which would be scored, is drawn by this run" in capsys.readouterr().err
+    picture = Path("ood/00.png").rename("scores.png").read_bytes()
+    assert run("eval", *MODEL_RUN, "--id", "ood", "--ood", "a=scores.png", "--out", ".") == 2
+    assert Path("scores.png").read_bytes() == picture
+    Path("scores.png").rename("another.png")
+    assert run("eval", *MODEL_RUN, "--id", "ood", "--ood", "a=another.png", "--out", ".") == 0
+
+
 def test_eval_by_the_convention_of_another_code(place, capsys):
     arguments = ("eval", *MODEL_RUN, "--id", "id", "--ood", "a=ood", "--out", "r", "--convention")
     assert run(*arguments, "openood") == 0
