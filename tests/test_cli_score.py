@@ -276,6 +276,10 @@ def test_lists_standard_input_and_shards(place, monkeypatch):
     assert scored("path") == [(some[1], expected[some[1]]), ("a name 7", expected[some[0]])]
     assert "label" not in table("s.csv")[0]
 
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="where several processes read them, got -"):
+        patch.setenv("WORLD_SIZE", "2")
+        inputs.find_inputs(["-"])
+
     with tarfile.open("shard.tar", "w") as shard:
         for i, path in enumerate(some):
             shard.add(path, f"x/{i}.rgb.png")

@@ -41,6 +41,8 @@ def find_inputs(sources: Sequence[str | os.PathLike[str]], root: str | os.PathLi
     found: list[Input] = []
     for source in (os.fspath(s) for s in sources):
         if source == "-":
+            if os.environ.get("WORLD_SIZE", "1") != "1":  # each process would get a part of it
+                raise ValueError("images: expected files or folders where several processes read them, got -")
             found += _listed(sys.stdin.buffer.read(), "the standard input", root)
         elif os.path.isdir(source):
             found += _in_folder(source)
