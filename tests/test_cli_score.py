@@ -330,10 +330,27 @@ def test_features_have_their_room_on_the_disk_before_any_work(place, interrupt, 
     assert not Path("s.part-features").exists()
 
     def no_header(*_, **__):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # NumPy's own names no file
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a full disk: no file is named
 
-    monkeypatch.setattr(np.lib.format, "open_memmap", no_header)
+    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", no_header)
     assert run(*arguments, "--restart") == 2 and "s.part-features: 640 bytes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["gone", "damaged"])
+def test_resume_needs_the_features_that_were_kept(place, interrupt, monkeypatch, capsys, damage):
+    arguments = (*SCORE, "--images", "id", "--out", "s.csv", "--save-features", "f.npy", "--batch-size", 4)
+    interrupt(3)
+    assert run(*arguments) == 130
+    part = Path("s.part-features")
+    part.unlink() if damage == "gone" else os.truncate(part, 100 if damage == "damaged" else 0)
+    assert run(*arguments, "--resume") == 2
+    assert f"s.part-features is {damage}, with the features of the run; --restart" in capsys.readouterr().err
+    # A restart that is killed with its new file of features, before any row: the old rows are not taken up again.
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "run", lambda *_, **__: 1 / 0)
+        assert run(*arguments, "--restart") == 1
+    sizes = interrupt(100)
+    assert run(*arguments, "--resume") == 0 and sum(sizes) == 20 and np.load("f.npy").any(1).all()
 
 
 def test_an_own_model_may_import_beside_itself_while_it_runs(place):
