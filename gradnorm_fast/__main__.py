@@ -1,5 +1,12 @@
-"""``python -m gradnorm_fast``: the same as the command ``gradnorm-fast``."""
+"""``python -m gradnorm_fast``."""
 
-from .cli import main
+import sys
 
-raise SystemExit(main())
+try:
+    from .cli import main
+
+    code = main()
+except KeyboardInterrupt:  # before main could see to it
+    print("gradnorm-fast: interrupted", file=sys.stderr)
+    code = 130
+sys.exit(code)

@@ -20,6 +20,10 @@ def batches(loader: Iterable[Any], progress: bool) -> Iterator[Inputs]:
     """The inputs in each batch of a loader, or of a dataset, which is loaded in batches of 64."""
     if isinstance(loader, Tensor):
         raise TypeError(f"loader: expected batches, got a tensor {tuple(loader.shape)}; give tensor.split(64)")
+    if hasattr(loader, "__array__"):
+        raise TypeError(
+            f"loader: expected an iterable of batches, as a DataLoader, got a NumPy {type(loader).__name__}"
+        )
     if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
         raise TypeError(f"loader: expected an iterable of batches, as a DataLoader, got {type(loader).__name__}")
     if isinstance(loader, Mapping | str):

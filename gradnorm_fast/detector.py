@@ -324,7 +324,7 @@ class GradNorm:
         Args:
             path: what `save` wrote. Files of version 0.1 (format 1) know only the head: they load with a warning.
             model: on any device.
-            preprocessing: as in `GradNorm`; compared with the saved one where both are known.
+            preprocessing: as in `GradNorm`; compared with the saved one, with a warning where that is unknown.
             autocast: the dtype of torch.autocast in which images will be scored, as "bfloat16", or "off"; compared
                 likewise. Left out, `predict` warns of another one than that of `fit`.
             force: load in spite of differences, with a warning that names them.
@@ -366,6 +366,8 @@ class GradNorm:
                 raise ValueError(f"{path}: {error}") from None
             if different:
                 wrong.append(f"{len(different)} of {len(saved.tensors)} tensors differ: {gate.at_most(different)}")
+        if given is not None and saved.preprocessing is None and saved.tensors is not None:
+            warnings.warn(f"{path}: the preprocessing of its images is unknown and was not compared", stacklevel=2)
         if wrong and not force:
             raise ValueError(
                 f"{path}: this gate does not match: {'; '.join(wrong)}. Fit it again, or load with force=True"

@@ -96,7 +96,7 @@ def evaluate(
         >>> round(metrics["auroc"], 3)
         0.833
     """
-    if convention is not None and convention not in CONVENTIONS:
+    if convention is not None and (not isinstance(convention, str) or convention not in CONVENTIONS):
         raise ValueError(f"convention: expected None or one of {', '.join(CONVENTIONS)}, got {convention!r}")
     keep_dtype = convention == "pytorch_ood_0.3"  # the one whose numbers depend on it
     inside = _as_scores("id_scores", id_scores, keep_dtype)
@@ -407,8 +407,9 @@ def _as_scores(name: str, scores: ScoresLike, keep_dtype: bool = False) -> Array
     """The scores as a float64 array, or one of their own floating-point type; ValueError naming the argument."""
     expected = f"{name}: expected a non-empty one-dimensional array of finite real numbers"
     if isinstance(scores, torch.Tensor):
-        if scores.is_complex():
-            raise ValueError(f"{expected}, got a tensor of {scores.dtype}")
+        if scores.is_complex() or scores.is_quantized or scores.is_meta or scores.layout != torch.strided:
+            where = f", {scores.layout}, on {scores.device}"
+            raise ValueError(f"{expected}, got a tensor of {scores.dtype}{where}")
         scores = scores.detach().cpu()
         array = (scores.float() if scores.dtype == torch.bfloat16 else scores).numpy()  # numpy knows no bfloat16
     else:

@@ -100,7 +100,7 @@ def device_of(name: str | torch.device | None) -> torch.device:
     try:
         device = torch.device(name)
         if device.type != "cuda":
-            torch.empty(0, device=device)
+            torch.empty(0, device=device).tolist()  # "meta" has no values
     except (RuntimeError, AssertionError):
         raise ValueError(f"device: expected cpu, cuda, cuda:N or another device here, got {name!r}") from None
     if device.type == "cuda":
@@ -248,7 +248,11 @@ def _state_dict(content: Any, path: str | os.PathLike[str]) -> dict[str, torch.T
     """The state dict in a checkpoint: itself, or under one of _STATE_KEYS."""
     for key in (None, *_STATE_KEYS):
         state = content if key is None else content.get(key) if isinstance(content, dict) else None
-        if isinstance(state, dict) and state and all(isinstance(v, torch.Tensor) for v in state.values()):
+        if (
+            isinstance(state, dict)
+            and state
+            and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items())
+        ):
             return state
     there = f"the keys {', '.join(map(str, content))}" if isinstance(content, dict) else f"a {type(content).__name__}"
     raise ValueError(

@@ -1,6 +1,7 @@
 """The command line as a user meets it: help, and one line for every mistake."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,7 @@ WRONG = [
     (("--images", "id", "--std", "nan", "1", "1"), "std: expected a finite number"),
     (("--images", "id", "--mean", "inf", "1", "1"), "mean: expected a finite number"),
     (("--images", "id", "--temperature", "nan"), "temperature: expected a finite number"),
+    (("--images", "id", "--device", "meta"), "device: expected cpu, cuda, cuda:N or another device here"),
     (("--images", "id", "--device", "mps"), "device: expected cpu, cuda, cuda:N or another device here"),
     (("--images", "id", "--model", ":"), "expected module:function"),
     (("--images", "id", "--classes", "7"), "classes: 'own:small' decides that itself"),
@@ -97,8 +99,20 @@ def test_more_mistakes(place, capsys):
     wrong.append(((*SCORE, "--images", "empty", "--out", "s.csv"), "images: expected one size"))
     np.save("objects.npy", np.array([{}]), allow_pickle=True)
     Path("cut.npy").write_bytes(b"\x93NUMPY")
+    weight = Path("W.npy").read_bytes()
+    Path("negative.npy").write_bytes(weight.replace(b"(4, 6)", b"(-4,6)"))
+    Path("endless.npy").write_bytes(weight.replace(b"(4, 6), }       ", b"(99999999999,6)}"))
+    np.savez("archive.npz", weight)
+    Path("archive.npz").rename("archive.npy")
     Path("nothing.csv").touch()
-    for file in ("objects.npy", "cut.npy", "own.py"):
+    wrong.append(
+        (
+            ("eval", "--id", "archive.npy", "--ood", "a=F.npy", "--weight", "W.npy", "--quiet", "--out", "r"),
+            "an archive",
+        )
+    )
+    wrong.append((("score", "--features", "negative.npy", "--weight", "W.npy", "--out", "s.csv"), "it is damaged"))
+    for file in ("objects.npy", "cut.npy", "own.py", "negative.npy", "endless.npy"):
         features = ("score", "--features", "F.npy", "--device", "cpu", "--out", "s.csv", "--weight", file)
         wrong.append((features, f"weight: cannot read {file} as a NumPy array: it is damaged, or no .npy file"))
     wrong.append((("eval", "--id", "nothing.csv", "--ood", "a=nothing.csv", "--out", "r", "--quiet"), "it is empty"))
@@ -148,6 +162,19 @@ def test_ctrl_c_while_it_starts_is_one_line(module, tmp_path):
     command = [sys.executable, "-c", "from gradnorm_fast.cli import main; raise SystemExit(main(['env']))"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (130, "gradnorm-fast: interrupted\n")
+
+
+def test_ctrl_c_while_the_command_line_is_imported_is_one_line(monkeypatch, capsys):
+    class Interrupting:
+        def find_spec(self, name, path=None, target=None):
+            if name == "gradnorm_fast.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "gradnorm_fast.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("gradnorm_fast", run_name="__main__")
+    assert stop.value.code == 130 and capsys.readouterr().err == "gradnorm-fast: interrupted\n"
 
 
 def test_switches_that_are_none(monkeypatch, capsys):

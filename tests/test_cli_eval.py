@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from gradnorm_fast import GradNorm, HeadScores
+from gradnorm_fast.cli.tables import read_table
 from gradnorm_fast.evaluation import compare_methods, results_table
 from gradnorm_fast.models import _load_checkpoint, default_transform
 
@@ -35,6 +36,20 @@ def test_eval(place):
     assert metrics["auroc_low"] <= metrics["auroc"] <= metrics["auroc_high"]
     assert Path("r/scores.png").read_bytes()[:4] == b"\x89PNG"
     assert "GradNorm" in Path("r/table.md").read_text() and len(table("r/table.csv")) == 10
+
+
+def test_eval_never_scores_its_own_plot(place, capsys):
+    Path("r").mkdir()
+    os.symlink(place / "r", "id/results")
+    arguments = ("eval", *MODEL_RUN, "--id", "id", "--ood", "a=ood", "--out", "r")
+    assert run(*arguments) == 0
+    assert run(*arguments) == 2
+    assert "out: id/results/scores.png, which would be scored, is drawn by this run" in capsys.readouterr().err
+    picture = Path("ood/00.png").rename("scores.png").read_bytes()
+    assert run("eval", *MODEL_RUN, "--id", "ood", "--ood", "a=scores.png", "--out", ".") == 2
+    assert Path("scores.png").read_bytes() == picture
+    Path("scores.png").rename("another.png")
+    assert run("eval", *MODEL_RUN, "--id", "ood", "--ood", "a=another.png", "--out", ".") == 0
 
 
 def test_eval_by_the_convention_of_another_code(place, capsys):
@@ -131,6 +146,10 @@ def test_what_eval_refuses(place, capsys):
     Path("few.csv").write_text("path,gradnorm\na,1\n")
     Path("words.csv").write_text("path,gradnorm\na,b\n")
     Path("uneven.csv").write_text("path,gradnorm\na\n")
+    Path("twice.csv").write_text("path,gradnorm,gradnorm\na,1,2\n")
+    Path("label.csv").write_text("path,gradnorm,label\na,1,cat\n")
+    Path("mark.csv").write_text("\ufeffpath,gradnorm\na,1\n", encoding="utf-8")
+    assert read_table(Path("mark.csv"), ["gradnorm"]).names == ["a"]
     features = np.load("G.npy")
     features[5] = np.nan
     np.save("G.npy", features)
@@ -151,6 +170,8 @@ def test_what_eval_refuses(place, capsys):
         ((*fit, "words.csv"), "expected numbers in column 'gradnorm' of words.csv"),
         ((*fit, "uneven.csv"), "line 2 has 1 values, the header 2"),
         ((*fit, "none.csv"), "no file none.csv"),
+        ((*fit, "twice.csv"), "it has the column 'gradnorm' twice"),
+        ((*fit, "label.csv"), "expected numbers in column 'label' of label.csv"),
         (("eval", "--id", "F.npy", "--ood", "a=G.npy", *FEATURES_RUN, "--out", "r"), "in a 1 of 200 scores are NaN"),
     ):
         assert run(*arguments) == 2, arguments

@@ -183,6 +183,13 @@ def test_a_full_disk_names_the_file_and_loses_nothing(place, capsys, interrupt):
     assert "s.part-0-of-1: File too large; --resume goes on with the rows that are kept" in err
     sizes = interrupt(100)
     assert run(*arguments, "--resume") == 0 and 0 < sum(sizes) < 20 and len(table("s.csv")) == 20
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # no room even for the lock's owner
+    try:
+        assert run(*arguments) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "s.part-0-of-1: File too large; --resume goes on" in capsys.readouterr().err
+    assert not Path("s.lock").exists() and not list(place.glob("*.part*"))
 
 
 def test_an_unreadable_image_is_tried_again(place, interrupt):

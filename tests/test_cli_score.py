@@ -110,6 +110,10 @@ def test_workers_hand_over_one_tensor_per_batch():
     assert batch.shape == (2, 3, 2, 2) and reasons == [None, "not an image", None]
 
 
+def test_a_batch_may_be_larger_than_what_there_is(place):
+    assert run(*SCORE, "--images", "id", "--batch-size", 18 * "9", "--out", "s.csv") == 0 and len(table("s.csv")) == 20
+
+
 def test_workers_by_the_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
     some, many = (images._Images([None] * n, images.Preprocessing(lambda image: image)) for n in (30, 40))
@@ -172,6 +176,12 @@ def test_nan_scores_are_counted(place, capsys):
     assert run(*arguments, "--strict") == 1 and len(table("s.csv")) == 200
     assert run("fit", "--id", "G.npy", *FEATURES_RUN, "--out", "g.json") == 2
     assert "2 of 200 scores are NaN, the first of 3" in capsys.readouterr().err
+    sys.path.insert(0, str(place))
+    weights = importlib.import_module("own").small().state_dict()
+    torch.save({name: torch.nan * value for name, value in weights.items()}, "nan.pt")
+    arguments = (*SCORE, "--checkpoint", "nan.pt", "--images", "ood", "--out", "s.csv")
+    assert run(*arguments) == 0 and run(*arguments, "--strict") == 1
+    assert capsys.readouterr().err.count("12 of 12 scores are NaN, the first of ood/00.png") == 2
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
@@ -250,20 +260,25 @@ def test_images_are_turned_as_exif_says(place):
 
 def test_lists_standard_input_and_shards(place, monkeypatch):
     assert run(*SCORE, "--images", "id", "--out", "s.csv") == 0
-    expected = {row["path"]: row["gradnorm"] for row in table("s.csv")}
+    expected = {row["path"]: pytest.approx(float(row["gradnorm"]), rel=1e-5) for row in table("s.csv")}  # other batches
+
+    def scored(*columns):
+        return [(*(row[c] for c in columns), float(row["gradnorm"])) for row in table("s.csv")]
+
     some = list(expected)[3:6]
     Path("some images.txt").write_text("".join(f"{os.path.basename(p)} {i}\n" for i, p in enumerate(some)) + "\n")
     assert run(*SCORE, "--images", "some images.txt", "--root", os.path.dirname(some[0]), "--out", "s.csv") == 0
-    assert [(r["gradnorm"], r["label"]) for r in table("s.csv")] == [(expected[p], str(i)) for i, p in enumerate(some)]
+    assert scored("label") == [(str(i), expected[p]) for i, p in enumerate(some)]
 
     shutil.copy(some[0], "a name 7")  # a file of that name is no label
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{some[1]} -1\r\na name 7\n".encode())))
     assert run(*SCORE, "--images", "-", "--out", "s.csv") == 0
-    assert [(r["path"], r["gradnorm"]) for r in table("s.csv")] == [
-        (some[1], expected[some[1]]),
-        ("a name 7", expected[some[0]]),
-    ]
+    assert scored("path") == [(some[1], expected[some[1]]), ("a name 7", expected[some[0]])]
     assert "label" not in table("s.csv")[0]
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="where several processes read them, got -"):
+        patch.setenv("WORLD_SIZE", "2")
+        inputs.find_inputs(["-"])
 
     with tarfile.open("shard.tar", "w") as shard:
         for i, path in enumerate(some):
@@ -276,8 +291,8 @@ def test_lists_standard_input_and_shards(place, monkeypatch):
     os.rename("shard.tar", "shards/a.tar")
     assert run(*SCORE, "--images", "shards", "--out", "t.csv") == 0
     assert [r["gradnorm"] for r in table("t.csv")] == [r["gradnorm"] for r in table("s.csv")]
-    assert [(r["path"], r["gradnorm"], r["label"]) for r in table("s.csv")] == [
-        (f"shard.tar:x/{i}.rgb.png", expected[path], str(4 - i)) for i, path in enumerate(some)
+    assert scored("path", "label") == [
+        (f"shard.tar:x/{i}.rgb.png", str(4 - i), expected[path]) for i, path in enumerate(some)
     ]
 
 
@@ -313,6 +328,29 @@ def test_features_have_their_room_on_the_disk_before_any_work(place, interrupt, 
     assert run(*arguments, "--restart") == 2 and sum(sizes) == 0
     assert re.search(r"s.part-features: 640 bytes of features: No space left on device", capsys.readouterr().err)
     assert not Path("s.part-features").exists()
+
+    def no_header(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a full disk: no file is named
+
+    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", no_header)
+    assert run(*arguments, "--restart") == 2 and "s.part-features: 640 bytes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["gone", "damaged"])
+def test_resume_needs_the_features_that_were_kept(place, interrupt, monkeypatch, capsys, damage):
+    arguments = (*SCORE, "--images", "id", "--out", "s.csv", "--save-features", "f.npy", "--batch-size", 4)
+    interrupt(3)
+    assert run(*arguments) == 130
+    part = Path("s.part-features")
+    part.unlink() if damage == "gone" else os.truncate(part, 100 if damage == "damaged" else 0)
+    assert run(*arguments, "--resume") == 2
+    assert f"s.part-features is {damage}, with the features of the run; --restart" in capsys.readouterr().err
+    # A restart that is killed with its new file of features, before any row: the old rows are not taken up again.
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "run", lambda *_, **__: 1 / 0)
+        assert run(*arguments, "--restart") == 1
+    sizes = interrupt(100)
+    assert run(*arguments, "--resume") == 0 and sum(sizes) == 20 and np.load("f.npy").any(1).all()
 
 
 def test_an_own_model_may_import_beside_itself_while_it_runs(place):
@@ -407,6 +445,17 @@ def test_a_gate_knows_its_model_and_preprocessing(place, capsys, interrupt):
     Path("own2.py").write_text(Path("own.py").read_text().replace("torch.nn.ReLU()", "torch.nn.BatchNorm2d(8)"))
     assert run(*gate, "--model", "own2:small") == 2
     assert "tensors differ" in capsys.readouterr().err
+
+
+def test_a_preprocessing_that_is_unknown_is_said_to_be(place, capsys):
+    with open("own.py", "a") as file:
+        file.write("def untold():\n    from torchvision.transforms.v2.functional import to_dtype, to_image\n")
+        file.write("    return small(), lambda image: to_dtype(to_image(image), torch.float32, scale=True)\n")
+    assert run("fit", *MODEL_RUN, "--model", "own:untold", "--id", "id", "--out", "g.json") == 0
+    assert "g.json does not know the preprocessing" in capsys.readouterr().err
+    for model, message in (("small", "is unknown and was not compared"), ("untold", "has no text to compare")):
+        gate = (*SCORE, "--model", f"own:{model}", "--images", "id", "--detector", "g.json", "--out", "s.csv")
+        assert run(*gate) == 0 and message in capsys.readouterr().err
 
 
 def test_a_gate_knows_whether_it_was_fitted_with_amp(place, capsys):

@@ -386,6 +386,8 @@ def test_a_dataset_in_place_of_a_loader():
         (3, "expected an iterable of batches, as a DataLoader, got int"),
         ({"image": torch.ones(4, 3, 12, 12)}, r"got one dict; give \[batch\]"),
         ("folder", "got one str"),
+        (np.float32(3), "got a NumPy float32"),
+        (np.ones((4, 3, 12, 12)), "got a NumPy ndarray"),
         ([{"label": torch.ones(4)}], "one of the keys pixel_values, image, images, data or input_ids, got label"),
     ],
 )

@@ -232,6 +232,8 @@ def test_conventions_differ_where_they_are_known_to():
 def test_unknown_convention():
     with pytest.raises(ValueError, match=r"^convention: expected None or one of official, openood, .* got 'paper'"):
         evaluate([1.0], [0.0], convention="paper")
+    with pytest.raises(ValueError, match=r"^convention: expected None or one of official"):
+        evaluate([1.0], [0.0], convention=np.array(["official", "openood"]))
     assert set(evaluate([1.0], [0.0], convention=None)) == KEYS
 
 
@@ -284,6 +286,8 @@ def test_neighbouring_floats_are_told_apart():
         (None, "got NoneType of object"),
         ([1j], "got list of complex128"),
         (torch.ones(2, dtype=torch.complex64), "torch.complex64"),
+        (torch.ones(2, device="meta"), "on meta"),
+        (torch.ones(2).to_sparse(), "torch.sparse_coo"),
         ([[1.0], [1.0, 2.0]], "uneven lengths"),
     ],
     ids=repr,

@@ -175,7 +175,8 @@ def test_preprocessing_is_kept_and_compared(path):
         detector = saved(path, preprocessing=unknown)
         assert detector.preprocessing is None and "preprocessing unknown" in repr(detector)
         assert json.loads(path.read_text())["preprocessing"] is None
-        assert GradNorm.load(path, small(), preprocessing="resized").preprocessing == "resized"
+        with pytest.warns(UserWarning, match="the preprocessing of its images is unknown and was not compared"):
+            assert GradNorm.load(path, small(), preprocessing="resized").preprocessing == "resized"
 
 
 def test_autocast_is_kept_and_compared(path):

@@ -65,6 +65,7 @@ def test_checkpoints_of_training_programs(content, tmp_path):
         ({"weights": STATE, "epoch": 3}, "under state_dict, model_state_dict, model, net, got the keys weights, epoch"),
         (network(0), "it holds torch.nn.*may run code; save the state dict alone"),
         ([1, 2], "got a list"),
+        ({1: torch.ones(2)}, "got the keys 1"),
         (prefixed("a.", STATE) | prefixed("b.", OTHER), r"holds the model several times, as a\., b\."),
         (prefixed("module.", dict(list(STATE.items())[:-1])), "1 missing, 0 unknown .no 3.bias"),
         (STATE | {"3.weight": torch.ones(3, 4)}, "does not fit the model: size mismatch for 3.weight"),

@@ -1,5 +1,7 @@
 """Gradients, torch.library, torch.compile, torch.export, torch.func, autocast."""
 
+import mpmath
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -40,6 +42,23 @@ def test_kinks_have_gradient_zero():
     w = torch.zeros(4, 3, requires_grad=True)
     fast_gradnorm(x, w).sum().backward()
     assert not x.grad.any() and not w.grad.any()
+
+
+@pytest.mark.parametrize("gap", [5.0, 20.0, 85.0])
+@pytest.mark.parametrize("classes", [2, 10])
+def test_gradients_of_saturated_rows(classes, gap):
+    """To 1e-5 in every element, down to where float32 ends; a sum that takes 1 from 1 has none of its digits right."""
+    z = torch.randn(1, classes, generator=torch.Generator().manual_seed(classes))
+    z[0, 1] = z.max() + gap
+    z = z.to(DEVICE).requires_grad_()
+    (gradient,) = torch.autograd.grad(gradnorm_from_logits(torch.full((1, 3), 0.5, device=DEVICE), z).sum(), z)
+    with mpmath.workdps(60):
+        terms = [mpmath.exp(value) for value in z[0].tolist()]
+        p = [term / sum(terms) for term in terms]
+        signs = [mpmath.sign(value - mpmath.mpf(1) / classes) for value in p]
+        mean = sum(sign * value for sign, value in zip(signs, p, strict=True))
+        expected = [float(1.5 * value * (sign - mean)) for sign, value in zip(signs, p, strict=True)]
+    np.testing.assert_allclose(gradient[0].cpu(), expected, rtol=1e-5, atol=1e-37)
 
 
 def test_only_needed_gradients_and_once():

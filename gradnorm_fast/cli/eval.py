@@ -14,7 +14,7 @@ from .. import __version__
 from .._files import replacing
 from . import PROG, options, plan, report
 from .env import version_of
-from .inputs import check_output
+from .inputs import check_apart, check_output
 from .parsing import Parser, Subparsers, count
 
 if TYPE_CHECKING:
@@ -111,6 +111,9 @@ def evaluate_sets(args: argparse.Namespace) -> Outcome | None:
             for file in (*files.values(), *second_files.values()):
                 run_log.check_progress(file, args.resume, args.restart)
             chosen = scorer(args, scored)
+            if isinstance(chosen, ModelScorer):
+                drawn = [out / "scores.png", *(out / f"ablation-{part}.png" for part in wanted.parts)]
+                check_apart("out", drawn, (item for items in chosen.inputs.values() for item in items))
             wanted.check(chosen)
             tables, features = {}, {}
             for name, sources in scored.items():

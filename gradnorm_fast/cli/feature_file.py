@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,25 +32,40 @@ class FeatureFile:
         self.dtype = np.float64 if weight.dtype == torch.float64 else np.float32
         self.shape = (n, weight.shape[1])
         self._rows: Any = None
-        if resume and parts_of(out) and not self.part.exists():
-            raise ValueError(f"save-features: {self.part} is gone, with the features of the run; --restart begins anew")
-        if rank_and_world()[0] == 0 and not (resume and self.part.exists()):
+        rows_kept = parts_of(out)
+        if resume and rows_kept:
+            self._check_kept()
+        elif rank_and_world()[0] == 0:
+            for part in rows_kept:  # first: a later run must not take their rows for those of the new, empty file
+                part.unlink()
+            self.part.unlink(missing_ok=True)
             self._create()
 
+    def _check_kept(self) -> None:
+        """Refuse to go on without the features of the rows that are kept; ValueError."""
+        try:
+            self._map("r")
+        except (OSError, ValueError, EOFError):  # missing, no header, or shorter than that says
+            state = "damaged" if self.part.exists() else "gone"
+            message = f"save-features: {self.part} is {state}, with the features of the run; --restart begins anew"
+            raise ValueError(message) from None
+
     def _create(self) -> None:
-        """Make the file and allocate all of it: writing to a mapped file on a full disk kills the process."""
-        rows = self._map("w+")
-        if hasattr(os, "posix_fallocate"):
-            try:
-                with open(self.part, "r+b") as file:
-                    os.posix_fallocate(file.fileno(), rows.offset, rows.nbytes)
-            except OSError as error:
-                self.part.unlink()
-                reason = f"{rows.nbytes} bytes of features: {error.strerror}"
-                raise OSError(error.errno, reason, str(self.part)) from error
+        """Make the file, whole or not at all, with all its room: writing to a mapped file on a full disk kills."""
+        size = math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        try:
+            with replacing(self.part, "w+b") as file:
+                header = {"descr": np.dtype(self.dtype).str, "fortran_order": False, "shape": self.shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                file.flush()
+                file.truncate(file.tell() + size)
+                if size and hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), file.tell(), size)
+        except OSError as error:
+            raise OSError(error.errno, f"{size} bytes of features: {error.strerror}", str(self.part)) from error
 
     def _map(self, mode: Any) -> Any:
-        return np.lib.format.open_memmap(self.part, mode=mode, dtype=self.dtype, shape=self.shape)
+        return np.lib.format.open_memmap(self.part, mode=mode)
 
     @contextmanager
     def recording(self, indices: list[int]) -> Iterator[None]:

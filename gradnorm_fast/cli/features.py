@@ -26,7 +26,7 @@ def load_array(name: str, path: str, mapped: bool = False) -> Array:
         raise ValueError(f"{name}: no file {path}") from None
     except OSError as error:
         raise ValueError(f"{name}: cannot read {path} as a NumPy array: {error.strerror or error}") from None
-    except (ValueError, EOFError):  # with advice to unpickle what is not trusted
+    except (ValueError, EOFError, OverflowError, MemoryError):  # with advice to unpickle what is not trusted
         raise ValueError(f"{name}: cannot read {path} as a NumPy array: it is damaged, or no .npy file") from None
     if not isinstance(array, np.ndarray) or array.dtype not in (np.float16, np.float32, np.float64):
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
 from . import PROG, options
@@ -78,6 +79,8 @@ def run(args: argparse.Namespace) -> None:
             save_gate(detector, out)
         for file in files.values():
             run_log.discard_parts(file)
+    if detector.preprocessing is None:
+        print(f"note: {out} does not know the preprocessing: `score` cannot compare it", file=sys.stderr)
     n, threshold = len(tables["id"].names), detector.threshold
     print(f"{out}: {detector.score_name} of {threshold:.6g}, from {n} inputs, keeps {100 * args.tpr:g}% of such inputs")
     if math.isinf(threshold):

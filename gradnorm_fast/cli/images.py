@@ -205,7 +205,11 @@ def score_images(
         images = _Images([inputs[i] for i in todo], preprocessing)
         n = _default_workers(images, batch_size) if workers is None else workers
         loader = torch.utils.data.DataLoader(
-            images, batch_size, num_workers=n, collate_fn=_collate, worker_init_fn=_ignore_interrupts
+            images,
+            min(batch_size, max(1, len(images))),
+            num_workers=n,
+            collate_fn=_collate,
+            worker_init_fn=_ignore_interrupts,
         )
         start = 0
         device = next(detector.model.parameters()).device.type

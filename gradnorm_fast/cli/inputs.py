@@ -41,6 +41,8 @@ def find_inputs(sources: Sequence[str | os.PathLike[str]], root: str | os.PathLi
     found: list[Input] = []
     for source in (os.fspath(s) for s in sources):
         if source == "-":
+            if os.environ.get("WORLD_SIZE", "1") != "1":  # each process would get a part of it
+                raise ValueError("images: expected files or folders where several processes read them, got -")
             found += _listed(sys.stdin.buffer.read(), "the standard input", root)
         elif os.path.isdir(source):
             found += _in_folder(source)
@@ -259,3 +261,14 @@ def check_output(option: str, out: str | os.PathLike[str], read: Iterable[str | 
             os.path.exists(source) and os.path.exists(target) and os.path.samefile(source, target)
         ):
             raise ValueError(f"{option}: {os.fspath(out)} is read by this run; writing would destroy it")
+
+
+def check_apart(option: str, pictures: Iterable[str | os.PathLike[str]], inputs: Iterable[Input]) -> None:
+    """Refuse an input that is a picture the run draws, which a list or a linked folder may lead to; ValueError."""
+    drawn = {os.path.realpath(picture) for picture in pictures}
+    names = {os.path.basename(picture) for picture in drawn}
+    for item in inputs:
+        if os.path.basename(item.path) in names and os.path.realpath(item.path) in drawn:
+            raise ValueError(
+                f"{option}: {item.name}, which would be scored, is drawn by this run; choose another place"
+            )

@@ -16,7 +16,7 @@ import re
 import socket
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -98,9 +98,9 @@ def locked(out: Path) -> Iterator[None]:
             break
         file.close()  # its owner removed it in between
     with file:
-        file.truncate(0)
-        file.write(f"{_OWNER.decode()}{os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        with suppress(OSError):  # a full disk: what is written next says so, and the lock holds without a name
+            file.truncate(0)
+            os.write(file.fileno(), _OWNER + f"{os.getpid()} on {socket.gethostname()}\n".encode())
         try:
             yield
         finally:

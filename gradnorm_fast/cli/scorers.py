@@ -89,7 +89,7 @@ def _kind(source: Path) -> Kind:
         return "images"
     try:
         return "scores" if np.load(source, mmap_mode="r", allow_pickle=False).dtype.names else "features"
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, OverflowError, AttributeError):  # the last of an archive
         return "features"  # where it is refused by name
 
 
@@ -308,6 +308,10 @@ def _load_gate(path: str, model: nn.Module, preprocessing: str | None, autocast:
     if rank_and_world()[0] == 0:
         for warning in caught:
             print(f"warning: {warning.message}", file=sys.stderr)
+        if preprocessing is None:
+            print(
+                f"warning: {path}: the model's own preprocessing has no text to compare, as a lambda", file=sys.stderr
+            )
     return detector
 
 

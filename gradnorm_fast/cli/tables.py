@@ -98,25 +98,34 @@ def read_table(path: Path, fields: Iterable[str] = FIELDS) -> Table:
             raise ValueError(
                 f"scores: expected the column {name!r} in {path}, as score writes, got {', '.join(columns) or 'none'}"
             )
-        try:
-            scores[name] = np.asarray(columns[name]).astype(np.int64 if name == "prediction" else np.float32)
-        except ValueError as error:
-            raise ValueError(f"scores: expected numbers in column {name!r} of {path}: {error}") from None
+        scores[name] = _numbers(columns, name, np.int64 if name == "prediction" else np.float32, path)
     n = len(next(iter(scores.values())))
     if n == 0:
         raise ValueError(f"scores: no row in {path}")
-    labels = np.asarray(columns.get("label", np.full(n, -1))).astype(np.int64)
+    labels = _numbers(columns, "label", np.int64, path) if "label" in columns else np.full(n, -1)
     names = np.asarray(columns.get("path", np.arange(n))).astype(str).tolist()
     return Table(names, scores, labels, np.arange(n), [])
 
 
+def _numbers(columns: dict[str, Any], name: str, dtype: Any, path: Path) -> Array:
+    try:
+        return np.asarray(columns[name]).astype(dtype)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"scores: expected numbers in column {name!r} of {path}: {error}") from None
+
+
 def _read_columns(path: Path) -> dict[str, Any]:
     if path.suffix == ".csv":
-        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with open(
+            path, newline="", encoding="utf-8-sig", errors="surrogateescape"
+        ) as file:  # a spreadsheet adds a mark
             lines = list(csv.reader(file))
         if not lines:
             raise ValueError("it is empty")
         header, *rows = lines
+        twice = next((name for i, name in enumerate(header) if name in header[:i]), None)
+        if twice is not None:
+            raise ValueError(f"it has the column {twice!r} twice")
         uneven = next((i for i, row in enumerate(rows, 2) if len(row) != len(header)), None)
         if uneven is not None:
             raise ValueError(f"line {uneven} has {len(rows[uneven - 2])} values, the header {len(header)}")
