@@ -181,27 +181,29 @@ def specialisations(archs: Iterable[str]) -> list[Specialisation]:
 
 
 def a_few(found: list[Specialisation]) -> list[Specialisation]:
-    """Of every kernel and architecture each configuration in each arithmetic, each dtype, each value of each constant.
-
-    In whatever combination comes first.
-    """
-    seen: set[object] = set()
+    """Enough for all facts of `found`, whatever the combination. Always the one next that adds the most of them."""
+    facts = list(map(_facts, found))
+    missing = set().union(*facts)
     kept = []
-    for each in found:
-        half = each.dtype in ("fp16", "bf16")
-        arithmetic = "half" if half else each.constants.get("PRECISION", each.dtype)
-        if "PRECISION" not in each.constants:  # no product: the sums are float32 or float64
-            arithmetic = "fp64" if each.dtype == "fp64" else "fp32"
-        tile = (
-            *(each.constants.get(x) for x in TILE),
-            *(each.options[x] for x in ("num_warps", "num_stages", "num_ctas")),
-        )
-        facts: list[tuple[object, ...]] = [("dtype", each.dtype), (arithmetic, tile), *each.constants.items()]
-        new = {(each.kernel, each.arch, *fact) for fact in facts} - seen
-        if new:
-            kept.append(each)
-            seen |= new
-    return kept
+    while missing:
+        most = max(range(len(found)), key=lambda i: len(facts[i] & missing))
+        kept.append(most)
+        missing -= facts[most]
+    return [found[i] for i in sorted(kept)]
+
+
+def _facts(each: Specialisation) -> set[tuple[object, ...]]:
+    """Of its kernel and architecture: the configuration and the arithmetic, the dtype, the value of each constant."""
+    half = each.dtype in ("fp16", "bf16")
+    arithmetic = "half" if half else each.constants.get("PRECISION", each.dtype)
+    if "PRECISION" not in each.constants:  # no product: the sums are float32 or float64
+        arithmetic = "fp64" if each.dtype == "fp64" else "fp32"
+    tile = (
+        *(each.constants.get(x) for x in TILE),
+        *(each.options[x] for x in ("num_warps", "num_stages", "num_ctas")),
+    )
+    facts: list[tuple[object, ...]] = [("dtype", each.dtype), (arithmetic, tile), *each.constants.items()]
+    return {(each.kernel, each.arch, *fact) for fact in facts}
 
 
 def compile_one(each: Specialisation, keep: Path | None = None) -> Outcome:
