@@ -1,4 +1,4 @@
-"""Classes sharded over gloo ranks, against the unsharded call: 13 processes, forked once, save what they got."""
+"""Classes sharded over gloo ranks, against the unsharded call. 13 processes are forked once and save their results."""
 
 import math
 import subprocess
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What every rank got, by world and rank."""
+    """The results of every rank, by world and rank."""
     folder = tmp_path_factory.mktemp("ranks")
     run = subprocess.run(
         [sys.executable, ranks.__file__, str(folder)], capture_output=True, text=True, timeout=200, check=True
@@ -78,7 +78,7 @@ def test_how_often_ranks_exchange_and_how_much(found):
         rows = found[f"whole-{rank}"]["chunks sent"]
         assert rows == [HEADER, 24, 24, 24, 24, 8, 8, 24, 12, 12]
         assert close(found[f"whole-{rank}"]["chunks"], found[f"whole-{rank}"]["chunks whole"], 1.0)
-    # a row that needs care takes all ranks with it, and none goes where none does
+    # one careful row sends all ranks through the careful form, and only then
     for size in ranks.SIZES:
         for name, *_ in ranks.hard_problems():
             sent = [found[f"whole-{rank}"][f"{size} {name} sent"] for rank in range(size)]

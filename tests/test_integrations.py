@@ -147,7 +147,7 @@ def test_openood_head_is_copied_once_and_never_stale():
     net.fc.weight.data = net.fc.weight.data.flip(0)
     check()
     assert net.copies == 5
-    net.fc.weight.data.mul_(3)  # leaves no trace, so only inference starts anew
+    net.fc.weight.data.mul_(3)  # leaves no trace, so only `inference` fetches the head again
     batch = {"data": x, "label": torch.zeros(len(x))}
     np.testing.assert_allclose(
         postprocessor.inference(net, [batch, batch], False)[1][: len(x)], openood_loop(net, x), rtol=1e-9

@@ -319,7 +319,7 @@ def test_batch_invariance_on_request(monkeypatch, depth, classes, dtype):
 
 
 def test_a_launch_past_the_binder_is_the_binders_launch():
-    """The same binary with the same arguments, whatever Triton would have compiled anew."""
+    """A launch that skips Triton's binder runs the same binary with the same arguments as one through it."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("recorded_launches.py")
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
