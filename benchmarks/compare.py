@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> Path:
     names, todo = list(peers.for_device(args.device)), workloads.for_device(args.device)
     if unknown := [n for n in args.implementation or [] if n not in names]:
         raise ValueError(f"implementation: no {', '.join(unknown)}; there are: {', '.join(names)}")
-    wanted = {*(args.implementation or names), peers.OURS, peers.BASELINE}  # what the table cannot do without
+    wanted = {*(args.implementation or names), peers.OURS, peers.BASELINE}  # the first column of the table
     names = [n for n in names if n in wanted]
     chosen = {name: w for name, w in todo.items() if (args.workload or "") in name}
     if not chosen:

@@ -42,7 +42,7 @@ ARCHITECTURES = {
     "sm_80": (163 * KIB, 108), "sm_89": (99 * KIB, 128), "sm_90": (227 * KIB, 132), "sm_100": (227 * KIB, 148),
     "sm_103": (227 * KIB, 148), "sm_120": (99 * KIB, 170), "gfx942": (64 * KIB, 304),
 }  # fmt: skip
-SPILLS = 16  # instructions that store or load a spilled register, once in a program that works for microseconds
+SPILLS = 16  # spill instructions allowed outside loops, where they cost next to nothing
 BATCHES = (1, 17, 33, 256, 1024, 2048, 10_000)
 DEPTHS = (1000, 342, 2048, 440, 768, 888, 1280, 1512, 2056)
 CLASSES = (10, 100, 257, 1000, 21_843)
@@ -81,7 +81,7 @@ class Specialisation:
 
 @dataclass
 class Outcome:
-    """What came of it. Counts are static instructions."""
+    """What the compiler made of it. Counts are static instructions."""
 
     registers: int = 0
     spills: int = 0
@@ -92,9 +92,9 @@ class Outcome:
 
 
 class _Driver:
-    """A device that is not there."""
+    """Stands in for a GPU that this machine lacks."""
 
-    devices = count()  # another one each time, for Triton keeps compiled kernels by device
+    devices = count()  # a new one each time: Triton keeps compiled kernels by device
 
     def __init__(self, arch: str) -> None:
         from triton.backends.compiler import GPUTarget
@@ -141,7 +141,7 @@ def pretend(arch: str, found: Callable[[Any, Any, dict[str, Any]], None]) -> Non
 
 
 def score(arch: str, dtype: torch.dtype, b: int, d: int, c: int, head: bool) -> None:
-    """By default, and by every kernel that takes this problem; on tensors without data."""
+    """Launch the default and every other kernel that takes this problem, on tensors without data."""
     from gradnorm_fast.kernels import dispatch
     from gradnorm_fast.kernels.experimental import cluster
     from gradnorm_fast.kernels.problem import Problem, Scores
@@ -149,7 +149,7 @@ def score(arch: str, dtype: torch.dtype, b: int, d: int, c: int, head: bool) -> 
     x, weight, bias, logits = (torch.empty(s, dtype=dtype, device="meta") for s in ((b, d), (c, d), (c,), (b, c)))
     out = torch.empty(6 if head else 1, b, dtype=torch.promote_types(dtype, torch.float32), device="meta")
     scores = Scores(out, torch.empty(b, dtype=torch.int64, device="meta") if head else None)
-    dispatch._configuration.cache_clear()  # it goes by the device, which is always "meta" here
+    dispatch._configuration.cache_clear()  # its key is the device, which is always "meta" here
     for problem in (Problem(x, weight, bias), Problem(x, None, None, logits)):
         default, config = dispatch.choose(problem)
         for kernel in (*dispatch.KERNELS.values(), dispatch.Kernel("cluster", cluster.score_cluster, cluster.why_not)):
@@ -158,7 +158,7 @@ def score(arch: str, dtype: torch.dtype, b: int, d: int, c: int, head: bool) -> 
 
 
 def specialisations(archs: Iterable[str]) -> list[Specialisation]:
-    """All that the kernels launch for the problems above."""
+    """Everything that the kernels launch for the problems above."""
     from gradnorm_fast.kernels import dispatch  # noqa: F401, whose modules `pretend` must find
     from gradnorm_fast.kernels.experimental import cluster  # noqa: F401
 
@@ -181,27 +181,29 @@ def specialisations(archs: Iterable[str]) -> list[Specialisation]:
 
 
 def a_few(found: list[Specialisation]) -> list[Specialisation]:
-    """Of every kernel and architecture each configuration in each arithmetic, each dtype, each value of each constant.
-
-    In whatever combination comes first.
-    """
-    seen: set[object] = set()
+    """A small selection that has every fact in `found`: a greedy cover, most new facts first."""
+    facts = list(map(_facts, found))
+    missing = set().union(*facts)
     kept = []
-    for each in found:
-        half = each.dtype in ("fp16", "bf16")
-        arithmetic = "half" if half else each.constants.get("PRECISION", each.dtype)
-        if "PRECISION" not in each.constants:  # no product: the sums are float32 or float64
-            arithmetic = "fp64" if each.dtype == "fp64" else "fp32"
-        tile = (
-            *(each.constants.get(x) for x in TILE),
-            *(each.options[x] for x in ("num_warps", "num_stages", "num_ctas")),
-        )
-        facts: list[tuple[object, ...]] = [("dtype", each.dtype), (arithmetic, tile), *each.constants.items()]
-        new = {(each.kernel, each.arch, *fact) for fact in facts} - seen
-        if new:
-            kept.append(each)
-            seen |= new
-    return kept
+    while missing:
+        most = max(range(len(found)), key=lambda i: len(facts[i] & missing))
+        kept.append(most)
+        missing -= facts[most]
+    return [found[i] for i in sorted(kept)]
+
+
+def _facts(each: Specialisation) -> set[tuple[object, ...]]:
+    """By kernel and architecture: each configuration with its arithmetic, each dtype, each value of each constant."""
+    half = each.dtype in ("fp16", "bf16")
+    arithmetic = "half" if half else each.constants.get("PRECISION", each.dtype)
+    if "PRECISION" not in each.constants:  # no product: the sums are float32 or float64
+        arithmetic = "fp64" if each.dtype == "fp64" else "fp32"
+    tile = (
+        *(each.constants.get(x) for x in TILE),
+        *(each.options[x] for x in ("num_warps", "num_stages", "num_ctas")),
+    )
+    facts: list[tuple[object, ...]] = [("dtype", each.dtype), (arithmetic, tile), *each.constants.items()]
+    return {(each.kernel, each.arch, *fact) for fact in facts}
 
 
 def compile_one(each: Specialisation, keep: Path | None = None) -> Outcome:
@@ -247,7 +249,7 @@ NARROW = r"ld\.global(?!\S*\.v\d)\S*\.[bu]16\b|(?:global|buffer)_load_(?:ushort|
 
 
 def in_loops(assembly: str, pattern: str, beside: str = "") -> int:
-    """How many lines of PTX, SASS or AMD assembly match a pattern, of those in loops that have a match of `beside`."""
+    """How many lines match a pattern inside loops that also match `beside`; of PTX, SASS or AMD assembly."""
     lines = assembly.splitlines()
     labels = {found[1]: i for i, line in enumerate(lines) if (found := re.match(r"([$.]L\w+):", line))}
     matches: set[int] = set()

@@ -63,7 +63,7 @@ def check(name: str) -> Outcome:
             reason = "norms differ"
         elif without_rule:
             reason = "no rule for some parameters"
-    except Exception as exception:  # a model that cannot be scored is what the script is to find
+    except Exception as exception:  # the script is there to find models that cannot be scored
         reason = f"{type(exception).__name__}: {exception}"
     return Outcome(name, parameters, error, without_rule, time.perf_counter() - start, reason)
 

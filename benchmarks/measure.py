@@ -1,4 +1,4 @@
-"""How it is measured: in rounds where each implementation takes its turn, so that noise hits all of them alike.
+"""Measure in rounds in which each implementation takes its turn, so that noise hits all of them alike.
 
 On a CPU, wall time. On a GPU, four figures: device time by events with a cold L2 (inputs rotate, together larger than
 the L2), wall time per call with a synchronisation (launch overhead shows where the batch is small), time inside a CUDA
@@ -89,7 +89,7 @@ def synchronize(device: str) -> None:
 
 
 def ceilings(device: str) -> dict[str, Any]:
-    """The two rates nothing exceeds: bytes per second of a copy (read and written), operations of a large matmul."""
+    """The machine's limits: bytes per second of a copy (read and written), operations per second of a large matmul."""
     cuda = device.startswith("cuda")
 
     def best(call: Call) -> float:

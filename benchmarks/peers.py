@@ -1,4 +1,4 @@
-"""What is measured: every way to get GradNorm for a batch, and the bare matmul as the yardstick.
+"""The implementations that are measured: every way to get GradNorm for a batch, and the bare matmul as the yardstick.
 
 Each maker takes the head (weight, bias) and gives a function from features (B, D) to scores (B,).
 """

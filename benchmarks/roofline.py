@@ -1,4 +1,4 @@
-"""What each kernel should take, from bytes, operations and the rates of one GPU: a prediction, to be compared.
+"""Predict each kernel's time from bytes, operations and the rates of one GPU, to compare with measurements.
 
     python benchmarks/roofline.py --write        the table in docs/performance.md
 

@@ -1,4 +1,4 @@
-"""Time every plausible configuration of every kernel, per workload: what the tables in kernels/ are chosen by.
+"""Time every plausible configuration of every kernel, per workload, to choose the tables in kernels/.
 
     python benchmarks/tune.py --out benchmarks/results/h200          on a GPU
     python benchmarks/tune.py --dry-run --out dry_run                without one: tiny shapes, in the interpreter
@@ -39,7 +39,7 @@ import measure
 from peers import LAUNCHERS
 from workloads import Workload
 
-# In the order of what matters most, should time run out.
+# The most important first, in case time runs out.
 GPU = [
     Workload(b, d, c, dtype)
     for dtype in ("bfloat16", "float32")
@@ -53,7 +53,7 @@ WORKERS = 8  # processes that compile before anything is timed
 
 
 def candidates(problem: Problem) -> Iterator[Choice]:
-    """What is worth timing, the default first; in the interpreter two of each kernel."""
+    """The configurations worth timing, the default first; in the interpreter two of each kernel."""
     seen: list[Choice] = []
     for candidate in (choose(problem), *_candidates(problem)):
         alike = sum(p.kernel == candidate.kernel for p in seen)

@@ -1,4 +1,4 @@
-"""On what it is measured: shapes, dtypes and inputs."""
+"""The shapes, dtypes and inputs of the benchmarks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Workload:
 
     @property
     def bytes(self) -> int:
-        """The least traffic there can be: features, weight and bias once, scores once."""
+        """The least possible traffic: features, weight, bias and scores once each."""
         inputs = self.batch * self.depth + self.classes * self.depth + self.classes
         return inputs * self.itemsize + 4 * self.batch
 
@@ -49,7 +49,7 @@ SHAPES = [
     (1, 2048, 1000), (32, 2048, 1000), (256, 2048, 1000), (4096, 2048, 1000), (50000, 2048, 1000),  # ImageNet-1k
     (4096, 768, 1000), (4096, 2048, 21843), (4096, 4096, 128256),  # a ViT, ImageNet-21k, a vocabulary
 ]  # fmt: skip
-# The most wanted dtype first, should time run out.
+# The most important dtype first, in case time runs out.
 GPU = [Workload(*shape, dtype) for dtype in ("bfloat16", "float32", "float16") for shape in SHAPES]
 CPU = [
     Workload(10000, 512, 10), Workload(10000, 512, 100),

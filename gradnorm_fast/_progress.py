@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 
 
 def with_bar(items: Iterable[Item], description: str = "GradNorm", unit: str = "batch") -> Iterable[Item]:
-    """The same items, with a bar where tqdm is installed: a bar is not worth an error."""
+    """The same items, with a bar where tqdm is installed."""
     try:
         from tqdm.auto import tqdm
     except ImportError:
@@ -21,7 +21,7 @@ def with_bar(items: Iterable[Item], description: str = "GradNorm", unit: str = "
 
 
 class Progress:
-    """Of `total` units of work. Without `show` nothing is shown, but `say` still speaks."""
+    """The progress of `total` units of work. Without `show` only `say` prints."""
 
     def __init__(self, total: int, unit: str, show: bool) -> None:
         self.unit, self.show = unit, show

@@ -1,4 +1,4 @@
-"""What loaders yield, as what models take: images, or keyword arguments such as input_ids."""
+"""From what loaders yield to what models take: images, or keyword arguments such as input_ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is GradNorm to be trusted on this model and these data?
+"""Can GradNorm be trusted on this model and these data?
 
 GradNorm is the product of feature_norm and output_norm. It fails, quietly, where one of the two runs the wrong way, as
 it does in vision transformers, or where all scores are nearly the same.
@@ -33,7 +33,7 @@ class Diagnosis:
 
     @property
     def trustworthy(self) -> bool:
-        """Whether nothing speaks against using GradNorm here."""
+        """Whether no warning applies."""
         return not self.warnings
 
     def __str__(self) -> str:

@@ -8,4 +8,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
+# Workers of pytest-xdist share the cores. With all of torch's threads in each of them, they would mostly wait for one
+# another: training the demo's network takes six times the processor time.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    threads = max(1, (os.cpu_count() or 1) // int(workers))
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that tests start
+
 pytest_plugins = ["command_line"]  # the fixtures of the command line's tests

@@ -1,4 +1,4 @@
-"""What test_distributed.py runs: gloo ranks, forked by one process that has imported torch, which save what they got.
+"""The gloo ranks of test_distributed.py: one process imports torch and forks them, and each saves its results.
 
 python tests/distributed_ranks.py FOLDER writes FOLDER/WORLD-RANK.pt for every world and rank below.
 """
@@ -99,7 +99,7 @@ class Exploding(torch.Tensor):
 
 
 def whole_world(rank: int) -> dict[str, object]:
-    """What rank of four gets."""
+    """The results of one of four ranks."""
     groups = {n: dist.new_group(list(range(n))) for n in SIZES}
     found: dict[str, object] = {}
     sent: list[int] = []
@@ -226,7 +226,7 @@ def main() -> int:
                 except BaseException:
                     traceback.print_exc()
                     os._exit(1)
-                os._exit(0)  # without the store's farewell: other ranks may be gone
+                os._exit(0)  # skip the store's shutdown: other ranks may be gone
             children.append(child)
     for child in children:
         os.waitpid(child, 0)

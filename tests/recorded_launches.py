@@ -1,7 +1,7 @@
-"""Launch kernels on an H100 that is not there: compiled for it, recorded in place of run. Not in the interpreter.
+"""Compile kernels for an H100 and record their launches instead of running them. Does not work in the interpreter.
 
-Prints, as JSON, per call what was launched by Triton's binder, and what the first and second time by `launch`.
-With --time: instead, microseconds per call by the binder and by `launch`, the record left out.
+Prints JSON: for each call the launches that Triton's binder makes, and those of a first and a second call by `launch`.
+With --time: microseconds per call by the binder and by `launch`, without recording.
 """
 
 import json
@@ -40,7 +40,7 @@ class Launcher:
         launches.append([x, y, z, stream, function, str(packed), *map(self.shown, arguments), (enter, leave)])
 
     def shown(self, argument):
-        """Tensors by dtype and by where they are in MEMORY; workspaces are elsewhere, anew in each call."""
+        """Tensors by dtype and by offset in MEMORY; workspaces lie elsewhere and are new in each call."""
         if hasattr(argument, "base"):  # a tensor descriptor
             return [*argument.shape, *argument.strides, *argument.block_shape, self.shown(argument.base)]
         if not hasattr(argument, "data_ptr"):
@@ -97,7 +97,7 @@ def recorded(call):
 
 
 def microseconds(call):
-    """The least of 20 times, 100 calls each."""
+    """The shortest of 20 rounds of 100 calls."""
     times = []
     for _ in range(20):
         start = time.perf_counter()
@@ -127,7 +127,7 @@ for call in calls():
     launch.KNOWN = True
     result.append([by_binder, recorded(call), recorded(call)])
 
-# Hooks of a profiler, set in every way Triton allows: how many of three launches each sees.
+# A profiler's hooks, set in every way that Triton allows: each must see all three launches.
 runtime, one = knobs.runtime, next(calls())
 before, hooked = (runtime.launch_enter_hook, runtime.launch_exit_hook), {}
 for way in ("chain", "exit only", "function", "none"):

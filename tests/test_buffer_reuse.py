@@ -30,7 +30,7 @@ print(json.dumps(found))
 
 
 def compiled(*command):
-    """The JSON that a process prints which may compile; this one may be interpreting."""
+    """Run a command in a process that can compile, as this one cannot while it interprets; the JSON that it prints."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(buffer_reuse.__file__).parent), *sys.path])
     done = subprocess.run((sys.executable, *command), env=environment, capture_output=True, text=True)
@@ -57,7 +57,7 @@ def tiled():
 
 
 def spoiled(ttgir, old, new=""):
-    """With the last line of the main loop that has `old` changed or, without `new`, gone."""
+    """The TTGIR with `old` replaced in the main loop's last line that has it; without `new` the line is removed."""
     lines = ttgir.splitlines()
     start = next(i for i, line in enumerate(lines) if "scf.for" in line)
     stop = next(i for i, line in enumerate(lines) if i > start and line.lstrip().startswith("}"))

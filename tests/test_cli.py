@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gradnorm_fast import fast_gradnorm, models
+from gradnorm_fast import HeadScores, fast_gradnorm, models
 
 from command_line import MODEL_RUN, RUN, SCORE, run
 
@@ -27,6 +27,7 @@ WRONG = [
     (("--images", "id", "--model", "nowhere:f"), "no module 'nowhere'"),
     (("--images", "id", "--model", "own:no_model"), "expected own:no_model to return a torch.nn.Module"),
     (("--images", "id", "--model", "resnet5000"), "no classifier 'resnet5000'"),
+    (("--images", "id", "--model", "timm:resnet5000"), "timm has no model 'resnet5000'"),
     (("--images", "id", "--model", "resnet18", "--weights", "BEST"), "weights: resnet18 has IMAGENET1K_V1"),
     (("--images", "id", "--batch-size", "0"), "expected a whole number above 0"),
     (("--images", "id", "--device", "cuda:99"), "device: 'cuda:99' is not there"),
@@ -115,7 +116,11 @@ def test_more_mistakes(place, capsys):
     for file in ("objects.npy", "cut.npy", "own.py", "negative.npy", "endless.npy"):
         features = ("score", "--features", "F.npy", "--device", "cpu", "--out", "s.csv", "--weight", file)
         wrong.append((features, f"weight: cannot read {file} as a NumPy array: it is damaged, or no .npy file"))
-    wrong.append((("eval", "--id", "nothing.csv", "--ood", "a=nothing.csv", "--out", "r", "--quiet"), "it is empty"))
+    Path("nothing.txt").touch()
+    Path("header.csv").write_text(",".join(("path", *HeadScores._fields)))
+    wrong.append(((*SCORE, "--images", "nothing.txt", "--out", "s.csv"), "images: no path in nothing.txt"))
+    for file, message in (("nothing.csv", "it is empty"), ("header.csv", "scores: no row in header.csv")):
+        wrong.append((("eval", "--id", file, "--ood", f"a={file}", "--out", "r", "--quiet"), message))
     for arguments, message in wrong:
         assert run(*arguments) == 2, arguments
         err = capsys.readouterr().err

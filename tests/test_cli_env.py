@@ -12,3 +12,9 @@ def test_env_says_what_would_run_and_checks_it(capsys, monkeypatch):
     assert run("env", "--check", "--shape", 4, 5, 6) == 0
     out = capsys.readouterr().out
     assert torch.__version__ in out and "4x5x6 float32: " in out and "pass" in out and "FAIL" not in out
+
+
+def test_a_failed_check_fails_the_command(capsys, monkeypatch):
+    monkeypatch.setattr(env, "_check", lambda device: ["torch FAIL", "tiled pass"])
+    assert run("env", "--check") == 2
+    assert capsys.readouterr().err == "gradnorm-fast: error: 1 checks failed\n"

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from gradnorm_fast import _progress, head_scores
-from gradnorm_fast.cli import images, inputs
+from gradnorm_fast.cli import images, inputs, run_log
 
 from command_line import FEATURES_RUN, MODEL_RUN, RUN, SCORE, run, table
 
@@ -296,11 +296,16 @@ def test_lists_standard_input_and_shards(place, monkeypatch):
     ]
 
 
-def test_save_features(place, interrupt):
+def test_save_features(place, interrupt, capsys):
     Path("id/broken.png").write_text("no image")
     arguments = (*SCORE, "--images", "id", "--batch-size", 4, "--out", "s.npy", "--save-features", "f.npy")
     interrupt(3)
     assert run(*arguments) == 130
+    part = run_log.features_part(Path("s.npy"))
+    part.rename("elsewhere")
+    assert run(*arguments, "--resume") == 2
+    assert f"save-features: {part} is gone, with the features of the run" in capsys.readouterr().err
+    Path("elsewhere").rename(part)
     assert run(*arguments, "--resume") == 0
     features, scores = np.load("f.npy"), np.load("s.npy")
     assert features.shape == (20, 8) and features.dtype == np.float32

@@ -1,4 +1,4 @@
-"""Classes sharded over gloo ranks, against the unsharded call: 13 processes, forked once, save what they got."""
+"""Classes sharded over gloo ranks, against the unsharded call. 13 processes are forked once and save their results."""
 
 import math
 import subprocess
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What every rank got, by world and rank."""
+    """The results of every rank, by world and rank."""
     folder = tmp_path_factory.mktemp("ranks")
     run = subprocess.run(
         [sys.executable, ranks.__file__, str(folder)], capture_output=True, text=True, timeout=200, check=True
@@ -136,3 +136,13 @@ def test_a_rank_that_does_not_answer_ends_the_others(found, fault):
 def test_without_a_group():
     with pytest.raises(RuntimeError, match=r"group: torch\.distributed is not initialised"):
         sharded_gradnorm(torch.ones(2, 3), torch.ones(4, 3), p=math.inf)
+
+
+def test_a_device_that_the_group_does_not_serve():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        x, w = torch.ones(2, 3, device="meta"), torch.ones(4, 3, device="meta")
+        with pytest.raises(ValueError, match="features: on meta, where the group does not communicate"):
+            sharded_gradnorm(x, w)
+    finally:
+        torch.distributed.destroy_process_group()

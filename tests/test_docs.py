@@ -44,8 +44,16 @@ def with_blocks(language):
     return [pytest.param(page, id=page.name) for page in PAGES if blocks(page, language) and page.name not in elsewhere]
 
 
+@pytest.fixture
+def one_rank():
+    """A torch.distributed group of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("page", with_blocks("python"))
-def test_python_snippets_run_in_their_order(page, tmp_path, monkeypatch):
+def test_python_snippets_run_in_their_order(page, tmp_path, monkeypatch, one_rank):
     monkeypatch.chdir(tmp_path)
     model, images = Model().eval(), torch.randn(24, 3, 32, 32)
     names = {"model": model, "images": images}

@@ -11,18 +11,18 @@ from emulator.cases import execute
 from emulator.controls import CONTROLS, quick, reported
 from emulator.machine import Options
 
-ADVERSARY = Options(copies="early", products="late")  # of a buffer that is filled again too soon
+ADVERSARY = Options(copies="early", products="late")  # finds buffers that are refilled too soon
 QUICK = [pytest.param(case, arch, id=f"sm_{arch} {case}") for arch in (80, 90) for case in quick(arch)]
 
 
 @pytest.fixture(scope="module")
 def process():
-    """A process that compiles, which this one cannot do once it interprets kernels."""
+    """A process that can compile, as this one cannot while it interprets."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
         patch.setenv("OMP_NUM_THREADS", "1")
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            pool.submit(int).result()  # it has started, without the variable
+            pool.submit(int).result()  # start it while the variable is unset
             yield pool
 
 

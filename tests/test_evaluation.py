@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from gradnorm_fast import HeadScores
 from gradnorm_fast.evaluation import (
     CONVENTIONS,
     METHODS,
+    compare,
     compare_methods,
     evaluate,
     plot_roc,
@@ -382,6 +384,18 @@ def test_plot_refusals(plot, ax):
         plot([1.0], {"noise": []}, ax)
     with pytest.raises(ValueError, match=r"^id_scores: expected"):
         plot([[1.0]], [0.0], ax)
+
+
+@pytest.mark.parametrize("plot", [plot_scores, plot_roc])
+def test_plots_say_what_to_install(plot, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(ImportError, match=f"{plot.__name__} needs matplotlib: "):
+        plot([1.0], [0.0])
+
+
+def test_a_comparison_needs_a_method():
+    with pytest.raises(ValueError, match="id_scores: expected at least one method"):
+        compare({}, {"noise": {}})
 
 
 def random_scores(n, shift, seed):

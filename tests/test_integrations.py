@@ -147,7 +147,7 @@ def test_openood_head_is_copied_once_and_never_stale():
     net.fc.weight.data = net.fc.weight.data.flip(0)
     check()
     assert net.copies == 5
-    net.fc.weight.data.mul_(3)  # leaves no trace, so only inference starts anew
+    net.fc.weight.data.mul_(3)  # leaves no trace, so only `inference` fetches the head again
     batch = {"data": x, "label": torch.zeros(len(x))}
     np.testing.assert_allclose(
         postprocessor.inference(net, [batch, batch], False)[1][: len(x)], openood_loop(net, x), rtol=1e-9
@@ -309,8 +309,8 @@ def test_openood_base_class_where_it_is_installed(monkeypatch):
     np.testing.assert_allclose(conf.cpu(), openood_loop(net, x), rtol=1e-9)
 
 
-# OpenOOD's main.py takes postprocessors from one registry, Evaluator from another. Where OpenOOD is not installed, this
-# stands for both: one is made anew in every call from the names of its module, the other is a dictionary.
+# OpenOOD's main.py takes postprocessors from one registry, Evaluator from another. This replaces both where OpenOOD is
+# not installed: the first is rebuilt in every call from the names of its module, the second is a dictionary.
 STAND_IN = {
     "__init__": "",
     "postprocessors/__init__": """
@@ -742,8 +742,8 @@ def test_pytorch_ood_refuses_what_does_not_fit(ours):
         detector.predict(inputs())
 
 
-# pytorch-ood's own tests of its GradNorm, at version 0.4.0, asked of our class. Its distribution leaves them out, so
-# each is written anew here and named after theirs. The one of theirs that fails with our class in the place of theirs:
+# pytorch-ood 0.4.0's own tests of its GradNorm, for our class. Its distribution leaves them out, so they are rewritten
+# here under their names. One of them fails with our class:
 #
 #   TestParamFilter.test_gradients_only_for_selected_parameters: counts the calls of a private function of its module.
 #

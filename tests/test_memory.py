@@ -75,7 +75,7 @@ class Launches(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head", [False, True])
 def test_launches_on_a_gpu(dtype, head):
-    """4096 x 4096 x 128256, on tensors without memory. What bounds it is the size of the budgets there."""
+    """4096 x 4096 x 128256, on tensors without memory. The size of a GPU's budgets bounds the launches."""
     x, w = (torch.empty(n, 4096, dtype=dtype, device="meta") for n in (4096, 128256))
     bias, out = torch.empty(128256, dtype=dtype, device="meta"), torch.empty(6 if head else 1, 4096, device="meta")
     prediction = torch.empty(4096, dtype=torch.int64, device="meta") if head else None
@@ -85,4 +85,3 @@ def test_launches_on_a_gpu(dtype, head):
     with Launches() as launches:
         backward(out, Problem(x, w, bias, temperature=2.0), [True, False, True, True])
     assert launches.count < 800
-    print(launches.count)

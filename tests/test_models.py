@@ -1,4 +1,4 @@
-"""Models by name: checkpoints as training programs write them, and clear words where there is no network."""
+"""Models by name: checkpoints as training programs write them, and clear errors without a network."""
 
 import argparse
 import urllib.error

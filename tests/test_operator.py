@@ -96,7 +96,7 @@ def test_opcheck_of_the_backward(needed):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_what_a_kernel_must_not_read_as_it_lies(backend):
-    """A tensor lazily negated or lazily zero, one of forward-mode gradients, batched ones: the operator's business."""
+    """Lazily negated and lazily zero tensors, forward-mode duals and batched tensors go through the operator."""
     x, w, b = problem(torch.float32, requires_grad=False)
     negated = torch.complex(torch.zeros_like(x), x).conj().imag
     assert negated.is_neg()

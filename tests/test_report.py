@@ -1,4 +1,4 @@
-"""The report page: what is in it, what never is, and what a browser makes of it."""
+"""The report page: what it contains, what it must never contain, and how it works in a browser."""
 
 import base64
 import errno

@@ -23,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that has no arrows is no reason to fail
         sys.stdout.reconfigure(errors="replace")
     try:
-        args = _build_parser().parse_args(argv)  # imports are within the try, that Ctrl-C ends in one line
+        args = _build_parser().parse_args(
+            argv
+        )  # imports are inside the try: Ctrl-C during one must also end in one line
         debug = "debug" in args
         _check_environment()
         return args.command(args) or 0

@@ -1,7 +1,6 @@
 """The paper's ablations and the baselines of its Table 1, from one cached set of features.
 
-What features do not tell, gradients of other layers and ODIN with a perturbation, comes from a second pass over images
-(`ModelScorer.second_pass`).
+Gradients of other layers and ODIN with a perturbation need a second pass over the images (`ModelScorer.second_pass`).
 """
 
 from __future__ import annotations

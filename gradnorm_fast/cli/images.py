@@ -155,7 +155,7 @@ def _ignore_interrupts(worker: int) -> None:
 def _default_workers(images: _Images, batch_size: int) -> int:
     """Processes that read images: one per core of this process's share, at most 8.
 
-    None for less than four batches, and where a lambda in the preprocessing cannot be handed to a process.
+    None for fewer than four batches, or where the preprocessing, as a lambda, cannot be sent to a process.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

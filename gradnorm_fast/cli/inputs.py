@@ -94,7 +94,7 @@ def _image(path: str, label: int | None = None) -> Input:
 
 
 def _is_file_or_nothing(path: str) -> bool:
-    """No pipe, no device; but a link to nothing counts, which is then reported as unreadable."""
+    """A regular file, or a broken link, which is then reported as unreadable; not a pipe or a device."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except OSError:

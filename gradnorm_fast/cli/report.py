@@ -1,4 +1,4 @@
-"""``--report``: the page to look at that `score` and `eval` write beside their tables."""
+"""``--report``: the HTML page that `score` and `eval` write beside their tables."""
 
 from __future__ import annotations
 

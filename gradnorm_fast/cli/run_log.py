@@ -1,4 +1,4 @@
-"""Rows kept as they are computed, so that an interrupted run goes on, in as many processes as one likes.
+"""Rows kept as they are computed, so that an interrupted run can go on, in any number of processes.
 
 A run that writes NAME.csv keeps its rows in NAME.part-RANK-of-WORLD as it goes; the last step gathers them in the order
 of the inputs. The parts stay until the caller has written what it makes of them and calls `discard_parts`. So nothing

@@ -338,7 +338,7 @@ def _gate_of_head(path: str, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 
 def save_gate(detector: GradNorm, path: Path) -> None:
-    """`GradNorm.save`, but of a head without its model as what it is."""
+    """`GradNorm.save`; a head without its model is saved as a head alone."""
     if not isinstance(detector.model, _HeadAlone):
         detector.save(path)
         return
@@ -353,7 +353,7 @@ class _HeadAlone(nn.Module):
 
 
 def _model_of(name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
-    """A model that is nothing but its head, under that name, so that a gate fitted to it fits the model it is of."""
+    """A model of the head alone, under its name in the whole model, so that its gate loads with the whole model too."""
     head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     head.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:

@@ -44,7 +44,7 @@ Rule: TypeAlias = Callable[..., Callable[[Tensor], Gradients]]
 
 
 class Given(SampleGradients):
-    """Gradients that are small enough to be there already: (B, *shape)."""
+    """Gradients that are small enough to be computed at once: (B, *shape)."""
 
     def __init__(self, gradient: Tensor) -> None:
         self.gradient = gradient

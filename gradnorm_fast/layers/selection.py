@@ -16,7 +16,7 @@ Layers: TypeAlias = str | Iterable[str] | Predicate
 
 
 def check_layers(model: nn.Module, layers: Layers) -> str | list[str] | Predicate:
-    """`layers`, names as a list. Raises what `selected_parameters` does, but for what only images can tell."""
+    """`layers`, names as a list. Raises as `selected_parameters`, except for errors that only images can show."""
     expected = f'layers: expected "all", "head", a list of module names or a predicate, got {layers!r}'
     if isinstance(layers, str):
         if layers not in ("all", "head"):

@@ -36,7 +36,7 @@ def fma(a: Array, b: Array, c: Array) -> Array:
 def approximate(root: str, *values: Array) -> Array:
     """ex2.approx, rcp.approx and div.full in float32."""
     x = EXACT[root](*(v.astype(np.float64) for v in values)).astype(np.float32)
-    if inexact:  # by what looks random but is the same for the same result
+    if inexact:  # a hash: looks random, but is the same for the same result
         units = (x.view(np.uint32) * np.uint32(2654435761) >> np.uint32(13)) % np.uint32(5)
         off = x + (units.astype(np.float32) - 2) * np.spacing(x)
         x = np.where(np.isfinite(x) & (x != 0) & (x != 1), off, x)  # ex2(0) is 1

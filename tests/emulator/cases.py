@@ -1,4 +1,4 @@
-"""Calls of the project's kernels to execute, and what they must give."""
+"""The kernel calls that the emulator executes, and their expected results."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ class Outcome:
 
 
 def lay(t: torch.Tensor, layout: str) -> torch.Tensor:
-    """The same numbers elsewhere in memory, NaN around them."""
+    """The same numbers in another layout, surrounded by NaN."""
     view = torch.empty(t.shape, dtype=t.dtype)
     if layout == "offset":
         view = torch.full((t.numel() + 9,), torch.nan, dtype=t.dtype)[1 : 1 + t.numel()].view(t.shape)

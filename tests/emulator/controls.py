@@ -14,7 +14,7 @@ from .cases import Case, execute, quick_cases
 from .driver import TRITON
 from .machine import SCHEDULES
 
-ALL, NOTHING = -1, r"\Z"  # nothing: a kernel that is spoiled in its source
+ALL, NOTHING = -1, r"\Z"  # NOTHING: the kernel is spoiled in its source
 
 
 class Control(NamedTuple):
@@ -29,7 +29,7 @@ class Control(NamedTuple):
     quick: bool = False  # part of `make test`
 
     def edit(self, kernel: str, ptx: str) -> str:
-        if kernel == "rows_kernel":  # what reads the logits of the first
+        if kernel == "rows_kernel":  # it reads the logits of the first kernel
             return ptx
         found = list(re.finditer(self.pattern, ptx))
         if len(found) <= max(self.occurrence, 0):

@@ -1,4 +1,4 @@
-"""A stand-in for Triton's CUDA driver: compiles kernels for a GPU that is not there and executes what is launched.
+"""Replaces Triton's CUDA driver: compiles kernels for a GPU that this machine lacks, and executes their launches.
 
 `ptxas` does not run: PTX is what is emulated.
 """
@@ -137,7 +137,7 @@ class Emulator:
         self, arch: int, options: Options, inputs: dict[str, torch.Tensor], processors: int, edit: Edit | None
     ) -> None:
         self.options, self.edit = options, edit
-        options.copies_unfenced = TRITON < (3, 8)  # as these compile them
+        options.copies_unfenced = TRITON < (3, 8)  # these versions leave out the fence
         self.inputs = {t.untyped_storage().data_ptr(): (name, t) for name, t in inputs.items()}
         self.findings: Counter[str] = Counter()
         torch.use_deterministic_algorithms(True)  # fills what torch.empty gives with NaN
@@ -145,7 +145,9 @@ class Emulator:
         driver.set_active(_driver)
         CompiledKernel._init_handles = _init_handles_with_ptx
         CUDABackend.make_cubin = lambda *arguments: b""
-        CUDABackend.hash = lambda self: f"{_hash(self)}-without-ptxas"  # in the cache, apart from what a GPU may load
+        CUDABackend.hash = lambda self: (
+            f"{_hash(self)}-without-ptxas"
+        )  # a cache entry of its own: a GPU must not load it
         answers = {"architecture": f"sm_{arch}", "multiprocessors": processors or PROCESSORS[arch]}
         for name, module in list(sys.modules.items()):  # the project's own questions about the device
             for question in answers.keys() & vars(module).keys() if name.startswith("gradnorm_fast.kernels.") else ():

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Moment = Literal["late", "early", "random"]
 NAN = {"h": (2, 0xFFFF), "r": (4, 0x7FC0DEAD), "d": (8, 0x7FF8DEADDEADBEEF)}  # what registers hold at first
 BLOCKS = 16  # that run at a time, where a launch leaves the choice
-PATIENCE = 100  # turns round a loop without any change anywhere, after which a batch is taken to wait in vain
+PATIENCE = 100  # turns of a loop that change nothing, after which a batch counts as deadlocked
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Options:
 
 SCHEDULES = (
     Options(),
-    Options(copies="early"),  # the adversary of a buffer that is filled again too soon
+    Options(copies="early"),  # finds buffers that are refilled too soon
     Options("random", 1, "random", "random"),
 )
 

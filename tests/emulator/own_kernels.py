@@ -1,4 +1,4 @@
-"""Kernels for what the emulator knows and no shipped kernel does.
+"""Kernels that use what the emulator supports and no shipped kernel needs.
 
 `log_mean_exp` is that of kernels/deviation.py with a logarithm that is off as the hardware's may be.
 
