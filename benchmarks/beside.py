@@ -154,7 +154,7 @@ def exgrad() -> Calls:
 
 def layers() -> Calls:
     """GradNorm of all layers, ResNet-50, batch 8"""
-    from pytorch_ood.detector import GradNorm as PytorchOod  # type: ignore[import-untyped]
+    from pytorch_ood.detector import GradNorm as PytorchOod
 
     torch.manual_seed(0)
     model, images = torchvision.models.resnet50(), torch.randn(8, 3, 224, 224)

@@ -47,7 +47,7 @@ class FeatureFile:
             self._map("r")
         except (OSError, ValueError, EOFError):  # missing, no header, or shorter than that says
             state = "damaged" if self.part.exists() else "gone"
-            message = f"save-features: {self.part} is {state}, with the features of the run; use --restart to start over"
+            message = f"save-features: {self.part} is {state}, with the features of the run; --restart starts over"
             raise ValueError(message) from None
 
     def _create(self) -> None:
