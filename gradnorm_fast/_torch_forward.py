@@ -27,7 +27,7 @@ class Budget(NamedTuple):
     operand: int  # features, and classes of the weight, converted for the matmul: each
 
 
-CPU, GPU = Budget(22 * MIB, MIB, 4 * MIB), Budget(1792 * MIB, 256 * MIB, 256 * MIB)
+CPU, GPU = Budget(22 * MIB, 4 * MIB, 4 * MIB), Budget(1792 * MIB, 256 * MIB, 256 * MIB)
 
 # As measured on CPUs: BLAS is up to five times as fast if the logits of FEW rows, or of NARROW rows, lie transposed in
 # memory; the passes over 10 classes take half as long again where the classes of a row are contiguous.
