@@ -142,7 +142,7 @@ def pretend(arch: str, found: Callable[[Any, Any, dict[str, Any]], None]) -> Non
 
 def score(arch: str, dtype: torch.dtype, b: int, d: int, c: int, head: bool) -> None:
     """Launch the default and every other kernel that takes this problem, on tensors without data."""
-    from gradnorm_fast.kernels import dispatch
+    from gradnorm_fast.kernels import dispatch, one_hot
     from gradnorm_fast.kernels.experimental import cluster
     from gradnorm_fast.kernels.problem import Problem, Scores
 
@@ -150,6 +150,11 @@ def score(arch: str, dtype: torch.dtype, b: int, d: int, c: int, head: bool) -> 
     out = torch.empty(6 if head else 1, b, dtype=torch.promote_types(dtype, torch.float32), device="meta")
     scores = Scores(out, torch.empty(b, dtype=torch.int64, device="meta") if head else None)
     dispatch._configuration.cache_clear()  # its key is the device, which is always "meta" here
+    if not head and d in DEPTHS[:3] and dtype != torch.float64:
+        labels = torch.empty(b, dtype=torch.int64, device="meta")
+        one_hot.token_statistics(Problem(x, weight, bias, target=labels, p=2.0), torch.empty(4, b, device="meta"))
+        for target, p in ((labels, 2.0), (labels, 3.0), ("predicted", 1.0), ("predicted", float("inf"))):
+            one_hot.score_one_hot(Problem(x, weight, bias, target=target, p=p), scores)
     for problem in (Problem(x, weight, bias), Problem(x, None, None, logits)):
         default, config = dispatch.choose(problem)
         for kernel in (*dispatch.KERNELS.values(), dispatch.Kernel("cluster", cluster.score_cluster, cluster.why_not)):

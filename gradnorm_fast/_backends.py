@@ -60,19 +60,24 @@ def _warn_of_fallback(reason: str) -> None:
     warnings.warn(f"gradnorm_fast runs in plain torch: {reason}", RuntimeWarning, stacklevel=2)
 
 
-def why_no_kernel(target: str, p: float) -> str:
-    """Why there is no kernel for this target and norm; empty where there is one."""
-    if target == "uniform" and p == 1.0:
-        return ""
-    return f"there are kernels for the uniform target and p = 1 only, got {target} and p = {p:g}; use 'auto' or 'torch'"
-
-
 def uses_triton(backend: str, device: torch.device) -> bool:
     """ "auto" is Triton on a GPU wherever it can run, else torch, with one warning that says why."""
     if backend != "auto" or device.type != "cuda":
         return backend == "triton"
     if reason := why_not_triton(device):
         _warn_of_fallback(reason)
+    return not reason
+
+
+def _by_kernel(problem: Problem, backend: str) -> bool:
+    """Whether a kernel takes the problem; ValueError where none does and the backend is "triton"."""
+    if not uses_triton(backend, problem.features.device):
+        return False
+    from .kernels import dispatch
+
+    reason = dispatch.why_not(problem)
+    if reason and backend == "triton":
+        raise ValueError(f"backend: {reason}; use 'auto' or 'torch'")
     return not reason
 
 
@@ -108,7 +113,7 @@ def run(
 
     target: "uniform", "predicted", or "labels", which are labels (B,). Returns out (1, B) and an empty tensor, or with
     head out (6, B), the rows problem.FIELDS, and prediction (B,). ValueError for labels of classes that do not exist,
-    on a CPU.
+    on a CPU, and for a problem that no kernel takes where the backend is "triton".
     """
     problem = _problem(features, logits, weight, bias, labels, target, p, temperature, reduction, include_bias)
     batch = features.shape[0]
@@ -118,7 +123,7 @@ def run(
         return out, prediction
     scores = Scores(out, prediction if head else None)
     invariant = switch("GRADNORM_FAST_BATCH_INVARIANT")
-    if not why_no_kernel(target, p) and uses_triton(backend, features.device):
+    if _by_kernel(problem, backend):
         from .kernels import dispatch
 
         with _current(features.device):
@@ -162,14 +167,22 @@ def check_differentiable(p: float) -> None:
 
 @_on_cpu_without_float64
 def run_token_statistics(
-    features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, temperature: float
+    features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, temperature: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """log p_y and entropy (2, B), and Σp² and ‖p − e_y‖₂ (2, B), of features (B, D) and labels (B,)."""
+    """log p_y and entropy (2, B), and Σp² and ‖p − e_y‖₂ (2, B), of features (B, D) and labels (B,). ValueError as in
+    `run`."""
     check_classes(labels, weight.shape[0], "labels")
     batch = len(features)
     out = torch.empty((4, batch), dtype=score_dtype(features, None), device=features.device)
     problem = Problem(features, weight, bias, None, temperature, target=labels, p=2.0)
-    step = 1 if switch("GRADNORM_FAST_BATCH_INVARIANT") else max(1, batch)
+    invariant = switch("GRADNORM_FAST_BATCH_INVARIANT")
+    if batch and _by_kernel(problem, backend):
+        from .kernels import dispatch
+
+        with _current(features.device):
+            dispatch.token_statistics(problem, out, invariant)
+        return out[:2].clone(), out[2:].clone()
+    step = 1 if invariant else max(1, batch)
     for i in range(0, batch, step):
         _torch_targets.token_statistics(problem.rows(i, i + step), out[:, i : i + step])
     return out[:2].clone(), out[2:].clone()

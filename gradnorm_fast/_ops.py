@@ -23,7 +23,7 @@ _TOKENS = "Tensor features, Tensor weight, Tensor? bias, Tensor labels, float te
 _library = torch.library.Library("gradnorm_fast", "DEF")
 _library.define(f"scores({_HEAD}, str backend, bool head) -> (Tensor out, Tensor prediction)")
 _library.define(f"scores_backward(Tensor grad, {_HEAD}, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor)")
-_library.define(f"token_statistics({_TOKENS}) -> (Tensor differentiable, Tensor rest)")
+_library.define(f"token_statistics({_TOKENS}, str backend) -> (Tensor differentiable, Tensor rest)")
 _library.define(f"token_statistics_backward(Tensor grad, {_TOKENS}, bool[] needed) -> (Tensor, Tensor, Tensor)")
 for _name, _implementation in (
     ("scores", run),
@@ -47,7 +47,7 @@ def _scores_backward_fake(grad, features, logits, weight, bias, *rest):  # type:
 
 
 @torch.library.register_fake("gradnorm_fast::token_statistics", lib=_library)
-def _token_statistics_fake(features, weight, bias, labels, temperature):  # type: ignore[no-untyped-def]
+def _token_statistics_fake(features, weight, bias, labels, temperature, backend):  # type: ignore[no-untyped-def]
     out = features.new_empty((2, features.shape[0]), dtype=score_dtype(features, None))
     return out, torch.empty_like(out)
 
@@ -165,10 +165,10 @@ class _TokenStatistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 5
+            return (None,) * 6
         needed = list(ctx.needs_input_grad[:3])
         grads = token_statistics_backward(grad, *ctx.saved_tensors, ctx.temperature, needed)
-        return (*(g if need else None for g, need in zip(grads, needed, strict=True)), None, None)
+        return (*(g if need else None for g, need in zip(grads, needed, strict=True)), None, None, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None]:

@@ -181,7 +181,7 @@ def _checked(
     features, weight, bias = _autocast(features, weight, bias)
     weight = _check_head(features, weight, bias, include_bias, prefix="local_", fewest=0)
     temperature = _check_options(features, temperature, reduction, "torch", include_bias)
-    labels, name, p = _check_gradient(features, target, p, reduction, "torch", ())
+    labels, name, p = _check_gradient(features, target, p, reduction, ())
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (features, weight, bias)):
         raise NotImplementedError("sharded scores have no gradient; call under torch.no_grad() or detach the inputs")
     devices = dist.get_backend_config(group)

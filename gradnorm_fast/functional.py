@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from . import _ops
-from ._backends import BACKENDS, check_differentiable, why_no_kernel, why_not_triton
+from ._backends import BACKENDS, check_differentiable, why_not_triton
 from ._targets import check_labels, check_p, check_target
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -82,8 +82,8 @@ def fast_gradnorm(
         reduction: "mean" over classes in the loss, as in the paper, or "sum", C times that, as in the official code
             and OpenOOD. For the uniform target only.
         include_bias: count the bias's gradient too: ‖(x, 1)‖_p in place of ‖x‖_p, which is ‖x‖₁ + 1 for p = 1.
-        backend: "auto" (Triton on a GPU where it can run, else torch), "triton" or "torch". There are kernels for the
-            uniform target and p = 1; "auto" takes torch for the rest.
+        backend: "auto" (Triton on a GPU where it can run, else torch), "triton" or "torch". No kernel takes another
+            p with the uniform target, or logits or float64 with another target; "auto" takes torch for those.
 
     Returns:
         (...), float32, or float64 for float64 features. NaN where a row's features are not finite, or where their norm
@@ -105,7 +105,7 @@ def fast_gradnorm(
     features, weight, bias = _autocast(features, weight, bias)
     weight = _check_head(features, weight, bias, include_bias)
     temperature = _check_options(features, temperature, reduction, backend, include_bias)
-    gradient = _check_gradient(features, target, p, reduction, backend, (features, weight, bias))
+    gradient = _check_gradient(features, target, p, reduction, (features, weight, bias))
     out, _ = _ops.scores(
         _rows(features), None, weight, bias, *gradient, temperature, reduction, include_bias, backend, False
     )
@@ -186,7 +186,7 @@ def gradnorm_from_logits(
         raise ValueError(f"logits: expected shape ({lead}C) with C >= 1, got {tuple(logits.shape)}")
     _check_like("logits", logits, features, mixed=_autocasting(features.device))
     temperature = _check_options(features, temperature, reduction, backend, include_bias)
-    gradient = _check_gradient(features, target, p, reduction, backend, (features, logits))
+    gradient = _check_gradient(features, target, p, reduction, (features, logits))
     out, _ = _ops.scores(
         _rows(features), _rows(logits), None, None, *gradient, temperature, reduction, include_bias, backend, False
     )
@@ -214,7 +214,7 @@ def token_statistics(
             0 … C − 1 are a ValueError on a CPU, and give NaN on a GPU.
         bias: (C,) or None; −inf masks a class.
         temperature: T > 0, as in `fast_gradnorm`.
-        backend: "auto" or "torch"; there is no Triton kernel for this.
+        backend: as in `fast_gradnorm`; the kernel does not take float64.
 
     Returns:
         float32, or float64 for float64 features. log_prob and entropy are differentiable once in features, weight and
@@ -231,11 +231,9 @@ def token_statistics(
     features, weight, bias = _autocast(features, weight, bias)
     weight = _check_head(features, weight, bias, False)
     temperature = _check_options(features, temperature, "mean", backend)
-    if backend == "triton":
-        raise ValueError("backend: there is no kernel for token statistics; use 'auto' or 'torch', got 'triton'")
     check_labels(labels, features.shape[:-1], "labels")
     _check_device("labels", labels, features)
-    fields = _ops.token_statistics(_rows(features), weight, bias, labels.reshape(-1), temperature)
+    fields = _ops.token_statistics(_rows(features), weight, bias, labels.reshape(-1), temperature, backend)
     return TokenStatistics(*(_shaped(row, features) for out in fields for row in out.unbind(0)))
 
 
@@ -339,7 +337,7 @@ def _check_device(name: str, value: Tensor, features: Tensor) -> None:
 
 
 def _check_gradient(
-    features: Tensor, target: object, p: object, reduction: str, backend: str, inputs: tuple[Tensor | None, ...]
+    features: Tensor, target: object, p: object, reduction: str, inputs: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, str, float]:
     """Refuse a gradient that does not fit; labels (B,) or None, the target's name and p."""
     p = check_p(p)
@@ -348,8 +346,6 @@ def _check_gradient(
     if labels is not None:
         _check_device("target", labels, features)
     name = target if isinstance(target, str) else "labels"
-    if backend == "triton" and (reason := why_no_kernel(name, p)):
-        raise ValueError(f"backend: {reason}")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         check_differentiable(p)
     return None if labels is None else labels.reshape(-1), name, p

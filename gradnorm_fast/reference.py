@@ -55,7 +55,7 @@ def autograd_gradnorm(
     """
     weight = _check_head(features, weight, bias, include_bias)
     temperature = _check_options(features, temperature, reduction, "torch", include_bias)
-    labels, target, p = _check_gradient(features, target, p, reduction, "torch", ())
+    labels, target, p = _check_gradient(features, target, p, reduction, ())
     classes, depth = weight.shape
     if labels is not None:
         check_classes(labels, classes)

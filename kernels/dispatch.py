@@ -1,4 +1,5 @@
-"""Which kernel and configuration a problem takes.
+"""Which kernel and configuration a problem takes. For labels and the predicted target that is one_hot; for the uniform
+target and p = 1:
 
     C <= 256                                    one_tile; halves of odd D: library where it takes them
     B <= 64, 256 < C <= 4096                    tiled, in slices of the features
@@ -18,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import library, one_tile, rows, tiled
+from . import library, one_hot, one_tile, rows, tiled
 from .config import ANY, Config
 from .device import architecture, multiprocessors
 from .problem import Problem, Scores
@@ -75,15 +76,38 @@ def preferred(problem: Problem, arch: str, batch_invariant: bool = False) -> str
     return next(name for name in order if not KERNELS[name].why_not(problem, arch))
 
 
+def why_not(problem: Problem) -> str:
+    """Why no kernel takes the problem; empty where one does."""
+    if not problem.uniform:
+        reason = one_hot.why_not(problem, architecture(problem.features.device))
+        return reason and f"the kernel for labels and the predicted target {reason}"
+    return "" if problem.p == 1.0 else f"the kernels for the uniform target take p = 1, not p = {problem.p:g}"
+
+
 def score(problem: Problem, scores: Scores, batch_invariant: bool = False) -> None:
-    """Scores by the default kernel."""
+    """Scores by the default kernel. ValueError where `why_not` says so."""
     if batch_invariant:
         logits = problem.logits
         problem = problem._replace(
             features=_as_allocated(problem.features), logits=None if logits is None else _as_allocated(logits)
         )
+    if not problem.uniform:
+        one_hot.score_one_hot(problem, scores, _one_hot_configuration(problem, batch_invariant))
+        return
     kernel, config = choose(problem, batch_invariant)
     KERNELS[kernel].score(problem, scores, config)
+
+
+def token_statistics(problem: Problem, out: torch.Tensor, batch_invariant: bool = False) -> None:
+    """one_hot.token_statistics; ValueError where `why_not` says so."""
+    if batch_invariant:
+        problem = problem._replace(features=_as_allocated(problem.features))
+    one_hot.token_statistics(problem, out, _one_hot_configuration(problem, batch_invariant))
+
+
+def _one_hot_configuration(problem: Problem, batch_invariant: bool) -> Config:
+    x = problem.features
+    return one_hot.configuration(ANY if batch_invariant else len(x), problem.classes, x.dtype, architecture(x.device))
 
 
 def _as_allocated(x: torch.Tensor) -> torch.Tensor:

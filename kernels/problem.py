@@ -11,7 +11,7 @@ FIELDS = ("gradnorm", "feature_norm", "output_norm", "max_logit", "msp", "energy
 
 class Problem(NamedTuple):
     """Rows of features and either the head that makes their logits, or the logits; and which gradient's norm is asked
-    for. The kernels take the uniform target and p = 1."""
+    for."""
 
     features: Tensor  #: (B, D)
     weight: Tensor | None  #: (C, D); None where the logits are given
@@ -26,6 +26,10 @@ class Problem(NamedTuple):
     @property
     def classes(self) -> int:
         return self.logits.shape[1] if self.weight is None else self.weight.shape[0]  # type: ignore[union-attr]
+
+    @property
+    def uniform(self) -> bool:
+        return isinstance(self.target, str) and self.target == "uniform"
 
     def rows(self, start: int, stop: int) -> Problem:
         """The same problem for rows start ... stop − 1."""

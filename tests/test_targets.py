@@ -346,11 +346,16 @@ def test_refusals_of_token_statistics():
 
 
 def test_the_triton_backend_says_what_it_does_not_take():
-    for change in (dict(p=2.0), dict(target="predicted"), dict(target=LABELS.to(DEVICE))):
-        with pytest.raises(ValueError, match="backend: there are kernels for the uniform target and p = 1 only"):
-            fast_gradnorm(X.to(DEVICE), W.to(DEVICE), backend="triton", **change)
-    with pytest.raises(ValueError, match="backend: there is no kernel for token statistics"):
-        token_statistics(X.to(DEVICE), W.to(DEVICE), LABELS.to(DEVICE), backend="triton")
+    x, w, labels = X.to(DEVICE), W.to(DEVICE), LABELS.to(DEVICE)
+    with pytest.raises(ValueError, match="backend: the kernels for the uniform target take p = 1, not p = 2"):
+        fast_gradnorm(x, w, backend="triton", p=2.0)
+    double = "backend: the kernel for labels and the predicted target takes float16, bfloat16 and float32, not float64"
+    with pytest.raises(ValueError, match=double):
+        fast_gradnorm(x.double(), w.double(), backend="triton", target="predicted")
+    with pytest.raises(ValueError, match=double):
+        token_statistics(x.double(), w.double(), labels, backend="triton")
+    with pytest.raises(ValueError, match="backend: the kernel for labels and the predicted target takes a weight"):
+        gradnorm_from_logits(x, x @ w.T, target=labels, backend="triton")
 
 
 def test_opcheck():
@@ -359,7 +364,7 @@ def test_opcheck():
     for target, given_labels, p in (("uniform", None, 2.0), ("predicted", None, 1.0), ("labels", labels, 2.0)):
         rest = (given_labels, target, p, 1.5, "mean", False, "auto", False)
         torch.library.opcheck(torch.ops.gradnorm_fast.scores.default, (x, None, w, bias, *rest))
-    torch.library.opcheck(torch.ops.gradnorm_fast.token_statistics.default, (*inputs, labels, 1.5))
+    torch.library.opcheck(torch.ops.gradnorm_fast.token_statistics.default, (*inputs, labels, 1.5, "torch"))
     grad = torch.ones(2, 4, device=DEVICE)
     arguments = (grad, *(t.detach() for t in inputs), labels, 1.5, [True, True, False])
     torch.library.opcheck(torch.ops.gradnorm_fast.token_statistics_backward.default, arguments)

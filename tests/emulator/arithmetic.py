@@ -1,7 +1,7 @@
 """What arithmetic and warp-wide instructions compute.
 
 add, sub, mul and div round as IEEE says. fma.f32 goes through float64 and fma.f64 through 80-bit longdouble, so both
-round twice and may be off in the last bit in rare ties. ex2.approx, rcp.approx and div.full are the exact function,
+round twice and may be off in the last bit in rare ties. ex2, rcp and sqrt.approx, and div.full are the exact function,
 rounded. mma and wgmma add a step's exact products and the accumulator in float64 and round to float32 once.
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # As inexact as hardware may be: approximate functions off by up to 2 units in the last place, tensor cores rounding
 # towards zero. Triton takes logarithms by a polynomial, not by lg2.approx: `own_kernels.log_mean_exp`.
 inexact = False
-EXACT: dict[str, Callable[..., Array]] = {"ex2": np.exp2, "rcp": np.reciprocal, "div": np.divide}
+EXACT: dict[str, Callable[..., Array]] = {"ex2": np.exp2, "rcp": np.reciprocal, "sqrt": np.sqrt, "div": np.divide}
 
 
 def flush(x: Array) -> Array:
@@ -34,7 +34,7 @@ def fma(a: Array, b: Array, c: Array) -> Array:
 
 
 def approximate(root: str, *values: Array) -> Array:
-    """ex2.approx, rcp.approx and div.full in float32."""
+    """ex2.approx, rcp.approx, sqrt.approx and div.full in float32."""
     x = EXACT[root](*(v.astype(np.float64) for v in values)).astype(np.float32)
     if inexact:  # a hash: looks random, but is the same for the same result
         units = (x.view(np.uint32) * np.uint32(2654435761) >> np.uint32(13)) % np.uint32(5)

@@ -155,7 +155,7 @@ def translated(t: Translator, ins: Instruction, q: str) -> list[str]:
             return floating(f"np.{root}imum" if "NaN" in flags else f"np.f{root}")
         case ["fma", *_, "f32" | "f64"]:
             return floating("arithmetic.fma")
-        case ["ex2" | "rcp" as root, "approx", *_, "f32"]:
+        case ["ex2" | "rcp" | "sqrt" as root, "approx", *_, "f32"]:
             return floating(f"arithmetic.approximate('{root}',")
         case ["rcp", "approx", "ftz", "f64"]:
             return floating("arithmetic.rcp_f64")
