@@ -1,6 +1,6 @@
 """The score in plain torch, for CPUs and for devices without Triton.
 
-Rows are processed in chunks. The logits of a chunk are computed once, then scored in cache-sized pieces, in float64.
+Rows are processed in chunks. The logits of a chunk are computed once, then scored piece by piece in float64.
 Extra memory does not grow with B·C (see Budget). docs/numerics.md has the formulas and the reasons for them.
 """
 
