@@ -60,7 +60,7 @@ def markdown(headings: list[str], rows: list[list[str]], names: int = 1) -> str:
 
 
 def table(results: Results) -> str:
-    """Per workload: our time, and how many times longer the others take."""
+    """Per workload: our time, and the slowdown of the others relative to it."""
     found = by_workload(results)
     names = [n for n in peers.ALL if n != peers.OURS and any(n in records for records in found.values())]
     headings = [f"{n} ({used})" if (used := peers.ALL[n].used_by) else n for n in names]
@@ -123,7 +123,7 @@ def render(results: Results, folder: Path) -> str:
     head = f"{environment_line(results)}\n\nCeilings: copy {c['copy_bytes_per_s'] / 1e9:.4g} GB/s; matmul {rates}."
     short = table(results)
     (folder / "bench.md").write_text(
-        f"# Benchmarks\n\n{head}\n\nColumns of peers: how many times our time they take.\n\n{short}\n\n"
+        f"# Benchmarks\n\n{head}\n\nOther implementations: slowdown relative to fast_gradnorm.\n\n{short}\n\n"
         f'## Every figure\n\n"of floor": the time that the least bytes or the operations need at the ceilings, over '
         f"the median.\n\n{details(results)}\n"
     )

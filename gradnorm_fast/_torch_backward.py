@@ -1,8 +1,9 @@
-"""Derivatives of the scores in closed form, in plain torch: backward, and forward mode.
+"""Derivatives of the scores in closed form, in plain torch, for the backward pass and forward mode.
 
-With V = Σ|p − 1/C| and s_k = sign(p_k − 1/C), 0 at the kink:  ∂V/∂z_k = p_k (s_k − Σ_c s_c p_c)/T. That difference
-cancels where one class has nearly all the probability. With A = Σ_c p_c (1 − s_c) and B = Σ_c p_c (1 + s_c), twice the
-probability of the classes below and above, it is A for s_k = 1, −B for s_k = −1 and (A − B)/2 for s_k = 0.
+With V = Σ|p − 1/C| and s_k = sign(p_k − 1/C), 0 at the kink:  ∂V/∂z_k = p_k (s_k − Σ_c s_c p_c)/T. The difference in
+parentheses cancels if one class has nearly all the probability. With A = Σ_c p_c (1 − s_c) and B = Σ_c p_c (1 + s_c),
+twice the probability of the classes below and above 1/C (without ties), it equals A for s_k = 1, −B for s_k = −1 and
+(A − B)/2 for s_k = 0.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from ._torch_forward import (
 )
 from .kernels.problem import Problem
 
-BUFFERS = 4  # of the size of a chunk of logits in float64 that are alive at once
+BUFFERS = 4  # live at once, each the size of a chunk of logits in float64
 
 
 def _derivatives(p: Tensor, u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """V and T·∂V/∂z of rows with probabilities p, given u = t·(p − 1/C); overwrites u.  # -> (R, 1), (R, C)"""
+    """V and T·∂V/∂z of rows with probabilities p, from u = t·(p − 1/C); overwrites u.  # -> (R, 1), (R, C)"""
     sign = u.sign()
     v = row_norm(u, 1.0).div_(t)
     above, below = torch.add(sign, 1.0, out=u).mul_(p), sign.neg_().add_(1.0).mul_(p)
@@ -38,8 +39,8 @@ def _derivatives(p: Tensor, u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 def _derivatives_of_l2(p: Tensor, u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """The same for V = ‖p − 1/C‖₂: ∂V/∂z_k = p_k (p_k − Σp²)/(V·T).
 
-    With u = p − 1/C, that is p_k (u_k/V − V)/T, since Σp² = V² + 1/C. For a class with most of the probability,
-    p_k − Σp² = ε p_k − Σ_(c ≠ k) p_c², where ε is the sum of the others.
+    With u = p − 1/C this is p_k (u_k/V − V)/T, since Σp² = V² + 1/C. For a class with most of the probability,
+    p_k − Σp² = ε p_k − Σ_(c ≠ k) p_c², where ε is the probability of the other classes.
     """
     u.div_(t)
     v = row_norm(u.clone(), 2.0)
@@ -52,14 +53,14 @@ def _derivatives_of_l2(p: Tensor, u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]
 
 
 def norm_gradient(x: Tensor, norm: Tensor, p: float) -> Tensor:
-    """∂‖(x, bias_norm)‖_p/∂x for p = 1 and 2, given that norm.  # (R, D), (R, 1) -> (R, D)"""
+    """∂‖(x, bias_norm)‖_p/∂x for p = 1 and 2, from that norm.  # (R, D), (R, 1) -> (R, D)"""
     return x.sign() if p == 1.0 else x / torch.where(norm > 0, norm, 1.0)
 
 
 def backward(grad: Tensor, problem: Problem, needed: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients for features, logits, weight and bias, empty where not needed, given grad, that of Scores.out.
+    """Gradients of features, logits, weight and bias, empty if not needed, from grad, the gradient of Scores.out.
 
-    gradnorm = ‖(x, bias_norm)‖_p·V·scale/T for the uniform target; the rest as in any linear layer.
+    gradnorm = ‖(x, bias_norm)‖_p·V·scale/T for the uniform target; the rest is as in any linear layer.
     """
     dtype, inv_temperature = grad.dtype, 1.0 / problem.temperature
     inputs = problem.features, problem.logits, problem.weight, problem.bias
@@ -86,7 +87,7 @@ def backward(grad: Tensor, problem: Problem, needed: list[bool]) -> tuple[Tensor
         if len(g) > 1:
             grad_norm, grad_output = grad_norm + g[1], grad_output + g[2]
         dz *= grad_output * problem.scale * inv_temperature
-        dz *= inv_temperature  # not squared before: 1/T² may overflow where dz is 0
+        dz *= inv_temperature  # in two steps: 1/T² may overflow where dz is 0
         if len(g) > 1:
             top = z.argmax(1, keepdim=True)
             grad_msp = g[4] * p.gather(1, top) * inv_temperature

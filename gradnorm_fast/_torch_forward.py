@@ -1,7 +1,7 @@
-"""The score in plain torch: what runs on CPUs and on devices without Triton.
+"""The score in plain torch, for CPUs and for devices without Triton.
 
-Rows come in chunks. The logits of a chunk are written once and then worked on in pieces that stay in the cache. Extra
-memory never depends on B·C (see Budget). docs/numerics.md has the formulas, and why each line is as it is.
+Rows are processed in chunks. The logits of a chunk are computed once, then scored piece by piece in float64.
+Extra memory does not grow with B·C (see Budget). docs/numerics.md has the formulas and the reasons for them.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from torch.nn.functional import linear
 from .kernels.problem import Problem, Scores, copies
 
 MIB = 2**20
-MEMORY = 32 * MIB  # what a forward takes on a CPU beside its result, unless three rows of logits or features take more
+MEMORY = 32 * MIB  # extra memory of a forward on a CPU, unless three rows of logits or features need more
 
 
 class Budget(NamedTuple):
-    """Bytes that the tensors of a call may take beside its result, longer rows apart."""
+    """Bytes that a call may allocate besides its result; a single row may exceed them."""
 
-    chunk: int  # logits, and what is computed from a piece of them
-    piece: int  # of rows that are worked on at once: on a CPU, what its caches hold
-    operand: int  # features, and classes of the weight, converted for the matmul: each
+    chunk: int  # logits, and the temporaries of a piece
+    piece: int  # rows that are scored at once; sized for the caches on a CPU
+    operand: int  # features, or classes of the weight, converted for the matmul: each
 
 
 CPU, GPU = Budget(22 * MIB, 4 * MIB, 4 * MIB), Budget(1792 * MIB, 256 * MIB, 256 * MIB)
 
-# As measured on CPUs: BLAS is up to five times as fast if the logits of FEW rows, or of NARROW rows, lie transposed in
-# memory; the passes over 10 classes take half as long again where the classes of a row are contiguous.
+# Measured on CPUs: with up to FEW rows, or fewer than NARROW classes, BLAS is up to five times as fast if the logits
+# are transposed in memory. The passes over 10 classes take 1.5 times as long if the classes of a row are contiguous.
 FEW = 128
 NARROW = 16
 
@@ -40,13 +40,13 @@ def budget_of(device: torch.device) -> Budget:
 
 
 def part(t: Tensor, start: int, stop: int, dim: int = 0) -> Tensor:
-    """t[start:stop], and t itself where that is all of it: a view costs as much as a sum over a row."""
+    """t[start:stop], or t itself if that is all of it: a view costs as much as a sum over a row."""
     size = t.shape[dim]
     return t if start == 0 and stop >= size else t.narrow(dim, start, min(stop, size) - start)
 
 
 def usable(matrix: Tensor, dtype: torch.dtype) -> bool:
-    """Whether BLAS reads this matrix as it lies."""
+    """Whether BLAS can read this matrix without a copy."""
     return matrix.dtype == dtype and not copies(matrix)
 
 
@@ -55,7 +55,7 @@ def converted(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def rows_at_once(problem: Problem, dtype: torch.dtype, size: int) -> int:
-    """How many rows to take at a time, so that their logits and converted features fit."""
+    """How many rows to process at a time, so that their logits and converted features fit."""
     step = size // (problem.classes * dtype.itemsize)
     if problem.weight is not None and not usable(problem.features, dtype):
         operand = budget_of(problem.features.device).operand
@@ -64,7 +64,7 @@ def rows_at_once(problem: Problem, dtype: torch.dtype, size: int) -> int:
 
 
 def logits_of(problem: Problem, dtype: torch.dtype) -> Tensor:
-    """The logits of all rows in dtype; the weight is converted, where it must be, in slices of classes.  # -> (R, C)"""
+    """The logits of all rows in dtype. If the weight needs conversion, slices of classes are converted.  # -> (R, C)"""
     x, weight, bias, logits = problem[:4]
     if logits is not None:
         return logits.to(dtype)
@@ -92,7 +92,7 @@ def logits_of(problem: Problem, dtype: torch.dtype) -> Tensor:
 
 
 def shifted(z: Tensor, inv_temperature: float) -> Tensor:
-    """(z − max z)/T of each row in float64, as new memory.  # (R, C) -> (R, C)"""
+    """(z − max z)/T of each row in float64, in new memory.  # (R, C) -> (R, C)"""
     d = z.clone() if z.dtype == torch.float64 else z.double()
     d.sub_(d.amax(1, keepdim=True))
     return d if inv_temperature == 1.0 else d.mul_(inv_temperature)
@@ -101,10 +101,10 @@ def shifted(z: Tensor, inv_temperature: float) -> Tensor:
 def deviations(d: Tensor) -> tuple[Tensor, Tensor]:
     """u = t·(p − 1/C) and t = Σ exp d of rows d = (z − max z)/T; overwrites d.  # (R, C) -> (R, C), (R, 1)
 
-    q = expm1(d) is t·p − 1, so u = q − mean q and t = C + Σq. Sum, 1/C and their product round the mean by 4·2⁻⁵³ of
-    the largest |q| at most, and Σ|u| is at least that |q|: Σ|u| errs by C·2⁻⁵¹ relative at most.
+    q = expm1(d) is t·p − 1, so u = q − mean q and t = C + Σq. Rounding in the sum, in 1/C and in their product changes
+    the mean by at most 4·2⁻⁵³ of the largest |q|. Σ|u| is at least that |q|, so its relative error is at most C·2⁻⁵¹.
     """
-    classes = float(d.shape[1])  # adding an int takes torch twice as long
+    classes = float(d.shape[1])  # torch takes twice as long to add an int
     q = d.expm1_().sum(1, keepdim=True)
     return d.sub_(q, alpha=1.0 / classes), q.add_(classes)
 
@@ -121,7 +121,7 @@ def row_norm(u: Tensor, p: float) -> Tensor:
         return largest
     magnitudes.div_(torch.where(largest > 0, largest, 1.0))
     powers = magnitudes.square_() if p == 2.0 else magnitudes.pow_(p)
-    root = powers.sum(1, keepdim=True).pow_(0.5 / p)  # half of it at a time: C^(1/p) alone may overflow
+    root = powers.sum(1, keepdim=True).pow_(0.5 / p)  # in two halves: C^(1/p) alone may overflow
     return largest.mul_(root).mul_(root)
 
 
@@ -131,7 +131,7 @@ def with_bias(norm: Tensor, bias_norm: float, p: float) -> Tensor:
 
 
 def feature_norms(problem: Problem, out: Tensor) -> None:
-    """‖x‖_p of each row into out (B,), NaN where that is not finite: such a row has no score."""
+    """Write ‖x‖_p of each row to out (B,), NaN if it is not finite: such a row has no score."""
     features, p = problem.features, problem.p
     batch, depth = features.shape
     step = max(1, budget_of(out.device).piece // max(1, depth * out.itemsize))
@@ -145,12 +145,12 @@ def feature_norms(problem: Problem, out: Tensor) -> None:
 
 
 def _score(problem: Problem, z: Tensor, scores: Scores) -> None:
-    """Write the scores of rows with logits z; their feature norms are there already."""
+    """Write the scores of rows with logits z. Their feature norms must be in `scores` already."""
     out, prediction = scores
     inv_temperature = 1.0 / problem.temperature
     u, t = deviations(shifted(z, inv_temperature))
     v = row_norm(u, problem.p).div_(t)
-    for factor in (problem.scale, inv_temperature):  # in this order: 0·inf is not 0
+    for factor in (problem.scale, inv_temperature):  # in this order, or 0·inf gives NaN
         if factor != 1.0:
             v.mul_(factor)
     v = v.to(out.dtype)
@@ -162,14 +162,14 @@ def _score(problem: Problem, z: Tensor, scores: Scores) -> None:
         return
     m, index = z.max(1, keepdim=True)
     norm = columns[:, 1:2]
-    poison = (norm + v).mul_(0.0)  # a row without a score has no other number either
+    poison = (norm + v).mul_(0.0)  # if the score is NaN, so are all other fields
     fields = [(norm + problem.bias_norm) * v, norm, v, m, t.reciprocal(), m + t.log() / inv_temperature]
     torch.add(torch.cat(fields, 1), poison, out=columns)
     prediction.copy_(torch.where(poison == 0.0, index, 0)[:, 0])
 
 
 def forward(problem: Problem, scores: Scores) -> None:
-    """Scores of the problem's rows, for the uniform target."""
+    """Write the scores of the problem's rows, for the uniform target."""
     out = scores.out
     batch, budget = problem.features.shape[0], budget_of(out.device)
     feature_norms(problem, out[0 if scores.prediction is None else 1])
@@ -181,4 +181,4 @@ def forward(problem: Problem, scores: Scores) -> None:
         z = logits_of(chunk, out.dtype)
         for j in range(0, z.shape[0], rows):
             _score(problem, part(z, j, j + rows), targets.rows(j, j + rows))
-        del z  # before the next ones are allocated
+        del z  # before the next chunk is allocated

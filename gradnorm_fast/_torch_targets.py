@@ -1,13 +1,13 @@
-"""Label and predicted targets, and token statistics, in plain torch: one pass over the logits, by tiles of classes.
+"""Label and predicted targets, and token statistics, in plain torch: one pass over the logits, in tiles of classes.
 
-For the target y the gradient's factor is p − e_y. Nothing here subtracts from 1: with the softmax p̃ among the classes
-other than y, m = max z_c, S = Σ exp((z_c − m)/T) and R_p = Σ exp(p·(z_c − m)/T) over them,
+For target y the gradient's factor is p − e_y. To avoid subtracting from 1, everything comes from sums over the classes
+other than y: their softmax p̃, m = max z_c, S = Σ exp((z_c − m)/T) and R_p = Σ exp(p·(z_c − m)/T). Then
 
     a = (m − z_y)/T + log S      ε = 1 − p_y = sigmoid(a)      log p_y = logsigmoid(−a)
     ρ_p = Σ p̃_c^p = R_p/S^p      ‖p − e_y‖_p = ε (1 + ρ_p)^(1/p)      Σp² = p_y² + ε²ρ₂
     entropy = −p_y log p_y − ε log ε + ε H      H = log S − Σ p̃_c (z_c − m)/T, the entropy of p̃
 
-Sums over a tile are in the dtype of the scores; those of tiles, and what is made of them, in float64.
+Sums within a tile have the dtype of the scores; merging tiles and everything after it is in float64.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from ._torch_backward import norm_gradient
 from ._torch_forward import budget_of, converted, feature_norms, logits_of, part, row_norm, usable, with_bias
 from .kernels.problem import Problem, Scores
 
-BUFFERS = 4  # of the size of a tile that are alive at once
-FEWEST = 64  # classes that take as much memory as the sums of a row
-FLOOR = -1000.0  # exp of which is 0: stands for −inf where that is multiplied by 0
+BUFFERS = 4  # live at once, each the size of a tile
+FEWEST = 64  # count a row as at least this many classes: its sums take as much memory
+FLOOR = -1000.0  # replaces −inf, which times 0 is NaN; its exp is 0 too
 
 
 class Others(NamedTuple):
-    """Sums over the classes of each row but y, each (R, 1)."""
+    """Sums over all classes of a row except y, each (R, 1)."""
 
-    y: Tensor  #: the class, int64; −1 where there is none
-    z_y: Tensor  #: its logit; −inf where there is none
+    y: Tensor  #: the class, int64; −1 if there is none
+    z_y: Tensor  #: its logit; −inf if there is none
     m: Tensor  #: max z_c
     s: Tensor  #: Σ exp(d_c), d_c = (z_c − m)/T
     powers: Tensor  #: Σ exp(p·d_c)
@@ -41,7 +41,7 @@ class Others(NamedTuple):
 
 
 class Probabilities(NamedTuple):
-    """What the sums say, each (R, 1): p_y, its logarithm, ε = 1 − p_y, its logarithm, ρ_p and the entropy of p̃."""
+    """Results of the sums, each (R, 1): p_y and its log, ε = 1 − p_y and its log, ρ_p, and the entropy of p̃."""
 
     p_y: Tensor
     log_p_y: Tensor
@@ -56,21 +56,21 @@ class Probabilities(NamedTuple):
 
     @property
     def sum_squares(self) -> Tensor:
-        """Σp², where ρ is ρ₂."""
+        """Σp², if ρ is ρ₂."""
         return self.p_y.square() + self.rest.square() * self.rho
 
     def residual_norm(self, p: float) -> Tensor:
-        """‖p − e_y‖_p, where ρ is ρ_p."""
+        """‖p − e_y‖_p, if ρ is ρ_p."""
         return self.rest if p == math.inf else self.rest * (self.rho.log1p() / p).exp()
 
 
 def _times(weight: Tensor, value: Tensor) -> Tensor:
-    """weight·value, 0 where the weight is."""
+    """weight·value, 0 where the weight is 0."""
     return torch.where(weight == 0, 0.0, weight * value)
 
 
 def blocks(problem: Problem, dtype: torch.dtype) -> Iterator[tuple[slice, Problem, int]]:
-    """Rows, the problem for them with features as the matmul takes them, and how many classes make a tile."""
+    """Blocks of rows: their slice, their problem with features converted for the matmul, and the classes per tile."""
     budget, size = budget_of(problem.features.device), dtype.itemsize
     (batch, depth), classes = problem.features.shape, problem.classes
     elements = budget.chunk // BUFFERS // size
@@ -90,7 +90,7 @@ def blocks(problem: Problem, dtype: torch.dtype) -> Iterator[tuple[slice, Proble
 
 
 def tiles_of(problem: Problem, dtype: torch.dtype, columns: int) -> Iterator[tuple[slice, Tensor | None, Tensor]]:
-    """Tiles of the problem's logits: classes, their part of the weight, and z (R, C'), which may be overwritten."""
+    """Tiles of the problem's logits: the classes, their weight, and z (R, C'), which the caller may overwrite."""
     _, weight, bias, logits = problem[:4]
     for i in range(0, problem.classes, columns):
         stop = min(i + columns, problem.classes)
@@ -101,13 +101,13 @@ def tiles_of(problem: Problem, dtype: torch.dtype, columns: int) -> Iterator[tup
             w, b = part(weight, i, stop), None if bias is None else part(bias, i, stop)
             if not usable(w, dtype):
                 w = converted(w, dtype)
-            with torch.autocast(w.device.type, enabled=False):  # it would cast what has been converted
+            with torch.autocast(w.device.type, enabled=False):  # it would undo the conversion
                 z = logits_of(problem._replace(weight=w, bias=b), dtype)
             yield slice(i, stop), w, z
 
 
 def _set_column(z: Tensor, classes: slice, y: Tensor, value: Tensor | float) -> Tensor:
-    """Put `value` in place of class y in the rows whose class y is in this tile; what was there, NaN elsewhere."""
+    """Replace class y by `value` in rows whose y is in this tile; returns the old values, NaN for other rows."""
     at = y - classes.start
     here, at = (at >= 0) & (at < z.shape[1]), at.clamp(0, z.shape[1] - 1)
     old = z.gather(1, at)
@@ -119,9 +119,9 @@ Sums = tuple[Tensor, Tensor, Tensor, Tensor]  #: m, s, powers and products of so
 
 
 def _sums(z: Tensor, inv_temperature: float, powers: float, entropy: bool) -> Sums:
-    """The sums over all classes of a tile, in its dtype, by rows that stay in the cache; overwrites z.
+    """The sums over all classes of a tile, in its dtype, for cache-sized groups of rows; overwrites z.
 
-    softmax(d) = exp(d)/S takes 2/3 of the time of exp(d) by itself, and 1/S is its maximum.
+    softmax(d) = exp(d)/S is faster than exp(d) alone (2/3 of its time), and its maximum is 1/S.
     """
     m, s, r, q = z.new_zeros(4, len(z), 1).unbind(0)
     step = max(1, budget_of(z.device).piece // (z.shape[1] * z.itemsize)) if z.is_contiguous() else len(z)
@@ -161,7 +161,7 @@ def merged(a: Sums, b: Sums, inv_temperature: float, powers: float) -> Sums:
 def others_of(
     problem: Problem, tiles: Iterator[tuple[slice, Tensor | None, Tensor]], powers: float, entropy: bool
 ) -> Others:
-    """The sums for the problem's target in one pass; the powers are p-th ones, the products are 0 without entropy."""
+    """The sums for the problem's target, in one pass. `powers` is p; the products are 0 unless `entropy`."""
     n, device, inv_temperature = len(problem.features), problem.features.device, 1.0 / problem.temperature
     dtype = torch.float64
     m = z_y = torch.full((n, 1), -torch.inf, dtype=dtype, device=device)
@@ -175,7 +175,7 @@ def others_of(
         if given:
             old = _set_column(z, classes, y, -torch.inf)
             z_y = torch.where((y >= classes.start) & (y < classes.stop), old.to(dtype), z_y)
-        else:  # the lesser of the tile's maximum and the one so far is one of the others
+        else:  # of the tile's maximum and the running one, the smaller belongs to the other classes
             top, at = z.max(1, keepdim=True)
             better = ~(top <= z_y)  # NaN too
             z.scatter_(1, at, torch.where(better, z_y, top.to(dtype)).to(z.dtype))
@@ -201,7 +201,7 @@ def probabilities_of(others: Others, inv_temperature: float, powers: float) -> P
 
 
 def _for_labels(problem: Problem, values: Tensor) -> Tensor:
-    """The values (R, 1) of the problem's rows: 0 where the label says to ignore the row, NaN where it is no class."""
+    """The values (R, 1) of the problem's rows: 0 if the label is IGNORE, NaN if it is no class."""
     if isinstance(problem.target, str):
         return values
     labels = problem.target[:, None]
@@ -210,14 +210,14 @@ def _for_labels(problem: Problem, values: Tensor) -> Tensor:
 
 
 def _feature_norm(problem: Problem, dtype: torch.dtype) -> Tensor:
-    """‖x‖_p of each row, NaN where that is not finite.  # -> (R, 1)"""
+    """‖x‖_p of each row, NaN if it is not finite.  # -> (R, 1)"""
     norm = torch.empty(len(problem.features), 1, dtype=dtype, device=problem.features.device)
     feature_norms(problem, norm[:, 0])
     return norm
 
 
 def forward(problem: Problem, scores: Scores) -> None:
-    """Scores of the problem's rows, for a label or the predicted target."""
+    """Write the scores of the problem's rows, for a label or the predicted target."""
     out, inv_temperature, p = scores.out[0], 1.0 / problem.temperature, problem.p
     for rows, some, columns in blocks(problem, out.dtype):
         others = others_of(some, tiles_of(some, out.dtype, columns), p, False)
@@ -227,7 +227,7 @@ def forward(problem: Problem, scores: Scores) -> None:
 
 
 def token_statistics(problem: Problem, out: Tensor) -> None:
-    """log p_y, entropy, Σp² and ‖p − e_y‖₂ of each row into out (4, B)."""
+    """Write log p_y, entropy, Σp² and ‖p − e_y‖₂ of each row to out (4, B)."""
     for rows, some, columns in blocks(problem, out.dtype):
         others = others_of(some, tiles_of(some, out.dtype, columns), 2.0, True)
         found = probabilities_of(others, 1.0 / problem.temperature, 2.0)
@@ -238,7 +238,7 @@ def token_statistics(problem: Problem, out: Tensor) -> None:
 
 
 class _Slope(NamedTuple):
-    """∂/∂z of a row's value, each (R, 1): p̃_c·(constant + linear·p̃_c + log·d_c) for c ≠ y, `own` for y."""
+    """Coefficients (R, 1) of ∂/∂z of a row's value: p̃_c·(constant + linear·p̃_c + log·d_c) for c ≠ y, own for y."""
 
     constant: Tensor
     linear: Tensor
@@ -254,7 +254,7 @@ def _propagate(
     entropy: bool,
     slope_of: Callable[[slice, Problem, Probabilities, Others], tuple[_Slope, Tensor | None]],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients for features, logits, weight and bias, empty where not needed, given each row's slope in z and x."""
+    """Gradients of features, logits, weight and bias, empty if not needed, from each row's slope in z and x."""
     inputs = problem.features, problem.logits, problem.weight, problem.bias
     grad_x, grad_z, grad_w, grad_b = (
         torch.zeros_like(t, dtype=dtype, memory_format=torch.contiguous_format)
@@ -291,10 +291,10 @@ def _propagate(
 
 
 def backward(grad: Tensor, problem: Problem, needed: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients for features, logits, weight and bias, empty where not needed, given that of Scores.out (1, B).
+    """Gradients of features, logits, weight and bias, empty if not needed, from that of Scores.out (1, B).
 
     With N = ‖p − e_y‖_p:  N = 2ε for p = 1, so ∂N/∂z_c = 2 p_y ε p̃_c/T;  for p = 2, N = ε√(1 + ρ) and ∂N/∂z_c =
-    ε p̃_c (p̃_c + p_y − ε ρ)/(√(1 + ρ) T). ∂N/∂z_y = −p_y N/T for both. The predicted class is taken as constant.
+    ε p̃_c (p̃_c + p_y − ε ρ)/(√(1 + ρ) T). ∂N/∂z_y = −p_y N/T for both. The predicted class is treated as constant.
     """
     dtype, inv_temperature = grad.dtype, 1.0 / problem.temperature
 
@@ -316,7 +316,7 @@ def backward(grad: Tensor, problem: Problem, needed: list[bool]) -> tuple[Tensor
 
 
 def token_statistics_backward(grad: Tensor, problem: Problem, needed: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for features, weight and bias, empty where not needed, given those of log p_y and entropy (2, B).
+    """Gradients of features, weight and bias, empty if not needed, from those of log p_y and entropy (2, B).
 
     ∂log p_y/∂z = (e_y − p)/T;  ∂entropy/∂z_c = −p_c (log p_c + entropy)/T, with p_c = ε p̃_c.
     """

@@ -1,7 +1,7 @@
-"""GradNorm scores of a head whose classes are sharded over a torch.distributed group: a vocabulary on several devices.
+"""GradNorm scores of a head whose classes are sharded over a torch.distributed group, as in tensor parallelism.
 
-Every rank holds all features and some classes. No logits are exchanged: each rank reduces its own to a few numbers per
-row, all ranks gather those and merge them in the order of the ranks.
+Every rank has all features and some of the classes. Ranks do not exchange logits: each reduces its own to a few numbers
+per row; then all ranks gather these numbers and merge them in rank order.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from .functional import _autocast, _check_gradient, _check_head, _check_options,
 from .kernels.problem import Problem
 
 HEADER = 2048  # bytes that each rank sends first
-LONGEST = 400  # characters of a message in it: at most four bytes each
+LONGEST = 400  # characters of the error message in it, at most four bytes each
 ERRORS = {error.__name__: error for error in (TypeError, ValueError, NotImplementedError, RuntimeError)}
-# Its name since torch 2.14, and before; torch may have been built without either.
+# Renamed in torch 2.14. A torch build may have neither.
 all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
-LIVE = 3  # a chunk of logits, and its deviations in float64
+LIVE = 3  # memory of a chunk in units of its float32 logits: these, and the deviations in float64
 
 
 def sharded_gradnorm(
@@ -42,16 +42,16 @@ def sharded_gradnorm(
     reduction: str = "mean",
     include_bias: bool = False,
 ) -> Tensor:
-    """`fast_gradnorm` of a head whose classes are sharded over the ranks of a group; all ranks call it together.
+    """`fast_gradnorm` of a head whose classes are sharded over the ranks of a group; a collective call.
 
-    The classes of the whole head are those of rank 0, then those of rank 1, and so on; shards may differ in size and
-    may be empty. Forward only, in plain torch on any device. docs/gradients.md has what is exchanged.
+    The whole head has the classes of rank 0, then those of rank 1, and so on. Shards may differ in size and may be
+    empty. Forward only, in plain torch, on any device. docs/gradients.md describes what the ranks exchange.
 
     Args:
         features: (..., D), the same on every rank.
-        local_weight: (C', D), this rank's classes; or a DTensor with placement Shard(0), which brings its group.
-        local_bias: (C',) or None, on all ranks alike.
-        group: of torch.distributed; None for the default group, or that of a DTensor.
+        local_weight: (C', D), this rank's classes; or a DTensor with placement Shard(0).
+        local_bias: (C',) on every rank, or None on every rank.
+        group: of torch.distributed; None for the DTensor's group, or else the default group.
         target: "uniform", "predicted", or int64 labels of the whole head's classes, the same on every rank.
         p, temperature, reduction, include_bias: as in `fast_gradnorm`, the same on every rank.
 
@@ -59,13 +59,12 @@ def sharded_gradnorm(
         (...), float32, or float64 for float64 features: the same bits on every rank.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: bad input on any rank, on all ranks, naming the rank; an input that
-            requires grad is a NotImplementedError.
-        RuntimeError: torch.distributed is not initialised; or what it raises when a rank does not answer within the
-            timeout that the group was made with.
+        TypeError, ValueError, NotImplementedError: bad input on any rank. All ranks raise the error, which names the
+            rank. An input that requires grad is a NotImplementedError.
+        RuntimeError: torch.distributed is not initialised, or a rank does not answer within the group's timeout.
 
     Examples:
-        >>> features, weight = torch.rand(4, 8), torch.randn(5, 8)  # here the only rank, with all classes
+        >>> features, weight = torch.rand(4, 8), torch.randn(5, 8)  # a single rank here, which has all classes
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         >>> sharded_gradnorm(features, weight, p=2.0).shape
         torch.Size([4])
@@ -81,7 +80,7 @@ def sharded_gradnorm(
         problem, own = _checked(
             features, local_weight, local_bias, target, p, temperature, reduction, include_bias, group
         )
-    except Exception as error:  # the others are waiting to hear of it
+    except Exception as error:  # tell the other ranks, which are waiting
         own, cause = _Header(kind=type(error).__name__, message=str(error)), error
     headers = _exchange_headers(own, group)
     offset = _agreed(headers, group, cause)
@@ -101,29 +100,29 @@ def sharded_gradnorm(
 
 
 class _Header(NamedTuple):
-    """What a rank says first: its error, or what the others must know and agree on."""
+    """A rank's first message: its error, or what the other ranks need to know and agree on."""
 
     kind: str = ""  #: the name of an exception
     message: str = ""
     classes: int = 0
     bias: bool = False
-    labels: tuple[int, int] | None = None  #: the least and greatest, but for IGNORE
-    agreed: dict[str, Any] = {}  #: what must be the same on all ranks, by the name of an argument  # noqa: RUF012
+    labels: tuple[int, int] | None = None  #: the smallest and largest, except IGNORE
+    agreed: dict[str, Any] = {}  #: values that must be the same on all ranks, by argument  # noqa: RUF012
 
 
 class _Ranks(NamedTuple):
-    """The group, and how many classes each rank has."""
+    """The group, and the number of classes on each rank."""
 
     group: dist.ProcessGroup
     classes: list[int]
 
     def gather(self, *values: Tensor) -> Tensor:
-        """Values (B,) of each rank: (ranks, values, B)."""
+        """All ranks' values, each (B,): (ranks, values, B)."""
         return _gather(torch.stack(values), self.group)
 
 
 def _gather(t: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The tensors of all ranks, stacked in their order."""
+    """The tensors of all ranks, stacked in rank order."""
     out = t.new_empty((dist.get_world_size(group), *t.shape))
     assert all_gather is not None
     all_gather(out.view(-1), t.contiguous().view(-1), group=group)
@@ -131,7 +130,7 @@ def _gather(t: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _group_of(weight: Any) -> dist.ProcessGroup:
-    """That of a DTensor's sharded dimension, or the default group."""
+    """The group of a DTensor's sharded mesh dimension, or the default group."""
     if not _is_dtensor(weight):
         return dist.group.WORLD  # type: ignore[return-value]
     sharded = [i for i, placement in enumerate(weight.placements) if placement.is_shard()]
@@ -147,7 +146,7 @@ def _is_dtensor(value: object) -> bool:
 
 
 def _local(value: Any, name: str, group: dist.ProcessGroup, sharded: bool) -> Any:
-    """What this rank holds of a DTensor that is sharded by classes, or replicated; other values as they are."""
+    """This rank's part of a DTensor, which must be sharded by classes, or else replicated; other values unchanged."""
     if not _is_dtensor(value):
         return value
     from torch.distributed.tensor import Shard
@@ -175,7 +174,7 @@ def _checked(
     include_bias: Any,
     group: dist.ProcessGroup,
 ) -> tuple[Problem, _Header]:
-    """The problem of this rank, its labels those of the whole head, and what it tells the others."""
+    """This rank's problem, with labels of the whole head, and its header for the other ranks."""
     features, target = _local(features, "features", group, False), _local(target, "target", group, False)
     weight, bias = _local(weight, "local_weight", group, True), _local(bias, "local_bias", group, True)
     features, weight, bias = _autocast(features, weight, bias)
@@ -218,8 +217,8 @@ def _exchange_headers(own: _Header, group: dist.ProcessGroup) -> list[_Header]:
 
 
 def _agreed(headers: list[_Header], group: dist.ProcessGroup, cause: Exception | None) -> int:
-    """How many classes lie on the ranks before this one; the same error on all ranks where one has an error or they
-    disagree."""
+    """How many classes the ranks before this one have. If a rank has an error, or if ranks disagree, all ranks raise
+    the same error."""
 
     def named(i: int) -> str:
         return f"rank {dist.get_global_rank(group, i)}"
@@ -251,8 +250,8 @@ def _agreed(headers: list[_Header], group: dist.ProcessGroup, cause: Exception |
 def _one_hot(problem: Problem, offset: int, ranks: _Ranks, out: Tensor) -> None:
     """Label and predicted targets: one exchange of each rank's sums over the other classes.
 
-    The logit of the label is −inf on the ranks that do not have it; of several ranks' top classes the lower ones are
-    among the others.
+    The label's logit is −inf on ranks that do not have the label. For the predicted target, the highest of the ranks'
+    top classes is y, and the rest count among the other classes.
     """
     p, inv_temperature, labels = problem.p, 1.0 / problem.temperature, problem.target
     some_powers = p not in (1.0, math.inf)
@@ -287,7 +286,7 @@ def _one_hot(problem: Problem, offset: int, ranks: _Ranks, out: Tensor) -> None:
 
 
 def _uniform(problem: Problem, ranks: _Ranks, out: Tensor) -> None:
-    """The uniform target, for as many rows at a time as fit: the mean of expm1, then the deviations from it."""
+    """The uniform target, in chunks of as many rows as fit: the mean of expm1, then the deviations from it."""
     norms = torch.empty_like(out)
     feature_norms(problem, norms)
     row = max(1, max(ranks.classes)) * out.itemsize
@@ -301,7 +300,7 @@ def _uniform(problem: Problem, ranks: _Ranks, out: Tensor) -> None:
 
 
 def _deviations(problem: Problem, norm: Tensor, ranks: _Ranks) -> tuple[Tensor, Tensor]:
-    """‖x‖_p as the first rank has it, and ‖p − 1/C‖_p, of rows whose local logits fit in memory.  # -> 2 x (R,)
+    """‖x‖_p as computed by the first rank, and ‖p − 1/C‖_p, of one chunk of rows.  # -> 2 x (R,)
 
     As in _torch_forward.deviations. With m_j the maximum of rank j, C_j its classes, q_j = Σ expm1((z − m_j)/T) over
     them and a = (m_j − m)/T:  Σ expm1((z − m)/T) = q_j exp(a) + C_j expm1(a) over the same classes.
@@ -325,7 +324,7 @@ def _expm1(z: Tensor, m: Tensor, inv_temperature: float) -> Tensor:
 
 
 def _norm_parts(u: Tensor, p: float) -> tuple[Tensor, ...]:
-    """What a rank tells of ‖u‖_p: that norm for p = 1 and ∞, else max|u| and Σ(|u|/max|u|)^p; overwrites u."""
+    """A rank's part of ‖u‖_p: the norm itself for p = 1 and ∞, else max|u| and Σ(|u|/max|u|)^p; overwrites u."""
     magnitudes = u.abs_()
     if p == 1.0:
         return (magnitudes.sum(1),)
@@ -336,19 +335,19 @@ def _norm_parts(u: Tensor, p: float) -> tuple[Tensor, ...]:
 
 
 def _merged_norm(parts: Tensor, p: float) -> Tensor:
-    """‖u‖_p over all classes, of all ranks' parts.  # (ranks, parts, R) -> (R,)"""
+    """‖u‖_p over all classes, from all ranks' parts.  # (ranks, parts, R) -> (R,)"""
     if p == 1.0:
         return _in_order(parts[:, 0])
     largest = parts[:, 0].amax(0)
     if p == math.inf:
         return largest
     scale = parts[:, 0] / torch.where(largest > 0, largest, 1.0)
-    root = _in_order(parts[:, 1] * scale.pow(p)).pow(0.5 / p)  # half of it at a time: C^(1/p) alone may overflow
+    root = _in_order(parts[:, 1] * scale.pow(p)).pow(0.5 / p)  # in two halves: C^(1/p) alone may overflow
     return largest * root * root
 
 
 def _in_order(values: Tensor) -> Tensor:
-    """The sum over ranks, one after the other.  # (ranks, R) -> (R,)"""
+    """The sum over ranks, in rank order.  # (ranks, R) -> (R,)"""
     total = values[0].clone()
     for value in values[1:]:
         total += value
@@ -356,5 +355,5 @@ def _in_order(values: Tensor) -> Tensor:
 
 
 def _finite(m: Tensor) -> Tensor:
-    """What to subtract from a row whose maximum is m."""
+    """What to subtract from a row whose maximum is m; 0 if all its logits are −inf."""
     return torch.where(m == -torch.inf, 0.0, m)

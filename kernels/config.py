@@ -1,4 +1,4 @@
-"""How a program works on its tile, and the tables that say which configuration a shape takes."""
+"""Tile configurations, and the lookup of a shape's configuration in a kernel's table."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ ANY = 2**63 - 1
 
 
 class Config(NamedTuple):
-    """A tile and how a program works on it."""
+    """A tile size and how a program computes it."""
 
     block_b: int  #: rows
     block_c: int  #: classes
     block_d: int  #: the step along the features
     num_warps: int
     num_stages: int
-    tma: bool = False  #: operands by tensor descriptors, where `tma_reads`
-    slices: int = 1  #: of the features, each on a program of its own
+    tma: bool = False  #: load operands by tensor descriptors if `tma_reads` allows it
+    slices: int = 1  #: of the features, one program each
     num_ctas: int = 1  #: in a cluster that shares the tile
-    workspace: int = 64  #: MiB of logits at a time
+    workspace: int = 64  #: MiB of logits held at a time
     float32: str = "ieee"  #: how to multiply float32 exactly: "ieee" on the CUDA cores, "tf32x3" on tensor cores
 
 
 class Line(NamedTuple):
-    """A line of a kernel's table: the configuration up to so many rows and classes."""
+    """A line of a kernel's table: the configuration for up to max_rows rows and max_classes classes."""
 
     dtype: str  #: "half", "float32", "float64", or "any"
     max_rows: int
@@ -35,7 +35,7 @@ class Line(NamedTuple):
     config: Config
 
 
-Table = dict[str, list[Line]]  #: by architecture; one that has lines of a dtype takes none of "any" for it
+Table = dict[str, list[Line]]  #: by architecture; its lines for a dtype replace those of "any"
 
 
 def choose(table: Table, b: int, c: int, dtype: torch.dtype, arch: str) -> Config:
@@ -46,23 +46,24 @@ def choose(table: Table, b: int, c: int, dtype: torch.dtype, arch: str) -> Confi
     config = next((line.config for line in lines if b <= line.max_rows and c <= line.max_classes), None)
     if config is None:
         raise ValueError(f"this kernel takes no {b} rows of {c} classes in {dtype}")
-    # AMD's pipelines have two stages, and its CUs 64 KiB to hold them.
+    # AMD's pipelines have two stages, and a CU has 64 KiB of shared memory for them.
     return config._replace(num_stages=min(2, config.num_stages)) if arch.startswith("gfx") else config
 
 
 def for_vector(vec: int, config: Config) -> Config:
-    """The configuration for rows that are read `vec` elements at a time: shorter loads take more registers.
+    """The configuration for rows that are loaded `vec` elements at a time: shorter loads take more registers.
 
-    16 rows have registers to spare, and too few features in a step of 32 to give every thread a load of 4 bytes.
+    Tiles of 16 rows keep their step: they have registers to spare, and a step of 32 features would be too short to give
+    every thread a 4-byte load.
     """
     return config if vec == 8 or config.block_b < 32 else config._replace(block_d=min(config.block_d, 32))
 
 
-# Triton's versions cost 4 µs a call.
+# Triton's own versions cost 4 µs per call.
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
 def power_of_2(n: int) -> int:
-    """The least power of 2 that is not below n >= 1."""
+    """The smallest power of 2 that is at least n, for n >= 1."""
     return 1 << (n - 1).bit_length()

@@ -1,18 +1,18 @@
 """Σ_c |p_c − 1/C| of a row of logits, accurate to float32 rounding; shared by every kernel.
 
-    m = max z    t = exp((z − m)/T)    S = Σt              shift before dividing: dividing first costs 4e-3 at T = 1000
-    quick        u = t − S/C           v = (Σ|u| − Σu·Σsign(u)/C)/S                          right where v >= 1/4
-    careful      r = m + T·log(S/C), then r += T·log1p(mean expm1((z − r)/T))                the log-mean-exp, twice
+    m = max z    t = exp((z − m)/T)    S = Σt              subtract first: dividing first costs 4e-3 at T = 1000
+    quick        u = t − S/C           v = (Σ|u| − Σu·Σsign(u)/C)/S                          accurate if v >= 1/4
+    careful      r = m + T·log(S/C), then r += T·log1p(mean expm1((z − r)/T))                log-mean-exp, in two steps
                  q = expm1((z − r)/T)  Q = Σq   u = q − Q/C   v = (Σ|u| − Σu·Σsign(u)/C)/(C + Q)
 
-Where v is small most classes lie near 1/C, and t − S/C is the difference of nearly equal numbers. Their log-mean-exp r
-lies among them, so there q is small and keeps its digits. S/C is known to 6e-8 only, which misses the bulk by T times
-that: hence the second step. Σu is 0 but for the rounding of the mean; subtracting Σu·Σsign(u)/C makes the sum
-stationary in the mean, so that an error ε of it counts only for classes within ε of the mean.
+If v is small, most classes lie near 1/C, and t − S/C subtracts nearly equal numbers. The log-mean-exp r lies among
+these classes' logits, so their q is small and keeps its digits. The rounding of S/C, 6e-8, shifts r by T·6e-8; the
+second step corrects that. Σu would be 0 without the rounding of the mean. Subtracting Σu·Σsign(u)/C makes the sum
+stationary in the mean, so an error ε in the mean affects only classes within ε of it.
 
-A row in tiles needs nothing merged but m and S: with m_j, S_j of tile j, S = Σ S_j·exp((m_j − m)/T).
+For a row in tiles only m and S need merging: with m_j and S_j of tile j, S = Σ S_j·exp((m_j − m)/T).
 
-A trained network's scores are far above 1/4, so a block computes the careful form only if one of its rows needs it.
+A trained network's v is far above 1/4, so a block computes the careful form only if one of its rows needs it.
 """
 
 import triton
@@ -47,37 +47,37 @@ def log1p(x):
 
 @triton.jit
 def finite_max(m):
-    """What to subtract from a row whose maximum is m: a row of −inf alone must not become −inf − (−inf)."""
+    """What to subtract from a row whose maximum is m; 0 if all its logits are −inf, as −inf − (−inf) is NaN."""
     return tl.where(m == float("-inf"), 0.0, m)
 
 
 @triton.jit
 def first_at(z, m, classes):
-    """The lowest class with logit m; cheaper than tl.argmax, which carries an index beside every value.  # -> (B,)"""
+    """The lowest class with logit m; cheaper than tl.argmax, which carries an index with every value.  # -> (B,)"""
     return tl.min(tl.where(z == m[:, None], classes, 2147483647), 1)
 
 
 @triton.jit
 def any_row(flags):
-    """Whether one of the rows has the flag: a scalar, to branch on."""
+    """Whether any row has the flag: a scalar, to branch on."""
     return tl.max(flags.to(tl.int32), 0) > 0
 
 
 @triton.jit
 def needs_careful_form(v):
-    """Whether the quick form's result is too small to have its digits.  # (B,)"""
+    """Whether the quick form's result is too small to be accurate.  # (B,)"""
     return v < 0.25
 
 
 @triton.jit
 def log_mean_exp(m, s, C, inv_temperature):
-    """r of the row with maximum m and S = s, as far as S/C tells.  # (B,)"""
+    """The first estimate of r, from a row's maximum m and S = s.  # (B,)"""
     return finite_max(m) + tl.log(s / C) / inv_temperature
 
 
 @triton.jit
 def centred_again(r, q, C, inv_temperature):
-    """r from the first r and q = Σ expm1((z − r)/T) about it.  # (B,)"""
+    """The corrected r, from the first r and q = Σ expm1((z − r)/T).  # (B,)"""
     mean = q / C
     return tl.where(tl.abs(mean) < 0.5, r + log1p(mean) / inv_temperature, r)
 
@@ -95,14 +95,14 @@ def sum_deviations(u, C):
 
 @triton.jit
 def statistics_of_tile(z, inv_temperature):
-    """m and S of a tile of logits, −inf where there is no class.  # (B, C') -> 2 x (B,)"""
+    """m and S of a tile of logits, padded with −inf.  # (B, C') -> 2 x (B,)"""
     m = tl.max(z, 1)
     return m, tl.sum(tl.exp((z - finite_max(m)[:, None]) * inv_temperature), 1)
 
 
 @triton.jit
 def deviation_of_rows(z, valid, C, inv_temperature):
-    """Rows held whole: logits z (B, C'), −inf where not valid (C' >= C), to m, S and Σ|p − 1/C|, each (B,)."""
+    """m, S and Σ|p − 1/C|, each (B,), of whole rows of logits z (B, C'), C' >= C, −inf where not valid."""
     m = tl.max(z, 1)
     t = tl.exp((z - finite_max(m)[:, None]) * inv_temperature)
     s = tl.sum(t, 1)

@@ -1,4 +1,4 @@
-"""What the device can do: its architecture, how it multiplies, and whether TMA can read a matrix."""
+"""Device capabilities: architecture, precision of products, and whether TMA can read a matrix."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-# Triton's interpreter runs kernels on CPU tensors; TRITON_INTERPRET=1 chooses it, for good, when triton is imported.
+# Triton's interpreter runs kernels on CPU tensors. TRITON_INTERPRET=1 must be set when triton is first imported.
 INTERPRETED = not isinstance(tl.sum, triton.JITFunction)
 
 try:  # Triton 3.4
@@ -32,17 +32,17 @@ def architecture(device: torch.device) -> str:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """How many there are; in the interpreter a number that gives tests several slices of the features."""
+    """How many the device has; in the interpreter, enough that the tests get several slices of the features."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
 
 
 def tuned_as(arch: str) -> str:
-    """The architecture whose tables and tensor cores this one has."""
+    """The architecture whose tables and tensor cores this one shares."""
     return {"sm_103": "sm_100"}.get(arch, arch)
 
 
 def dot_precision(dtype: torch.dtype, arch: str, exact: str = "ieee") -> str:
-    """How `tl.dot` multiplies float32: exactly, unless torch's settings permit tf32 and the architecture has it."""
+    """How `tl.dot` multiplies float32: exactly, unless torch's settings allow tf32 and the architecture has it."""
     if dtype != torch.float32 or not (arch.startswith("sm_") or arch == "gfx942"):
         return "ieee"
     matmul = torch.backends.cuda.matmul
@@ -53,32 +53,32 @@ def dot_precision(dtype: torch.dtype, arch: str, exact: str = "ieee") -> str:
 
 
 def asynchronous_products(arch: str, rows: int) -> bool:
-    """Whether a tile of so many rows may multiply by warpgroup instructions, which read shared memory on their own
-    while the program goes on (sm_90: 64 rows or more)."""
+    """Whether a tile of this many rows may use warpgroup instructions, which read shared memory asynchronously while
+    the program continues (sm_90: 64 rows or more)."""
     return arch == "sm_90" and rows >= 64
 
 
 def upcast(dtype: torch.dtype) -> bool:
-    """Whether operands must be float32 before `tl.dot`: the interpreter multiplies the bits of bfloat16 as integers."""
+    """Whether `tl.dot` needs float32 operands: the interpreter multiplies the bits of bfloat16 as integers."""
     return INTERPRETED and dtype == torch.bfloat16
 
 
 def vector(depth: int, *strides: int) -> int:
     """The largest of 8, 4, 2, 1 that divides the depth and the row strides.
 
-    Triton compiles for integers that are multiples of 16, and for any. Passed divided by this and multiplied back in
-    the kernel, depth and strides keep loads of 16 bytes for every multiple of 8.
+    Triton tells the compiler only whether an integer is a multiple of 16. Depth and strides are therefore passed
+    divided by this factor and multiplied back in the kernel, which gives 16-byte loads for every multiple of 8.
     """
     return gcd(depth, *strides, 8)
 
 
 def has_tma(arch: str) -> bool:
-    """Whether kernels can read by tensor descriptors here."""
+    """Whether kernels can use tensor descriptors on this architecture."""
     return TensorDescriptor is not None and (INTERPRETED or tuned_as(arch) in ("sm_90", "sm_100"))
 
 
 def tma_reads(arch: str, *matrices: torch.Tensor) -> bool:
-    """Whether TMA can read these matrices: contiguous rows, 16-byte aligned."""
+    """Whether TMA can read these matrices: rows contiguous and 16-byte aligned."""
     return has_tma(arch) and all(
         m.stride(1) == 1
         and m.stride(0) * m.element_size() % 16 == 0
@@ -90,5 +90,5 @@ def tma_reads(arch: str, *matrices: torch.Tensor) -> bool:
 
 
 def descriptor(matrix: torch.Tensor, rows: int, columns: int) -> Any:
-    """Of blocks (rows, columns) of the matrix."""
+    """A tensor descriptor of blocks (rows, columns) of the matrix."""
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])

@@ -1,14 +1,13 @@
-"""Which kernel and configuration a problem takes. For labels and the predicted target that is one_hot; for the uniform
-target and p = 1:
+"""Chooses the kernel and configuration for a problem: one_hot for labels and the predicted target; for the uniform
+target and p = 1
 
-    C <= 256                                    one_tile; halves of odd D: library where it takes them
+    C <= 256                                    one_tile; half precision with odd D: library if it takes them
     B <= 64, 256 < C <= 4096                    tiled, in slices of the features
-    the rest, and float64                       library where it takes the problem, else tiled
+    otherwise, and float64                      library if it takes the problem, else tiled
 
-Each kernel's `why_not` says what it cannot run; this module only sets the order. With
-batch_invariant every batch takes the configuration of a large one and no library: then the bits of a
-row's score do not depend on the rows beside it, at the price of few programs where the batch is small. (float64 is the
-exception: its matmul is always the library's.)
+Each kernel's `why_not` says what it cannot run; this module only sets the order. With batch_invariant every batch uses
+the configuration of a large batch, and never the library, so the bits of a row's score do not depend on the other rows.
+The price: a small batch runs on few programs. (float64 is the exception: its matmul is always the library's.)
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from .problem import Problem, Scores
 class Kernel(NamedTuple):
     name: str
     score: Callable[[Problem, Scores, Config | None], None]
-    why_not: Callable[[Problem, str], str]  #: of a problem and an architecture: "" where the kernel takes it
+    why_not: Callable[[Problem, str], str]  #: of a problem and an architecture: "" if the kernel takes it
 
 
 KERNELS = {
@@ -43,7 +42,7 @@ KERNELS = {
 
 
 class Choice(NamedTuple):
-    """A kernel, by its name in KERNELS, and its configuration."""
+    """The name of a kernel in KERNELS, and its configuration."""
 
     kernel: str
     config: Config
@@ -62,9 +61,9 @@ def choose(problem: Problem, batch_invariant: bool = False) -> Choice:
 
 
 def preferred(problem: Problem, arch: str, batch_invariant: bool = False) -> str:
-    """The name of the first kernel in the order of preference that takes the problem."""
+    """The name of the first kernel, in order of preference, that takes the problem."""
     x, c = problem.features, problem.classes
-    odd_halves = x.dtype.itemsize == 2 and x.shape[1] % 2 == 1  # rows that only loads of two bytes can read
+    odd_halves = x.dtype.itemsize == 2 and x.shape[1] % 2 == 1  # only 2-byte loads can read these rows
     few = len(x) <= tiled.SLICED_MAX_ROWS and one_tile.MAX_CLASSES < c <= tiled.SLICED_MAX_CLASSES
     order: tuple[str, ...]
     if batch_invariant and x.dtype != torch.float64:
@@ -111,14 +110,14 @@ def _one_hot_configuration(problem: Problem, batch_invariant: bool) -> Config:
 
 
 def _as_allocated(x: torch.Tensor) -> torch.Tensor:
-    """Contiguous and 16-byte aligned: the order of the sums depends on how wide a load the address allows."""
+    """A contiguous, 16-byte aligned copy if needed: load width depends on alignment, and sum order on load width."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 @lru_cache(4096)
 def _configuration(kernel: str, b: int, c: int, d: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """By the kernel's table: a pure function of shape, dtype and device."""
+    """The configuration in the kernel's table: a pure function of shape, dtype and device."""
     arch = architecture(device)
     if kernel == "one_tile":
         return one_tile.configuration(b, c, d, dtype, arch)

@@ -1,4 +1,4 @@
-"""Launch a kernel. Repeat launches skip Triton's binder, which would cost as much as a small kernel."""
+"""Launch a kernel. Repeated launches skip Triton's binder, which costs as much as a small kernel."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import triton
 from .config import Config
 from .device import INTERPRETED
 
-# The versions whose compiled kernels take these arguments. Others, and AMD's (which also looks at how much memory is
-# behind a pointer), go through the binder every time.
+# Triton versions whose compiled kernels take these arguments. Others always use the binder, and so does AMD, whose
+# specialization also depends on the size of the memory behind a pointer.
 KNOWN = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 10) and torch.version.hip is None
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
 def launch(kernel: Any, programs: int, config: Config, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
-    """kernel[(programs,)](*arguments, **constants), the constants being the kernel's last parameters, in its order."""
+    """kernel[(programs,)](*arguments, **constants). The constants are the kernel's last parameters, in its order."""
     if INTERPRETED:
         kernel[(programs,)](*arguments, **constants)
         return
@@ -42,10 +42,10 @@ def launch(kernel: Any, programs: int, config: Config, arguments: tuple[Any, ...
 
 
 def _observed() -> bool:
-    """Whether somebody watches launches, or has kernels compiled in another way: a profiler, a debugger."""
+    """Whether a profiler or debugger watches launches or changes how kernels are compiled."""
     runtime = triton.knobs.runtime
     return bool(
-        # a chain of hooks, or, as in Triton 3.4, a function or None
+        # a chain of hooks; in Triton 3.4 a function or None
         getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook)
         or getattr(runtime.launch_exit_hook, "calls", runtime.launch_exit_hook)
         or runtime.debug
@@ -55,7 +55,7 @@ def _observed() -> bool:
 
 
 def _specialization(argument: Any) -> object:
-    """What makes Triton compile another binary: dtype and alignment, being 1, a multiple of 16 or more than 32 bits."""
+    """What Triton specializes on: a tensor's dtype and alignment; an int being 1, a multiple of 16 or over 32 bits."""
     if isinstance(argument, torch.Tensor):
         return argument.dtype, argument.data_ptr() & 15 == 0
     if isinstance(argument, int):

@@ -1,8 +1,8 @@
-"""GradNorm scores from the library's matmul: z = x·Wᵀ in float32 (or float64) to a bounded workspace, then rows.py.
+"""GradNorm scores from the vendor library's matmul: z = x·Wᵀ in float32 (or float64) to a workspace, then rows.py.
 
-Traffic: the matmul's own; 8·B·C bytes of logits, written and read; the features once more, for ‖x‖₁. Rows come in
-chunks that keep the workspace at 64 MiB (`Config.workspace`), or at 512 rows where those are more. For halves the
-library must return float32 from half operands: torch 2.8 on CUDA, tried once per device and dtype.
+Traffic: that of the matmul; 8·B·C bytes of logits, written and read; the features once more, for ‖x‖₁. Rows are
+processed in chunks: as many as fit a workspace of 64 MiB (`Config.workspace`), but at least 512. For half precision the
+library must return float32 from half operands (torch 2.8 on CUDA); this is tried once per device and dtype.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from .config import Config, cdiv
 from .problem import Problem, Scores, copies
 from .rows import Workspace, rows_per_chunk, score_rows
 
-CONFIGURATION = Config(0, 0, 0, 0, 0)  # there is only a workspace to choose
+CONFIGURATION = Config(0, 0, 0, 0, 0)  # only the workspace matters
 HALF_TO_FLOAT32 = "dtype_out" in torch.ops.aten.mm.overloads()
 _tried: dict[tuple[torch.device, torch.dtype], str] = {}
 
 
 def why_not(problem: Problem, arch: str) -> str:
-    """Why this way does not take the problem; empty where it does."""
+    """Why this kernel does not take the problem; empty if it does."""
     x, w = problem.features, problem.weight
     if w is None:
         return "takes a weight, not logits"
@@ -29,7 +29,7 @@ def why_not(problem: Problem, arch: str) -> str:
 
 
 def why_not_halves(device: torch.device, dtype: torch.dtype) -> str:
-    """Why the library's matmul of halves cannot be used on this device; empty where it can."""
+    """Why the library's matmul of halves cannot be used on this device; empty if it can."""
     if not HALF_TO_FLOAT32 or device.type not in ("cuda", "meta"):
         return "needs torch 2.8 and CUDA to multiply halves into float32"
     if device.type == "cuda" and (device, dtype) not in _tried:
@@ -41,7 +41,7 @@ def why_not_halves(device: torch.device, dtype: torch.dtype) -> str:
 
 def _try_halves(device: torch.device, dtype: torch.dtype) -> str:
     """Multiply integers into padded float32 rows, as `score_library` does. The sums are exact in float32 in any order
-    and too large for half precision: a library that rounds to halves on the way is found out."""
+    but too large for half precision: this detects a library that rounds to half precision on the way."""
     a = torch.arange(24 * 40, device=device).remainder(61).view(24, 40).to(dtype)
     w = torch.arange(20 * 40, device=device).remainder(53).view(20, 40).to(dtype)
     out = torch.full((24, 32), -1.0, dtype=torch.float32, device=device)
@@ -56,8 +56,8 @@ def _try_halves(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def score_library(problem: Problem, scores: Scores, config: Config | None = None) -> None:
-    """Scores of features (B, D) under the head's weight (C, D) and bias (C,). ValueError for halves where
-    `why_not_halves` says so."""
+    """Scores of features (B, D) under the head's weight (C, D) and bias (C,). ValueError for halves if
+    `why_not_halves` has a reason."""
     features, w, out = problem.features, problem.weight, scores.out
     half = features.dtype.itemsize == 2
     if w is None or (half and (reason := why_not_halves(features.device, features.dtype))):

@@ -2,11 +2,11 @@
 
     z = x·Wᵀ + b,   score = (‖x‖₁ + bias_norm)·Σ_c |p_c − 1/C|·scale/T,   p = softmax(z/T)
 
-A program owns BLOCK_B rows; logits never leave its registers. Traffic: B·D features + C·D weights (from L2 after the
-first program) + 4·B bytes of scores: for few classes the kernel is bound by the read of the features. Where the matmul
-instructions are synchronous, one read of x feeds both the product and ‖x‖₁; where they are not, ‖x‖₁ reads x again,
-from L2 (`READ_TWICE`): Triton gives x one buffer fewer than w once x also goes to registers, and refills the buffer
-that the last product may still be reading.
+A program owns BLOCK_B rows and keeps their logits in registers. Traffic: B·D features + C·D weights (from L2 after the
+first program) + 4·B bytes of scores. For few classes, reading the features dominates. With synchronous matmul
+instructions, one read of x feeds both the product and ‖x‖₁. With asynchronous ones, ‖x‖₁ reads x again, from L2
+(`READ_TWICE`): if x also goes to registers, Triton gives it one buffer fewer than w, and refills a buffer that the last
+product may still be reading.
 """
 
 import torch
@@ -38,7 +38,7 @@ def one_tile_kernel(
     READ_TWICE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """D, stride_xb and stride_wc come divided by VEC."""
+    """D, stride_xb and stride_wc are passed divided by VEC."""
     D = D * VEC
     stride_xb = tl.cast(stride_xb, tl.int64) * VEC
     stride_wc = tl.cast(stride_wc, tl.int64) * VEC
@@ -80,7 +80,7 @@ def one_tile_kernel(
 
     # 2. Σ|p − 1/C| on the logits in registers
     valid = (classes < C)[None, :]
-    z = tl.where((rows < B)[:, None] & valid, z, float("-inf"))  # rows beyond B must not ask for the careful form
+    z = tl.where((rows < B)[:, None] & valid, z, float("-inf"))  # rows beyond B must not trigger the careful form
     m, s, deviation = deviation_of_rows(z, valid, C, inv_temperature)
     index = first_at(z, m, classes[None, :]) if ALL_FIELDS else 0
     store_scores(
@@ -91,9 +91,9 @@ def one_tile_kernel(
     )  # fmt: skip
 
 
-# Small row tiles while the batch is small, so that its features are read by more multiprocessors. Up to 16 classes a
-# tile of 32 rows streams features as fast as memory delivers them. With more classes the weight, read from L2 for each
-# row tile, asks for larger ones. float32 has no tensor cores: a tile whose operands fit the registers.
+# Small batches take small row tiles, so that more multiprocessors read the features. Up to 16 classes, tiles of 32 rows
+# stream features at memory speed. More classes need larger row tiles, because each tile reads the whole weight from L2.
+# float32 does not use tensor cores, so its tiles are small enough for the operands to fit in registers.
 TABLE: Table = {
     "any": [
         Line("half", 1024, 16, Config(16, 16, 64, 4, 3)),
@@ -127,7 +127,7 @@ def configuration(b: int, c: int, d: int, dtype: torch.dtype, arch: str) -> Conf
 
 
 def why_not(problem: Problem, arch: str) -> str:
-    """Why this kernel does not take the problem; empty where it does."""
+    """Why this kernel does not take the problem; empty if it does."""
     dtype, c = problem.features.dtype, problem.classes
     if problem.weight is None:
         return "takes a weight, not logits"
@@ -139,7 +139,7 @@ def why_not(problem: Problem, arch: str) -> str:
 
 
 def score_one_tile(problem: Problem, scores: Scores, config: Config | None = None) -> None:
-    """Scores of features (B, D) under the head's weight (C, D) and bias (C,). ValueError where `why_not` says so."""
+    """Scores of features (B, D) under the head's weight (C, D) and bias (C,). ValueError if `why_not` has a reason."""
     x, w, bias = problem.features, problem.weight, problem.bias
     arch = architecture(x.device)
     if reason := why_not(problem, arch):

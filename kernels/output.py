@@ -1,4 +1,4 @@
-"""From a row's numbers to its scores: the one place that knows the order of the rows of `Scores.out`."""
+"""Writes scores from a row's statistics: the one place that knows the order of the rows of `Scores.out`."""
 
 import triton
 import triton.language as tl
@@ -11,18 +11,18 @@ def store_scores(
     inv_temperature, scale, bias_norm,
     ALL_FIELDS: tl.constexpr,
 ):  # fmt: skip
-    """Write the score (‖x‖₁ + bias_norm)·Σ|p − 1/C|·scale/T of each row, and with ALL_FIELDS what else one pass gives.
+    """Write the score (‖x‖₁ + bias_norm)·Σ|p − 1/C|·scale/T of each row, and with ALL_FIELDS the other statistics.
 
     OUT: (1, B), or with ALL_FIELDS (6, B), the rows `problem.FIELDS`; PREDICTION: (B,), with ALL_FIELDS.
     norm, m, index, s, deviation: ‖x‖₁, max z, its class, Σ exp((z − m)/T) and Σ|p − 1/C|, each (BLOCK_B,).
     """
     live = rows < B
-    norm += norm - norm  # a norm of inf becomes NaN: such a row has no score
-    output_norm = deviation * scale * inv_temperature  # in this order: 0·inf is not 0
+    norm += norm - norm  # inf becomes NaN: such a row has no score
+    output_norm = deviation * scale * inv_temperature  # in this order, or 0·inf gives NaN
     out = OUT + rows
     tl.store(out, (norm + bias_norm) * output_norm, mask=live)
     if ALL_FIELDS:
-        # A row without a score has no other number either, and an index that is at least a valid one.
+        # If the score is NaN, so are all other fields; the index must still be valid.
         poison = (norm - norm) + (deviation - deviation)
         out += stride_o
         tl.store(out, norm + poison, mask=live)

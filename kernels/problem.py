@@ -1,4 +1,4 @@
-"""What travels together: the inputs of a scoring call, and the tensors that receive its results."""
+"""The inputs of a scoring call, and the tensors that receive its results."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class Problem(NamedTuple):
     for."""
 
     features: Tensor  #: (B, D)
-    weight: Tensor | None  #: (C, D); None where the logits are given
+    weight: Tensor | None  #: (C, D); None if the logits are given
     bias: Tensor | None  #: (C,)
     logits: Tensor | None = None  #: (B, C), bias included
     temperature: float = 1.0
     scale: float = 1.0  #: of output_norm: C for reduction="sum"
-    bias_norm: float = 0.0  #: the bias's entry beside x in ‖(x, bias_norm)‖_p: 1 with include_bias
+    bias_norm: float = 0.0  #: the entry for the bias in ‖(x, bias_norm)‖_p: 1 with include_bias
     target: str | Tensor = "uniform"  #: or "predicted", or labels (B,), int64
     p: float = 1.0  #: order of the norm
 
@@ -34,16 +34,16 @@ class Problem(NamedTuple):
     def rows(self, start: int, stop: int) -> Problem:
         """The same problem for rows start ... stop − 1."""
         if start == 0 and stop >= self.features.shape[0]:
-            return self  # views cost as much as sums over a row
+            return self  # a view costs as much as a sum over a row
         logits = None if self.logits is None else self.logits[start:stop]
         target = self.target if isinstance(self.target, str) else self.target[start:stop]
         return self._replace(features=self.features[start:stop], logits=logits, target=target)
 
 
 class Scores(NamedTuple):
-    """Where results go."""
+    """The tensors that receive the results."""
 
-    out: Tensor  #: (1, B): gradnorm alone; or (6, B): FIELDS. float32, float64 for float64 input
+    out: Tensor  #: (1, B): gradnorm only; or (6, B): FIELDS. float32, or float64 for float64 input
     prediction: Tensor | None  #: (B,) int64, with (6, B) only
 
     def rows(self, start: int, stop: int) -> Scores:
@@ -54,6 +54,6 @@ class Scores(NamedTuple):
 
 
 def copies(matrix: Tensor) -> bool:
-    """Whether BLAS needs a copy of this matrix first, because neither its rows nor its columns are contiguous."""
+    """Whether BLAS would copy this matrix because neither its rows nor its columns are contiguous."""
     (m, n), (a, b) = matrix.shape, matrix.stride()
     return not ((b == 1 and a >= max(1, n)) or (a == 1 and b >= max(1, m)))

@@ -1,11 +1,11 @@
-"""GradNorm scores from logits that are in memory: each program reads its rows of logits and features once.
+"""GradNorm scores from logits in memory: each program reads its rows of logits and features once.
 
     score = (‖x‖₁ + bias_norm)·Σ_c |p_c − 1/C|·scale/T,   p = softmax(z/T)
 
-Rows of up to MAX_RESIDENT classes stay in registers. A longer row is read twice by the program that owns it: for m and
-S, then for the deviations; and three times more if it needs the careful form (deviation.py). Traffic: B·C logits and
-B·D features. This is also what follows a matmul (tiled.py, library.py): its `Workspace` may hold the logits in slices
-that are summed here, and m and S of a long row's tiles, which saves the first read.
+Rows of up to MAX_RESIDENT classes stay in registers. A program reads longer rows twice, once for m and S and once for
+the deviations, and three more times if they need the careful form (deviation.py). Traffic: B·C logits and B·D features.
+tiled.py and library.py launch this kernel after their matmul. Their `Workspace` may hold the logits in slices, which
+are summed here, and m and S of each tile of long rows, which saves the first read.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from .output import store_scores
 from .problem import Problem, Scores
 
 MAX_RESIDENT = 8192
-TILES = 256  # class tiles whose statistics are read at a time
-MIN_ROWS = 512  # whose logits a workspace holds at least
+TILES = 256  # class tiles whose statistics are read at once
+MIN_ROWS = 512  # that a workspace holds at least
 
 
 @triton.jit
@@ -45,11 +45,11 @@ def _logits(
     Z, BIAS, first, C, width, live, stride_zc, stride_b,
     HAS_BIAS: tl.constexpr, BLOCK_C: tl.constexpr, dtype,
 ):  # fmt: skip
-    """Classes first, first + 1, ... of the rows at Z (B, 1), −inf beyond C; and which exist.  # -> 2 x (B, BLOCK_C)"""
+    """Logits of the classes from `first` on of rows Z (B, 1), −inf beyond C; which are valid.  # -> 2 x (B, BLOCK_C)"""
     classes = tl.arange(0, BLOCK_C)[None, :]
     valid = classes < C - first
     at = (first + classes).to(tl.int64)
-    readable = classes < width - first  # four at a time where the width is a multiple of 16
+    readable = classes < width - first  # four at a time if the width is a multiple of 16
     z = tl.load(Z + at * stride_zc, mask=live & readable, other=0.0).to(dtype)
     if HAS_BIAS:
         z += tl.load(BIAS + at * stride_b, mask=valid, other=0.0).to(dtype)
@@ -63,7 +63,7 @@ def _sum_of_expm1(
 ):  # fmt: skip
     """Σ expm1((z − r)/T) of rows longer than a block.  # Z (B, 1), r (B,) -> (B,)"""
     total = tl.zeros((BLOCK_B,), dtype)
-    for start in range(0, C, 16 * BLOCK_C):  # in two levels: long sums of equal terms round all one way
+    for start in range(0, C, 16 * BLOCK_C):  # two levels: in a long sum of equal terms the rounding errors add up
         sums = tl.zeros((BLOCK_B, BLOCK_C), dtype)
         for c in tl.range(start, tl.minimum(start + 16 * BLOCK_C, C), BLOCK_C, num_stages=STAGES):
             z, valid = _logits(Z, BIAS, c, C, width, live, stride_zc, stride_b, HAS_BIAS, BLOCK_C, dtype)
@@ -78,8 +78,8 @@ def _deviations(
     CAREFUL: tl.constexpr, FIND: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, dtype,
 ):  # fmt: skip
-    """With u = exp((z − centre)/T) − mean, or expm1 if CAREFUL, of rows longer than a block: Σ|u| − Σu·Σsign(u)/C and
-    Σu; and with FIND the first class whose logit is m.  # Z (B, 1), m, centre, mean (B,) -> 3 x (B,)"""
+    """Σ|u| − Σu·Σsign(u)/C and Σu of rows longer than a block, where u = exp((z − centre)/T) − mean, with expm1 for exp
+    if CAREFUL; with FIND also the first class whose logit is m.  # Z (B, 1), m, centre, mean (B,) -> 3 x (B,)"""
     classes = tl.arange(0, BLOCK_C)[None, :]
     index = tl.full((BLOCK_B,), 2147483647, tl.int32)
     total = tl.zeros((BLOCK_B,), dtype)
@@ -107,7 +107,7 @@ def _deviations(
 
 @triton.jit
 def _merged(STATISTICS, rows, B, tiles, inv_temperature, BLOCK_B: tl.constexpr, TILES: tl.constexpr):
-    """m and S of whole rows from their tiles'.  # STATISTICS (2, B, tiles), rows (BLOCK_B,) -> 2 x (BLOCK_B,)"""
+    """m and S of whole rows from their tiles' values.  # STATISTICS (2, B, tiles), rows (BLOCK_B,) -> 2 x (BLOCK_B,)"""
     at = STATISTICS + tl.where(rows < B, rows, 0)[:, None] * tiles
     m = tl.full((BLOCK_B,), float("-inf"), tl.float32)
     for j in range(0, tiles, TILES):
@@ -138,8 +138,8 @@ def rows_kernel(
     TILE_C: tl.constexpr, TILES: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """width >= C: how many columns of logits may be read. D and stride_xb come divided by VEC, width and stride_zb by
-    VEC_Z."""
+    """width >= C: how many columns of logits may be read. D and stride_xb are passed divided by VEC, width and
+    stride_zb divided by VEC_Z."""
     D = D * VEC
     stride_xb = tl.cast(stride_xb, tl.int64) * VEC
     width = width * VEC_Z
@@ -147,7 +147,7 @@ def rows_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     live = (rows < B)[:, None]
     dtype = OUT.dtype.element_ty
-    # float arguments are float32
+    # Triton passes floats as float32: the rest of 1/T comes separately
     inv_temperature = tl.cast(inv_temperature, dtype) + tl.cast(inv_temperature_low, dtype)
 
     # 1. ‖x‖₁
@@ -174,7 +174,7 @@ def rows_kernel(
     else:
         if TILE_C:
             m, s = _merged(STATISTICS, rows, B, tl.cdiv(C, TILE_C), inv_temperature, BLOCK_B, TILES)
-        else:  # a first read, merging as it goes
+        else:  # the first read: merge blocks as they come
             m = tl.full((BLOCK_B,), float("-inf"), dtype)
             s = tl.zeros((BLOCK_B,), dtype)
             for c in tl.range(0, C, BLOCK_C, num_stages=STAGES):
@@ -188,7 +188,7 @@ def rows_kernel(
             z_rows, BIAS, m, finite_max(m), s / C, C, width, live, inv_temperature, stride_zc, stride_b,
             False, ALL_FIELDS, HAS_BIAS, BLOCK_B, BLOCK_C, STAGES, dtype,
         )  # fmt: skip
-        s += delta  # Σt once more, now without the many merges
+        s += delta  # Σt again, without the rounding of the merges
         deviation = total / s
         small = needs_careful_form(deviation)
         if any_row(small):
@@ -215,8 +215,8 @@ def rows_kernel(
     )  # fmt: skip
 
 
-# About 16 logits to a thread: enough loads in flight to stream, few enough to stay in registers. A few rows get a
-# program each.
+# About 16 logits per thread: enough loads in flight for full bandwidth, few enough to stay in registers. Small batches
+# get one program per row.
 TABLE: Table = {
     "any": [
         Line("float64", ANY, 16, Config(32, 16, 32, 4, 2)),
@@ -237,26 +237,26 @@ TABLE: Table = {
 
 
 def configuration(b: int, c: int, dtype: torch.dtype, arch: str) -> Config:
-    """For scores of this dtype."""
+    """The configuration for scores of this dtype."""
     return choose(TABLE, b, c, dtype, arch)
 
 
 class Workspace(NamedTuple):
-    """Logits as a matmul leaves them."""
+    """Logits as written by a matmul."""
 
-    logits: torch.Tensor  #: (slices, B, width), to be summed; the first `classes` columns count
+    logits: torch.Tensor  #: (slices, B, width); slices are summed, columns beyond `classes` ignored
     classes: int
     statistics: torch.Tensor | None = None  #: m and S of each tile of long rows: (2, B, tiles)
     tile_c: int = 0  #: classes of such a tile
 
 
 def rows_per_chunk(batch: int, row_bytes: int, config: Config) -> int:
-    """How many rows' logits the workspace holds at a time, if a row takes so many bytes of it."""
+    """How many rows the workspace holds at a time, for row_bytes bytes per row."""
     return min(batch, max(MIN_ROWS, config.workspace * 2**20 // row_bytes // MIN_ROWS * MIN_ROWS))
 
 
 def why_not(problem: Problem, arch: str) -> str:
-    """Why this kernel does not take the problem; empty where it does."""
+    """Why this kernel does not take the problem; empty if it does."""
     return "" if problem.logits is not None else "takes logits, not a weight"
 
 
@@ -265,7 +265,7 @@ def score_rows(
 ) -> None:
     """Scores of features (B, D) with the problem's logits (B, C), or with the workspace's plus the problem's bias.
 
-    ValueError where there is neither.
+    ValueError if there is neither.
     """
     x, bias, out = problem.features, problem.bias, scores.out
     if workspace is not None:
@@ -276,7 +276,7 @@ def score_rows(
         raise ValueError("rows takes logits, not a weight")
     b, d = x.shape
     statistics, tile_c = (None, 0) if workspace is None else workspace[2:]
-    # Only slices tell of a batch that is small: the bits of other rows do not depend on the batch.
+    # Without slices the configuration must not depend on the batch size, and so a row's bits do not either.
     cfg = config or configuration(b if len(z) > 1 else ANY, c, out.dtype, architecture(x.device))
     vec, vec_z = vector(d, x.stride(0)), vector(width, z.stride(1))
     high = float(np.float32(1.0 / problem.temperature))

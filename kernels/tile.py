@@ -1,7 +1,7 @@
-"""A tile of logits, and a share of ‖x‖₁.
+"""A tile of logits, and one program's share of ‖x‖₁.
 
-A share is read again (from L2) in a loop of its own: if the same x fed both the matmul and ‖x‖₁, each warpgroup
-instruction would wait for the one before, or, worse, Triton would refill x while one still reads it.
+The share has its own loop, which reads x again (from L2). If one load of x fed both the matmul and ‖x‖₁, each warpgroup
+instruction would wait for the previous one or, worse, Triton would refill x while an instruction still reads it.
 """
 
 import triton
@@ -15,10 +15,10 @@ def logits_tile(
     HAS_BIAS: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """z = x·Wᵀ + b over features first ... last - 1, of rows from row and classes from first_class on (int64).
+    """z = x·Wᵀ + b over features first ... last - 1, for rows from `row` and classes from `first_class` (int64).
 
     X: (B, D), W: (C, D), BIAS: (C,); with TMA, X and W are tensor descriptors of blocks (BLOCK_B, BLOCK_D) and
-    (BLOCK_C, BLOCK_D). The bias is added by the program that has first = 0.
+    (BLOCK_C, BLOCK_D). The program with first = 0 adds the bias.
     # -> (BLOCK_B, BLOCK_C)
     """
     columns = tl.arange(0, BLOCK_D)
@@ -64,7 +64,7 @@ def norm_share(
     rows = row + tl.arange(0, BLOCK_B)
     columns = tl.arange(0, BLOCK_D)
     norm = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
-    for d in tl.range(first, last, step, num_stages=STAGES):  # without a dot, Triton overlaps only what it is told to
+    for d in tl.range(first, last, step, num_stages=STAGES):  # without a dot, Triton pipelines only if told to
         x = tl.load(
             X + rows[:, None] * stride_xb + (d + columns).to(tl.int64)[None, :] * stride_xd,
             mask=(rows < B)[:, None] & (columns < last - d)[None, :],

@@ -1,13 +1,12 @@
-"""GradNorm scores where the classes do not fit one tile: logits to a bounded workspace, then rows.py reads them.
+"""GradNorm scores if the classes do not fit one tile: write logits to a bounded workspace, then run rows.py.
 
     launch 1    z_k = x_k·W_kᵀ (+ b in slice 0) by tiles (BLOCK_B rows x BLOCK_C classes) and slices k of the features;
-                each program's share of ‖x‖₁; of rows too long for launch 2 to hold, each tile's m and S (deviation.py)
+                each program's share of ‖x‖₁; for rows too long for launch 2's registers, each tile's m and S
     launch 2    rows.py: z = Σ_k z_k in the order of the slices, and ‖x‖₁ = ‖(share_1, share_2, ...)‖₁
 
-For a few rows reading W is all the work: tiles have few classes, and the features are split until every multiprocessor
-has work.
-Traffic: B·D features and C·D weights per chunk of rows; 8·B·C bytes of logits per slice, written and read. Chunks keep
-the workspace at 64 MiB (`Config.workspace`), or at 512 rows where those are more.
+For few rows, reading W dominates: tiles have few classes, and the features are split until every multiprocessor has
+work. Traffic: B·D features and C·D weights per chunk of rows; 8·B·C bytes of logits per slice, written and read. A
+chunk has as many rows as fit a workspace of 64 MiB (`Config.workspace`), but at least 512.
 """
 
 import torch
@@ -30,10 +29,10 @@ from .problem import Problem, Scores
 from .rows import MAX_RESIDENT, Workspace, rows_per_chunk, score_rows
 from .tile import logits_tile, norm_share
 
-SLICED_MAX_ROWS = 64  # up to which the features are sliced
-SLICED_MAX_CLASSES = 4096  # up to which few rows go here and not to the library
+SLICED_MAX_ROWS = 64  # larger batches do not slice the features
+SLICED_MAX_CLASSES = 4096  # with more classes, few rows go to the library too
 MAX_SLICES = 16
-ROW_TILES_PER_GROUP = 8  # that share a weight tile while it is in L2
+ROW_TILES_PER_GROUP = 8  # share a weight tile while it is in L2
 
 
 @triton.jit(do_not_specialize=["B", "n_class_tiles"])
@@ -52,12 +51,12 @@ def logits_kernel(
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, LONG: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """D, stride_xb and stride_wc come divided by VEC. Slices have slice_d features, a multiple of BLOCK_D."""
+    """D, stride_xb and stride_wc are passed divided by VEC. A slice has slice_d features, a multiple of BLOCK_D."""
     D = D * VEC
     stride_xb = tl.cast(stride_xb, tl.int64) * VEC
     stride_wc = tl.cast(stride_wc, tl.int64) * VEC
 
-    # 1. this program's slice and tile: groups of GROUP row tiles, inside a group row tiles first
+    # 1. this program's slice and tile; in a group of GROUP row tiles, the row tile varies fastest
     n_row_tiles = tl.cdiv(B, BLOCK_B)
     pid = tl.program_id(0) % (n_row_tiles * n_class_tiles)
     k = tl.program_id(0) // (n_row_tiles * n_class_tiles)
@@ -78,8 +77,8 @@ def logits_kernel(
         HAS_BIAS, EVEN_D, TMA, PRECISION, UPCAST, BLOCK_B, BLOCK_C, BLOCK_D,
     )  # fmt: skip
     live = rows < B
-    # Into the padding of the rows too: stride_zb is known to be a multiple of 16, C is not, and so this is one store of
-    # four logits in place of four stores.
+    # Write the padding too: the compiler knows that stride_zb, unlike C, is a multiple of 16, and so stores four logits
+    # at once.
     z_rows = Z + tl.cast(k, tl.int64) * stride_zs + rows[:, None] * stride_zb
     tl.store(z_rows + classes[None, :], z, mask=live[:, None] & (classes < stride_zb)[None, :])
     if LONG:
@@ -88,7 +87,7 @@ def logits_kernel(
         tl.store(at, m, mask=live)
         tl.store(at + tl.cast(B, tl.int64) * n_class_tiles, s, mask=live)
 
-    # 3. this program's share of ‖x‖₁: blocks of the slice in turn with the other class tiles
+    # 3. this program's share of ‖x‖₁: every n_class_tiles-th block of the slice
     share = norm_share(
         X, row, B, first + class_tile * BLOCK_D, last, n_class_tiles * BLOCK_D, stride_xb, stride_xd,
         BLOCK_B, BLOCK_D, STAGES,
@@ -97,8 +96,8 @@ def logits_kernel(
     tl.store(SHARES + (rows * n_slices + k) * n_class_tiles + class_tile, share, mask=live)
 
 
-# The larger the tile, the less its operands take from L2 (128 x 256: 85 operations a byte); the fewer rows, the more
-# tiles it takes to give every multiprocessor one.
+# Larger tiles read less from L2 (128 x 256: 85 operations per byte). With fewer rows, tiles must be smaller to give
+# every multiprocessor one.
 TABLE: Table = {
     "any": [
         Line("half", 16, ANY, Config(16, 32, 128, 4, 4)),
@@ -130,16 +129,16 @@ def configuration(b: int, c: int, d: int, dtype: torch.dtype, arch: str, process
     config, slices = choose(TABLE, b, c, dtype, arch), 1
     tiles = cdiv(c, config.block_c)
     if b <= SLICED_MAX_ROWS and c <= MAX_RESIDENT:
-        # Two programs a multiprocessor hide one another's latency.
+        # Two programs per multiprocessor hide each other's latency.
         while slices < MAX_SLICES and slices * tiles <= processors and 2 * slices * config.block_d <= d:
             slices *= 2
         steps = max(1, cdiv(d, config.block_d))
-        slices = cdiv(steps, cdiv(steps, slices))  # slices are whole steps: rounding up can leave the last ones empty
+        slices = cdiv(steps, cdiv(steps, slices))  # drop the slices that rounding up to whole steps leaves empty
     return config._replace(slices=slices)
 
 
 def why_not(problem: Problem, arch: str) -> str:
-    """Why this kernel does not take the problem; empty where it does."""
+    """Why this kernel does not take the problem; empty if it does."""
     if problem.weight is None:
         return "takes a weight, not logits"
     if problem.features.dtype == torch.float64:
@@ -148,8 +147,8 @@ def why_not(problem: Problem, arch: str) -> str:
 
 
 def score_tiled(problem: Problem, scores: Scores, config: Config | None = None) -> None:
-    """Scores of features (B, D) under the head's weight (C, D) and bias (C,). ValueError where `why_not` says so, or
-    for a config that slices more than it may."""
+    """Scores of features (B, D) under the head's weight (C, D) and bias (C,). ValueError if `why_not` has a reason, or
+    if the config has slices for long rows or TMA."""
     features, w, bias = problem.features, problem.weight, problem.bias
     device = features.device
     arch = architecture(device)

@@ -135,6 +135,16 @@ def test_a_process_of_many_has_its_part_on_disk_before_it_works(place, monkeypat
     assert seen == [([1, 3], run_log._header(job))]
 
 
+def test_inputs_without_a_row_are_an_error(place):
+    job = run_log.Job(["a", "b", "c"], np.zeros(3, np.uint64), np.full(3, -1), {"x": 1}, "rows")
+
+    def batches(todo):
+        yield run_log.Batch([], None, [(todo[0], "is no image")])
+
+    with pytest.raises(ValueError, match=r"s.csv: 2 of 3 inputs have no row; is a process missing\?"):
+        run_log.run(job, batches, Path("s.csv"), progress=False)
+
+
 def test_files_with_the_name_of_a_part_are_left_alone(place, capsys):
     for name in ("s.part-7-of-9", "s.part-notes", "s.csv.part-0-of-1", "s.csv.partial"):
         Path(name).write_text("my own")

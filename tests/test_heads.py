@@ -122,6 +122,18 @@ def test_a_head_that_is_not_the_last_layer_is_refused():
         GradNorm(model, nn.Linear(8, 4))
 
 
+def test_a_head_that_the_model_does_not_call_is_refused():
+    model = small()
+    model.spare = nn.Linear(8, 8).to(DEVICE)
+    with pytest.raises(ValueError, match="head: the model did not call 'spare'"):
+        GradNorm(model, "spare").score(images())
+    detector = GradNorm(model)
+    detector.score(images())
+    model.fc = model.spare  # after the head was found
+    with pytest.raises(ValueError, match="head: the model did not call it; is it the head of another model"):
+        detector.score(images())
+
+
 class Cosine(nn.Linear):
     def forward(self, x):
         return 10 * nn.functional.linear(nn.functional.normalize(x), nn.functional.normalize(self.weight))

@@ -291,6 +291,16 @@ def test_every_kernel_says_what_it_does_not_take():
             score(given_, out)
 
 
+@pytest.mark.parametrize(("c", "config"), [(300, Config(16, 64, 16, 4, 2, tma=True)), (8200, Config(16, 64, 16, 4, 2))])
+def test_tiled_slices_neither_long_rows_nor_tma(c, config):
+    x, w, _ = problem(3, 64, c, torch.float32)
+    words = f"config: expected one slice for {c} classes or TMA, got .*slices=2"
+    with pytest.raises(ValueError, match=words):
+        tiled.score_tiled(
+            Problem(x, w, None), Scores(torch.empty(1, 3, device=DEVICE), None), config._replace(slices=2)
+        )
+
+
 @settings(max_examples=200)
 @given(st.integers(1, 64), st.integers(257, 4096), st.integers(1, 20_000), st.sampled_from([108, 132, 304]))
 def test_slices_of_a_few_rows_fill_the_device_twice_at_most(b, c, d, processors):

@@ -77,4 +77,5 @@ def test_triton_without_interpreter_says_what_to_do():
 
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout.startswith("backend: 'triton' cannot run here: Triton does not run on cpu tensors")
     assert "TRITON_INTERPRET=1" in done.stdout and "backend='torch'" in done.stdout

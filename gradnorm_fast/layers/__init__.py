@@ -1,4 +1,4 @@
-"""Gradient norms of any layers of a model, each sample's own, from one forward and one backward pass of the batch."""
+"""Per-sample gradient norms of any layers of a model, from one forward and one backward pass of the batch."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from .norms import combined, norm_dtype, p_norm
 from .selection import Layers, selected_parameters
 from .trace import Names, Stale, Trace, Use, forget_derived
 
-GRADIENT_BYTES = 8 * 2**20  #: of gradients at a time, at least those of one sample
+GRADIENT_BYTES = 8 * 2**20  #: of gradients computed at a time; at least one sample's
 
-#: Layouts of a model's operations, by selected parameters and kind of input; they do not depend on values.
+#: Layouts of a model's operations, by selected parameters and by shape and dtype of the input.
 _layouts: weakref.WeakKeyDictionary[nn.Module, dict[Any, list[Layout | None]]] = weakref.WeakKeyDictionary()
-#: Of each model: a pass runs it with stand-ins for its parameters, which another thread must not take away.
+#: One per model: a pass replaces the model's parameters, so no other thread may run one at the same time.
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
 
 class LayerNorms(dict[str, Tensor]):
-    """The norms (B,) of each parameter, by its name.
+    """The norms (B,) of each parameter, by name.
 
     Attributes:
-        logits: (B, C), the model's output in the same pass, without gradient; (0, 0) for an empty batch.
-        one_by_one: names of the parameters for which no rule was known, so that the model ran once for each sample.
+        logits: (B, C), the model's output in the same pass, detached; (0, 0) for an empty batch.
+        one_by_one: names of the parameters that have no rule; for these the model ran once per sample.
     """
 
     def __init__(self, norms: dict[str, Tensor], logits: Tensor, one_by_one: tuple[str, ...] = ()) -> None:
@@ -56,28 +56,27 @@ def layer_gradnorms(
 ) -> Tensor | LayerNorms:
     """p-norm of each sample's gradient with respect to any of the model's parameters, biases included.
 
-    GradNorm (Huang, Geng & Li, NeurIPS 2021) of all layers, as in the paper's ablation, is layers="all"; for the last
-    layer alone `fast_gradnorm` needs no backward pass. The model is left as it was: mode, gradients, flags, hooks.
-    Threads may share it, and wait for one another.
+    layers="all" gives GradNorm (Huang, Geng & Li, NeurIPS 2021) of all layers, as in the paper's ablation. For the last
+    layer alone use `fast_gradnorm`, which needs no backward pass. The call does not change the model's mode, gradients,
+    flags or hooks. Threads may share a model; their calls run one after another.
 
     Args:
-        model: a classifier; its output is logits (B, C), or an object with `.logits`. It runs in the mode it has.
-        images: (B, ...), whatever the model takes; moved to its device and, if floating point, to its dtype.
-        layers: "all"; "head", the layer whose output is the logits, or becomes them by pooling; names of modules, each
-            with all the parameters in it; or a predicate on (parameter name, parameter).
-        target: of the cross entropy: "uniform", "predicted" (the lowest class of the maximum), or int64 labels (B,),
-            where -100 gives 0. Other labels outside 0 … C − 1 are a ValueError on a CPU, NaN on a GPU.
-        p: 0.1 … 64, or inf. Several parameters' norm is that of their concatenation.
-        temperature: T > 0; it divides the logits and so, by the chain rule, the gradient.
-        reduction: "mean" over classes, as in the paper, or "sum", C times that; for the uniform target only.
-        per_layer: return the norm of each parameter by itself.
-        loss: logits (B, C) to one loss per sample (B,), in place of target, temperature and reduction.
+        model: a classifier; its output is logits (B, C), or an object with `.logits`. It runs in its current mode.
+        images: (B, ...), the model's input; moved to its device and, if floating point, to its dtype.
+        layers: "all"; "head", the layer whose output is the logits, directly or after pooling; names of modules, which
+            select all parameters in them; or a predicate on (parameter name, parameter).
+        target: of the cross entropy: "uniform", "predicted" (the lowest class with the maximum), or int64 labels (B,),
+            where -100 gives 0. Other labels outside 0 … C − 1 raise a ValueError on a CPU and give NaN on a GPU.
+        p: 0.1 … 64, or inf. The norm over several parameters is that of their concatenated gradients.
+        temperature: T > 0; divides the logits and, by the chain rule, the gradient.
+        reduction: "mean" over classes, as in the paper, or "sum", C times larger; for the uniform target only.
+        per_layer: return the norm of each parameter separately.
+        loss: maps logits (B, C) to one loss per sample (B,); replaces target, temperature and reduction.
 
     Returns:
         (B,), float32 or, for a float64 model, float64; with per_layer a dict of these by parameter name, in the order
-        of model.named_parameters(). Parameters that the logits do not depend on have norm 0. Where a parameter is used
-        in a way for which no rule is known, the model runs once for each sample: a warning names it, and so does the
-        dict's `one_by_one`.
+        of model.named_parameters(). Parameters that the logits do not depend on have norm 0. If no rule is known for a
+        use of a parameter, the model runs once per sample for it; a warning and the dict's `one_by_one` name it.
 
     Raises:
         TypeError, ValueError: an argument that does not fit; a model with dropout or batch statistics in training mode.
@@ -144,7 +143,7 @@ def layer_gradnorms(
 
 
 class _Pass:
-    """One batch: its forward and backward pass, and the norms that come out of them."""
+    """The forward and backward pass of one batch, and the norms computed from them."""
 
     def __init__(self, model: nn.Module, images: Tensor, names: list[str], p: float) -> None:
         self.model, self.images, self.p = model, images, p
@@ -153,7 +152,7 @@ class _Pass:
         self.rest = {name: t for name, t in everything.items() if name not in self.parameters}
         self.uses: dict[str, list[Use]] = {name: [] for name in names}
         self.found: dict[str, Tensor] = {}
-        self.logits: list[Tensor] = []  #: of the whole batch, or of each image
+        self.logits: list[Tensor] = []  #: one tensor for the batch, or one per image
         self.one_by_one: set[str] = set()
 
     def norms(self, logit_gradient: Callable[[Tensor, slice], Tensor]) -> LayerNorms:
@@ -181,14 +180,14 @@ class _Pass:
         return LayerNorms({name: norms[name] for name in self.parameters}, torch.cat(self.logits), one_by_one)
 
     def _call(self, images: Tensor) -> Tensor:
-        """The logits; images are copied, for a model may normalise them in place."""
+        """The logits. Images are copied because a model may normalise them in place."""
         return heads.logits_of(functional_call(self.model, {**self.parameters, **self.rest}, (images.clone(),)))
 
     def _trace(self, samples: int, **options: Any) -> Trace:
         return Trace(self.parameters, [*self.rest.values(), *self.model.buffers()], samples, **options)
 
     def _learn_layouts(self) -> list[Layout | None]:
-        """Of each operation in which a parameter meets samples, from a batch of two and the second alone."""
+        """The layout of each operation that combines parameters and samples, learned from two samples and from one."""
         one = self.images[-1:]
         other = torch.randn(one.shape, generator=torch.Generator().manual_seed(0)) if one.is_floating_point() else None
         other = one.flip(-1) if other is None else other.to(one)
@@ -206,7 +205,7 @@ class _Pass:
         ]
 
     def _run(self, layouts: list[Layout | None], logit_gradient: Callable[[Tensor, slice], Tensor]) -> Tensor:
-        """Forward and backward; the norms found are still to be multiplied by what is returned."""
+        """Forward and backward pass. Returns the factor that the norms must still be multiplied by."""
         with self._trace(len(self.images), layouts=layouts, use=self._use) as trace:
             logits = self._call(self.images)
         if len(trace.seen) != len(layouts):
@@ -214,19 +213,20 @@ class _Pass:
         self.expected = trace.expected
         gradient = logit_gradient(logits, slice(None))
         self.logits = [logits.detach()]
-        # The gradients of a confident row may be too small for squares, or for halves: all are linear in this one.
+        # The gradients of a confident row may underflow when squared or in half precision. They are linear in this one:
+        # scale it.
         scale = gradient.abs().amax(1)
         unit = torch.where(scale > 0, scale, 1.0)
         if logits.requires_grad:
             gradient = (gradient / unit[:, None]).to(logits.dtype)
             inputs = [*self.parameters.values(), *trace.sources]
             reached = torch.autograd.grad(logits, inputs, gradient, allow_unused=True)
-            unseen = zip(self.parameters, reached, strict=False)  # used where the trace does not see it
+            unseen = zip(self.parameters, reached, strict=False)  # used where the trace cannot see it
             self.one_by_one |= {name for name, g in unseen if g is not None}
         return unit
 
     def _use(self, names: Names, use: Use | None) -> None:
-        """Keep one use; with the last one of a parameter compute its norms and let go of what they are made of."""
+        """Store one use. After the last use of a parameter, compute its norms and free its uses."""
         for name in names:
             if use is None:
                 self.one_by_one.add(name)
@@ -261,7 +261,7 @@ class _Pass:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _each(self, logit_gradient: Callable[[Tensor, slice], Tensor]) -> dict[str, Tensor]:
-        """The norms of parameters without a rule: the model runs on one sample after another."""
+        """The norms of parameters without a rule, from one model run per sample."""
         names = [name for name in self.parameters if name in self.one_by_one]
         for name in self.parameters.keys() - names:
             self.parameters[name].requires_grad_(False)
@@ -284,7 +284,7 @@ class _Pass:
 
 
 def _pulled_back(use: Use, parameter: Tensor, samples: slice) -> Tensor:
-    """The gradients of a parameter from those of what was derived from it.  # (n, *shape of the parameter)"""
+    """The gradients of a parameter, from those of a tensor derived from it.  # (n, *shape of the parameter)"""
     gradients = use.gradients.of(samples)
     if use.tensor is parameter:
         return gradients

@@ -1,4 +1,4 @@
-"""Each sample's gradient of one parameter at one use, from the operation's input and its output's gradient.
+"""Per-sample gradients of one parameter at one use, from the operation's input and its output's gradient.
 
 A rule is a function with the arguments of a torch operation, preceded by the layout of the output and the number of
 samples; it returns a function from the output's gradient to (parameter, SampleGradients) pairs, or raises Unsupported.
@@ -18,15 +18,15 @@ from torch.nn.functional import pad
 from .layout import Layout
 from .norms import norm_dtype, p_norm
 
-GROUPED_CHANNELS = 16  #: a convolution of fewer input channels is faster sample by sample than with samples as groups
+GROUPED_CHANNELS = 16  #: with fewer input channels, a convolution per sample is faster than samples as groups
 
 
 class Unsupported(Exception):
-    """No rule for this use of a parameter: its gradients are computed one sample at a time."""
+    """No rule for this use of a parameter: its gradients need one pass per sample."""
 
 
 class SampleGradients(ABC):
-    """The gradients of all samples, computed for a few at a time."""
+    """The gradients of all samples, computed a few samples at a time."""
 
     sample_bytes: int  #: memory that one sample takes
 
@@ -35,7 +35,7 @@ class SampleGradients(ABC):
         """(n, *shape of the parameter) of samples start … start + n − 1."""
 
     def norm(self, p: float) -> Tensor | None:
-        """The norms (B,) where they need no gradient, else None."""
+        """The norms (B,) if they can be computed without the gradients, else None."""
         return None
 
 
@@ -44,7 +44,7 @@ Rule: TypeAlias = Callable[..., Callable[[Tensor], Gradients]]
 
 
 class Given(SampleGradients):
-    """Gradients that are small enough to be computed at once: (B, *shape)."""
+    """Gradients small enough to compute all at once: (B, *shape)."""
 
     def __init__(self, gradient: Tensor) -> None:
         self.gradient = gradient
@@ -55,7 +55,7 @@ class Given(SampleGradients):
 
 
 class PerSample(SampleGradients):
-    """A parameter that has rows of its own for each sample: the gradient of the others' rows is 0."""
+    """A parameter with separate rows for each sample: the gradient of all other rows is 0."""
 
     def __init__(self, g: Tensor, layout: Layout, samples: int) -> None:
         self.g, self.layout, self.samples = g, layout, samples
@@ -87,9 +87,9 @@ class Products(SampleGradients):
 
 
 class Convolution(SampleGradients):
-    """The weight's gradient by the library's call: for a few samples at once as groups of one image, or for each.
+    """A convolution's weight gradient by the library's call, for several samples as groups of one image, or for each.
 
-    With `images` images of the batch per sample. A 1x1 convolution is a product of matrices.
+    Each sample has `images` images of the batch. A 1x1 convolution is a matrix product.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Convolution(SampleGradients):
             g, x = (self._positions(t, n) for t in (g, x))
             return (g @ x.mT).reshape(n, *self.weight.shape)
         if n > 1 and self.images == 1 and (self.groups > 1 or x.shape[1] >= GROUPED_CHANNELS):
-            weight = self.weight.new_empty(n * len(self.weight), *self.weight.shape[1:])  # nobody reads its values
+            weight = self.weight.new_empty(n * len(self.weight), *self.weight.shape[1:])  # only its shape matters
             g, x = (t.reshape(1, n * t.shape[1], *t.shape[2:]) for t in (g, x))
             return self._library(g, x, weight, n * self.groups).view(n, *self.weight.shape)
         each = zip(g.split(self.images), x.split(self.images), strict=True)
@@ -145,12 +145,12 @@ class Convolution(SampleGradients):
 
 
 class Scales(SampleGradients):
-    """Σ g·x̂ over the dimensions that the scale of a normalisation lacks, with x̂ the normalised input.
+    """Σ g·x̂ over the dimensions that a normalisation's scale does not have, with x̂ the normalised input.
 
     Args:
         g, x: (B, ...).
-        normalize: x of some samples to their x̂.
-        dims: what to sum over, not counting dimension 0.
+        normalize: maps x of some samples to x̂.
+        dims: the dimensions to sum over, except dimension 0.
     """
 
     def __init__(self, g: Tensor, x: Tensor, normalize: Callable[[Tensor], Tensor], dims: tuple[int, ...]) -> None:
@@ -163,7 +163,7 @@ class Scales(SampleGradients):
 
 
 class Rows(SampleGradients):
-    """Gradients of the rows of a table that a sample looks up; 0 for all others.  # ids (B, T), g (B, T, D)"""
+    """Gradients of the table rows that a sample looks up; 0 for all other rows.  # ids (B, T), g (B, T, D)"""
 
     def __init__(self, g: Tensor, ids: Tensor, shape: torch.Size, padding: int) -> None:
         self.g, self.ids, self.shape = g.masked_fill((ids == padding)[..., None], 0.0), ids, shape
@@ -217,7 +217,7 @@ def convolution(
     if not layout.leading or input.dim() != weight.dim():
         raise Unsupported
     stride, dilation, output_padding = (_each(n, spatial) for n in (stride, dilation, output_padding))
-    before: list[int] = []  # what "same" pads unevenly
+    before: list[int] = []  # the padding for "same" where it is uneven
     if padding == "same":
         total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
         padding = [n // 2 for n in total]
@@ -274,7 +274,7 @@ def batch_norm(
     value = _unchanged(input)
 
     def gradients(g: Tensor) -> Gradients:
-        """By the library's call, with the channels of all samples as the channels of one image."""
+        """By the library's call, with all samples' channels as the channels of one image."""
         dtype, channels = norm_dtype(g.dtype), samples * g.shape[1]
         g, x = (
             t.to(dtype).unflatten(0, (samples, layout.inner)).transpose(1, 2).reshape(1, channels, -1)
@@ -396,7 +396,7 @@ def _channels(
 
     def gradients(g: Tensor) -> Gradients:
         x, images = value(), layout.inner
-        dims = (1, *range(3, g.dim() + 1))  # all but samples and channels, once images are unfolded
+        dims = (1, *range(3, g.dim() + 1))  # all but samples and channels, after images are unfolded
         g, x = (t.unflatten(0, (samples, images)) for t in (g, x))
 
         def each(x: Tensor) -> Tensor:
@@ -419,7 +419,7 @@ def _trailing(
     bias: Tensor | None,
     normalize: Callable[[Tensor], Tensor],
 ) -> Any:
-    """A normalisation over the last `depth` dimensions, whose scale and bias have their shape."""
+    """A normalisation over the last `depth` dimensions; scale and bias have the shape of these."""
     if layout.dim >= len(layout.sizes) - depth:
         raise Unsupported
     value = _unchanged(input)
@@ -454,7 +454,7 @@ def _sums(g: Tensor, dims: tuple[int, ...]) -> Given:
 
 
 def _unchanged(tensor: Tensor) -> Callable[[], Tensor]:
-    """Gives the tensor back in the backward pass, if nothing has written to it since; else Unsupported."""
+    """A function that returns the tensor in the backward pass; it raises Unsupported if the tensor was overwritten."""
     kept, version = tensor.detach(), tensor._version
 
     def value() -> Tensor:

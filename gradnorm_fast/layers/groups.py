@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
-FEW = 5  #: parts, below which the largest is taken apart
+FEW = 5  #: with fewer parts, split the largest
 
 
 def layer_groups(model: nn.Module) -> dict[str, list[str]]:
     """Names of the floating-point parameters of the model's stages, by module name, and of "all".
 
-    Stages are the model's children that have parameters. While there are fewer than five, the children of the largest
-    take its place: of a network that is body and head, the blocks of the body are compared.
+    Stages are the model's children that have parameters. While there are fewer than five, the largest stage is replaced
+    by its children: for a model that consists of body and head, these are the blocks of the body.
 
     Examples:
         >>> list(layer_groups(torchvision.models.resnet50()))

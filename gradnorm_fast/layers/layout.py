@@ -1,7 +1,7 @@
-"""Where a tensor keeps its samples, and how that is learned: by running the model on two images and on one of them.
+"""Where a tensor keeps its samples. We learn this by running the model on two images and on one of them.
 
 Most layers have the samples in dimension 0. Attention may put positions first, or fold windows or positions into the
-batch; taking one sample's rows for another's would give wrong norms without any error.
+batch. Mistaking one sample's rows for another's would give wrong norms without an error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Layout(NamedTuple):
     inner: int = 1
 
     def shape(self, samples: int) -> tuple[int, ...]:
-        """The tensor's shape for so many samples."""
+        """The tensor's shape for this many samples."""
         return tuple(n * samples if i == self.dim else n for i, n in enumerate(self.sizes))
 
     @property
@@ -32,14 +32,14 @@ class Layout(NamedTuple):
         return self.dim == 0 and self.outer == 1
 
     def unfolded(self, tensor: Tensor, samples: int) -> Tensor:
-        """(samples, ..., outer, inner, ...): a view, for a tensor whose dimensions up to `dim` are these."""
+        """A view (samples, ..., outer, inner, ...) of a tensor that has this layout up to dimension `dim`."""
         return tensor.unflatten(self.dim, (self.outer, samples, self.inner)).movedim(self.dim + 1, 0)
 
 
 def find_layout(two: Tensor, one: Tensor) -> Layout | None:
-    """The layout of a result, given it for two samples and for the second of them alone; None where none fits.
+    """The layout of a result, from its values for two samples and for the second of them alone.
 
-    None too where two layouts fit equally well.
+    None if no layout fits, or if two fit equally well.
     """
     if two.dim() != one.dim():
         return None
@@ -61,7 +61,7 @@ def _divisors(n: int) -> Iterator[int]:
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    """The largest difference, in units of what rounding in a batch of another size may cost; NaN counts as inf."""
+    """The largest difference, in units of the rounding that another batch size may cause; NaN counts as inf."""
     if not a.numel():
         return 0.0
     a, b = a.detach().double(), b.detach().double()

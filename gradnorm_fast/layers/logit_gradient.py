@@ -1,4 +1,4 @@
-"""The gradient of each sample's loss with respect to its logits, in closed form and to the last digits."""
+"""The gradient of each sample's loss with respect to its logits, in closed form without cancellation."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def target_gradient(logits: Tensor, target: str | Tensor, temperature: float, sc
     """scale·(softmax(z/T) − target)/T of logits z (B, C), in float32 or float64.
 
     The gradient of the cross entropy to the target distribution: uniform, one-hot at a label, or one-hot at the
-    predicted class. Differences of nearly equal numbers are never taken: the deviation from uniform is
-    expm1((z − r)/T) about the log-mean-exp r, and 1 − p_y is a sigmoid of the other classes' logsumexp.
+    predicted class. No step subtracts nearly equal numbers: the deviation from uniform comes from expm1((z − r)/T) with
+    the log-mean-exp r, and 1 − p_y is a sigmoid of the other classes' logsumexp.
     """
     z = logits.detach().to(norm_dtype(logits.dtype))
     if isinstance(target, Tensor):
@@ -30,7 +30,7 @@ def target_gradient(logits: Tensor, target: str | Tensor, temperature: float, sc
 
 
 def loss_gradient(logits: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
-    """∂loss_b/∂z_b of a callable that gives one loss for each row of logits (B, C)."""
+    """∂loss_b/∂z_b of a callable that returns one loss per row of logits (B, C)."""
     z = logits.detach().clone().requires_grad_()
     losses = loss(z)
     if not isinstance(losses, Tensor) or losses.shape != z.shape[:1]:
@@ -43,7 +43,7 @@ def loss_gradient(logits: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _uniform_gradient(z: Tensor, temperature: float) -> Tensor:
-    """p − 1/C. Centred twice: the log-mean-exp about the maximum is known to its own rounding only."""
+    """p − 1/C. Centred twice, because the first log-mean-exp has a rounding error relative to the maximum."""
     classes = z.shape[1]
     d = z - z.amax(1, keepdim=True)
     r = temperature * (torch.exp(d / temperature).sum(1, keepdim=True) / classes).log()
@@ -55,14 +55,14 @@ def _uniform_gradient(z: Tensor, temperature: float) -> Tensor:
 
 
 def _one_hot_gradient(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """p − e_y, from the softmax among the other classes; 0 for ignored rows, NaN for labels that do not exist."""
+    """p − e_y, from the softmax over the other classes; 0 for ignored rows, NaN for invalid labels."""
     classes = z.shape[1]
     ignored, exists = labels == IGNORE, (labels >= 0) & (labels < classes)
     y = torch.where(exists, labels, 0)[:, None]
     own = z.gather(1, y)
     others = z.scatter(1, y, -math.inf)
     highest = others.amax(1, keepdim=True)
-    shift = torch.where(highest == -math.inf, 0.0, highest)  # of a single class, or where all others are masked
+    shift = torch.where(highest == -math.inf, 0.0, highest)  # there is one class, or all others are masked
     weights = torch.exp((others - shift) / temperature)
     total = weights.sum(1, keepdim=True)
     epsilon = torch.sigmoid((shift - own) / temperature + total.log())  # 1 − p_y

@@ -7,18 +7,18 @@ import math
 import torch
 from torch import Tensor
 
-PIECE = 2**16  #: numbers that stay in the cache from one pass over them to the next
-RUN = 2**12  #: so many are added up one by one without a loss
+PIECE = 2**16  #: numbers that stay in the cache between two passes
+RUN = 2**12  #: numbers that can be added one by one without losing accuracy
 
 
 def p_norm(values: Tensor, p: float, dim: int = 1) -> Tensor:
-    """‖values‖_p along one dimension in float32 or float64, scaled by the largest magnitude where powers need it."""
+    """‖values‖_p along one dimension in float32 or float64, scaled by the largest magnitude if powers need it."""
     if not values.numel():
         return values.new_zeros(values.shape[:dim] + values.shape[dim + 1 :], dtype=norm_dtype(values.dtype))
     dtype = norm_dtype(values.dtype)
     if p in (1.0, math.inf):
         return _norm(values, p, dim, dtype)
-    if p == 2.0:  # no square of a float32 leaves the range of float64
+    if p == 2.0:  # squares of float32 numbers are in the range of float64
         return torch.linalg.vector_norm(values, p, dim=dim, dtype=torch.float64).to(dtype)
     largest = torch.linalg.vector_norm(values, math.inf, dim=dim, keepdim=True, dtype=dtype)
     # 0/0 and inf/inf would be NaN
@@ -27,11 +27,11 @@ def p_norm(values: Tensor, p: float, dim: int = 1) -> Tensor:
 
 
 def _norm(values: Tensor, p: float, dim: int, dtype: torch.dtype) -> Tensor:
-    """In pieces on a CPU: torch's norm adds up one by one there, which costs three digits over a million numbers."""
+    """In pieces on a CPU: torch's norm adds sequentially there and loses three digits over a million numbers."""
     if values.device.type != "cpu" or p == math.inf:
         return torch.linalg.vector_norm(values, p, dim=dim, dtype=dtype)
     length = values.shape[dim]
-    if p == 1.0:  # torch.sum adds up in a tree, and twice as fast
+    if p == 1.0:  # torch.sum adds pairwise, and is twice as fast
         pieces = values.split(max(RUN, PIECE * length // values.numel()), dim)
         return torch.stack([piece.abs().sum(dim, dtype=dtype) for piece in pieces]).sum(0)
     parts = [torch.linalg.vector_norm(piece, p, dim=dim, dtype=dtype) for piece in values.split(RUN, dim)]

@@ -1,4 +1,4 @@
-"""The scores of a batch with GradNorm by the gradients of any layers."""
+"""The scores of a batch, with GradNorm from the gradients of any layers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .selection import Layers
 def layer_scores(
     model: nn.Module, images: Any, layers: Layers, temperature: float = 1.0, reduction: str = "mean"
 ) -> HeadScores:
-    """`HeadScores` whose gradnorm is `layer_gradnorms`, the L1 norm; from one forward and one backward pass.
+    """`HeadScores` whose gradnorm is the L1 norm by `layer_gradnorms`; from one forward and one backward pass.
 
-    The other scores are those of the logits. feature_norm is gradnorm/output_norm, which is ‖x‖₁ where the layers are
-    the weight of a linear head: so gradnorm is the product of the two here too.
+    The other scores are those of the logits. feature_norm is gradnorm/output_norm, so gradnorm is the product of the
+    two here too. For the weight of a linear head it is ‖x‖₁.
     """
     norms = layer_gradnorms(model, images, layers=layers, temperature=temperature, reduction=reduction, per_layer=True)
     assert isinstance(norms, LayerNorms)
@@ -30,9 +30,9 @@ def layer_scores(
     output_norm = target_gradient(z, "uniform", temperature, scale).abs().sum(1)
     feature_norm = torch.where(output_norm == 0, 0.0, gradnorm / output_norm)
     max_logit, prediction = z.max(1)
-    shifted = (z - max_logit[:, None]) / temperature  # before it is divided: T may be small
+    shifted = (z - max_logit[:, None]) / temperature  # before dividing: T may be small
     log_sum = shifted.logsumexp(1)
-    poison = gradnorm - gradnorm  # a row without a score has no other number either
+    poison = gradnorm - gradnorm  # if the score is NaN, so are all other fields
     known = (gradnorm, feature_norm, output_norm, max_logit, (-log_sum).exp(), max_logit + temperature * log_sum)
     gradnorm, feature_norm, output_norm, max_logit, msp, energy = (score + poison for score in known)
     prediction = torch.where(poison == 0, prediction, 0)

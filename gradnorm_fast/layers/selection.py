@@ -1,4 +1,4 @@
-"""Which parameters: all, the head's, those of named modules, or those that a predicate picks."""
+"""Selects parameters: all, the head's, those of named modules, or those that a predicate chooses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Layers: TypeAlias = str | Iterable[str] | Predicate
 
 
 def check_layers(model: nn.Module, layers: Layers) -> str | list[str] | Predicate:
-    """`layers`, names as a list. Raises as `selected_parameters`, except for errors that only images can show."""
+    """`layers`, with names as a list. Raises like `selected_parameters`, except for errors that need images."""
     expected = f'layers: expected "all", "head", a list of module names or a predicate, got {layers!r}'
     if isinstance(layers, str):
         if layers not in ("all", "head"):
@@ -34,8 +34,8 @@ def selected_parameters(model: nn.Module, images: Tensor, layers: Layers) -> lis
     """Names of the parameters that `layers` selects, in the order of model.named_parameters().
 
     Raises:
-        TypeError: layers is none of the kinds it may be.
-        ValueError: a module that the model does not have, or no parameter selected.
+        TypeError: layers has the wrong type.
+        ValueError: the model has no such module, or no parameter is selected.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     layers = check_layers(model, layers)
@@ -53,9 +53,9 @@ def selected_parameters(model: nn.Module, images: Tensor, layers: Layers) -> lis
 
 
 def head_name(model: nn.Module, images: Tensor) -> str:
-    """The name of the layer whose output is the logits, or becomes the logits by pooling, as in SqueezeNet.
+    """The name of the layer whose output is the logits, directly or after pooling as in SqueezeNet.
 
-    Runs the model on one image. ValueError where there is no such layer.
+    Runs the model on one image. ValueError if there is no such layer.
     """
     with torch.no_grad():
         try:

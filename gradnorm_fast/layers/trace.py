@@ -1,10 +1,9 @@
-"""A forward pass that notices every operation in which a parameter meets the samples.
+"""A forward pass that records every operation that combines parameters with samples.
 
-An operation of parameters and constants alone gives a tensor that is derived from parameters, such as a standardised
-weight or an expanded class token. An operation of such a tensor and of tensors that depend on the samples is a meeting:
-there each sample's gradient of the parameter can be had, by a rule of the operation, or by giving an elementwise
-operation one copy of the parameter per sample. No module is touched: the trace sees torch's functions, whoever calls
-them.
+An operation on parameters and constants alone gives a tensor derived from parameters, such as a standardised weight or
+an expanded class token. An operation on such a tensor and on tensors that depend on the samples is a meeting. At a
+meeting we get each sample's gradient of the parameter: by a rule for the operation or, for elementwise operations, by
+passing one copy of the parameter per sample. Modules are not modified: the trace intercepts torch's functions.
 """
 
 from __future__ import annotations
@@ -23,23 +22,23 @@ from .layout import Layout
 
 Names: TypeAlias = frozenset[str]
 
-#: Operations that take one copy of a parameter per sample, by broadcasting, as well as the parameter itself.
+#: Operations that broadcast, and so accept one copy of a parameter per sample in place of the parameter.
 BROADCASTING = frozenset({
     "add", "iadd", "radd", "sub", "subtract", "isub", "rsub", "mul", "multiply", "imul", "rmul", "div", "divide",
     "true_divide", "truediv", "itruediv", "rtruediv", "pow", "ipow", "rpow", "addcmul", "addcdiv", "lerp", "where",
     "maximum", "minimum", "cat", "concat", "concatenate",
 })  # fmt: skip
 MATRIX_PRODUCTS = frozenset({"matmul", "rmatmul", "bmm", "baddbmm", "scaled_dot_product_attention"})
-#: Values of samples that leave as Python numbers may come back in any new tensor.
+#: These return Python numbers. Values of samples that leave this way may return in any new tensor.
 ESCAPES = frozenset({"item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__"})
-#: Operations that ask a tensor for its shape, dtype or device only.
+#: Operations that use only the shape, dtype or device of a tensor.
 NO_GRADIENT = frozenset(
     {"type_as", "expand_as", "view_as", "reshape_as", "to", "zeros_like", "ones_like", "empty_like", "get"}
 )
 
 
 class Stale(Exception):
-    """The layouts are those of another sequence of operations."""
+    """The layouts belong to a different sequence of operations."""
 
 
 class Use(NamedTuple):
@@ -50,7 +49,7 @@ class Use(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """One meeting, as the passes that learn the layouts see it."""
+    """One meeting, as recorded by the passes that learn the layouts."""
 
     operation: str
     output: Tensor | None
@@ -60,12 +59,12 @@ class Trace(TorchFunctionMode):
     """The state of one forward pass.
 
     Args:
-        parameters: leaves that stand in for the parameters, by name; the model must run with these.
+        parameters: leaves that replace the model's parameters, by name; the model must run with these.
         constants: the model's other parameters and its buffers.
-        samples: how many the batch has.
-        layouts: of the outputs of all meetings, in their order. None: only see which meetings there are.
-        use: called in the backward pass with a parameter's names and its use; its second argument is None where the
-            use is unsupported, then as early as in the forward pass.
+        samples: how many samples the batch has.
+        layouts: of the outputs of all meetings, in order. None: only record the meetings.
+        use: called in the backward pass with a parameter's names and its use. For an unsupported use the second
+            argument is None, and the call may come in the forward pass already.
     """
 
     def __init__(
@@ -79,18 +78,18 @@ class Trace(TorchFunctionMode):
         super().__init__()
         self._known: dict[int, Names] = {id(t): frozenset() for t in constants}
         self._known |= {id(t): frozenset([name]) for name, t in parameters.items()}
-        self._parameters, self._constants = parameters, constants  # an id is good for as long as its tensor lives
+        self._parameters, self._constants = parameters, constants  # an id is valid as long as its tensor lives
         self._written: set[int] = set()  # storages of constants into which samples were written
         self._escaped = False
         self._samples, self._layouts, self._use = samples, layouts, use
         self.seen: list[Seen] = []
         self.expected: dict[str, int] = {}  #: uses of each parameter whose gradients the backward pass will give
-        self.sources: list[Any] = []  #: where a backward pass must go to reach every use
+        self.sources: list[Any] = []  #: inputs for a backward pass that reaches every use
 
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = self._run(func, args, kwargs or {})
         if func.__name__ == "batch_norm" and result.requires_grad and len(result) == 1:
-            # On a CPU torch 2.14 computes wrong gradients from the transposed one of a single image.
+            # On a CPU torch 2.14 computes wrong gradients if that of a single image is transposed.
             result.register_hook(lambda g: g.contiguous())
         return result
 
@@ -154,7 +153,7 @@ class Trace(TorchFunctionMode):
                 t._derived_from = (self._parameters, names if t.requires_grad else frozenset())  # type: ignore[attr-defined]
 
     def _note_writing(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Once samples are written into a constant, it and all its views depend on them."""
+        """After samples are written into a constant, it and all its views depend on them."""
         name, target = func.__name__, kwargs.get("out")
         if args and (name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and name[-2:] != "__")):
             target = args[0]
@@ -188,7 +187,7 @@ class Trace(TorchFunctionMode):
     def _ruled(
         self, operation: str, func: Any, args: Any, kwargs: Any, parameters: dict[int, Tensor], layout: Layout
     ) -> Tensor:
-        """The operation on copies of the parameters, and its rule once the output's gradient is there."""
+        """Run the operation on copies of the parameters; apply its rule once the output has its gradient."""
         gradients = RULES[operation](layout, self._samples, *args, **kwargs)
         before = any(t.requires_grad for t in _tensors((args, kwargs)) if id(t) not in parameters)
         copies = {i: t.detach().requires_grad_() for i, t in parameters.items()}
@@ -217,7 +216,7 @@ class Trace(TorchFunctionMode):
         return output
 
     def _broadcast(self, func: Any, args: Any, kwargs: Any, parameters: dict[int, Tensor], layout: Layout) -> Tensor:
-        """The operation on one copy of each parameter per sample."""
+        """Run the operation on one copy of each parameter per sample."""
         copies, hooked = {}, []
         for i, t in parameters.items():
             source = t.detach().requires_grad_()
@@ -248,10 +247,10 @@ class Trace(TorchFunctionMode):
 
 
 def _fresh(output: Tensor) -> tuple[Tensor, Tensor]:
-    """An operation's output, and the same numbers as a tensor that is no view.
+    """An operation's output, and the same values as a tensor that is not a view.
 
-    Writing into a view, as nn.ReLU(inplace=True) does after nn.Conv1d, puts its history aside, and hooks with it; the
-    hooks of the tensor that it is a view of stay where they are.
+    Writing into a view, as nn.ReLU(inplace=True) does after nn.Conv1d, replaces its history and drops its hooks. The
+    hooks of its base tensor remain.
     """
     base = output._base
     if base is None:
@@ -263,9 +262,9 @@ def _fresh(output: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forget_derived(model: torch.nn.Module, parameters: dict[str, Tensor]) -> None:
-    """Take what was derived from these parameters out of the caches that modules keep in dictionaries, as LeViT does.
+    """Remove tensors derived from these parameters from caches that modules keep in dictionaries, as LeViT does.
 
-    Left there, it would keep this pass's graph, and stand in for the parameter in the model's next one.
+    Otherwise they would keep this pass's graph alive and be reused in the model's next pass.
     """
     for module in model.modules():
         for cache in vars(module).values():
@@ -277,9 +276,10 @@ def forget_derived(model: torch.nn.Module, parameters: dict[str, Tensor]) -> Non
 def _per_sample(
     source: Tensor, layout: Layout, samples: int
 ) -> tuple[Tensor, Tensor, Callable[[Tensor], SampleGradients]]:
-    """One copy of a parameter for each sample, to broadcast with tensors of this layout.
+    """One copy of a parameter per sample, shaped to broadcast with tensors of this layout.
 
-    Returns the tensor whose gradient is each sample's, the copies, and what makes SampleGradients of that gradient.
+    Returns the tensor whose gradient holds the per-sample gradients, the copies, and a function from that gradient to
+    SampleGradients.
     """
     missing = len(layout.sizes) - source.dim()
     dim = layout.dim - missing
@@ -299,7 +299,7 @@ def _per_sample(
 
 
 def _rewritten(operation: str, args: Any, kwargs: Any, names: Callable[[Tensor], Any]) -> Callable[[], Any] | None:
-    """An operation in terms of those that have rules."""
+    """An operation in terms of operations that have rules."""
     if kwargs or len(args) != 2:
         return None
     x, weight = args
@@ -313,9 +313,9 @@ def _rewritten(operation: str, args: Any, kwargs: Any, names: Callable[[Tensor],
 
 @functools.cache
 def _python_body(func: Any) -> Callable[..., Any] | None:
-    """A function of torch.nn.functional that is written in Python, without the check that sends it to a mode.
+    """A Python function of torch.nn.functional, without the check that dispatches it to a mode.
 
-    Run with the mode, it shows the mode the operations that it consists of.
+    When it runs, the mode sees the operations inside it.
     """
     if not isinstance(func, types.FunctionType) or func.__module__ != "torch.nn.functional":
         return None

@@ -1,4 +1,4 @@
-"""What arithmetic and warp-wide instructions compute.
+"""The results of arithmetic and warp-wide instructions.
 
 add, sub, mul and div round as IEEE says. fma.f32 goes through float64 and fma.f64 through 80-bit longdouble, so both
 round twice and may be off in the last bit in rare ties. ex2, rcp and sqrt.approx, and div.full are the exact function,
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from .machine import Batch
 
 
-# As inexact as hardware may be: approximate functions off by up to 2 units in the last place, tensor cores rounding
-# towards zero. Triton takes logarithms by a polynomial, not by lg2.approx: `own_kernels.log_mean_exp`.
+# As inexact as hardware may be: approximate functions have errors of up to 2 ulp, and tensor cores round towards zero.
+# Triton takes logarithms by a polynomial, not by lg2.approx: `own_kernels.log_mean_exp`.
 inexact = False
 EXACT: dict[str, Callable[..., Array]] = {"ex2": np.exp2, "rcp": np.reciprocal, "sqrt": np.sqrt, "div": np.divide}
 
@@ -36,7 +36,7 @@ def fma(a: Array, b: Array, c: Array) -> Array:
 def approximate(root: str, *values: Array) -> Array:
     """ex2.approx, rcp.approx, sqrt.approx and div.full in float32."""
     x = EXACT[root](*(v.astype(np.float64) for v in values)).astype(np.float32)
-    if inexact:  # a hash: looks random, but is the same for the same result
+    if inexact:  # by a hash: pseudorandom, but the same for equal results
         units = (x.view(np.uint32) * np.uint32(2654435761) >> np.uint32(13)) % np.uint32(5)
         off = x + (units.astype(np.float32) - 2) * np.spacing(x)
         x = np.where(np.isfinite(x) & (x != 0) & (x != 1), off, x)  # ex2(0) is 1
@@ -44,7 +44,7 @@ def approximate(root: str, *values: Array) -> Array:
 
 
 def rcp_f64(a: Array) -> Array:
-    """rcp.approx.ftz.f64 gives the upper 32 bits of the result only."""
+    """rcp.approx.ftz.f64 returns only the upper 32 bits of the result."""
     return ((1.0 / a).view(np.uint64) & np.uint64(0xFFFFFFFF00000000)).view(np.float64)
 
 
@@ -81,7 +81,7 @@ def divide(batch: Batch, q: Mask, d: Array, a: Array, b: Array) -> None:
 
 
 def whole_warps(batch: Batch, q: Mask) -> None:
-    """Fails for a mask that parts the lanes of a warp, which a .sync instruction for all lanes must not see."""
+    """Fails if the mask splits a warp, which is invalid for a .sync instruction of all lanes."""
     if q is not True:
         by_warp = q.reshape(-1, 32)
         if (by_warp.all(1) != by_warp.any(1)).any():
@@ -89,7 +89,7 @@ def whole_warps(batch: Batch, q: Mask) -> None:
 
 
 def shuffle(batch: Batch, q: Mask, d: Array, a: Array, lane: Array) -> None:
-    """What each lane gets from the lane of its warp that it names."""
+    """For each lane, the value of the lane of its warp that it names."""
     whole_warps(batch, q)
     np.copyto(d, np.broadcast_to(a, batch.size)[batch.first_lane + (lane & 31)], where=q)
 
@@ -107,7 +107,7 @@ def elect(batch: Batch, q: Mask, leader: Array, predicate: Array) -> None:
 
 
 def rounded_sum(x: Array) -> Array:
-    """float64 sums of a tensor core as the float32 that it gives."""
+    """A tensor core's sums in float64, rounded to its float32 result."""
     y = x.astype(np.float32)
     if inexact:
         y = np.where(np.abs(y.astype(np.float64)) > np.abs(x), np.nextafter(y, np.float32(0)), y)
@@ -115,7 +115,7 @@ def rounded_sum(x: Array) -> Array:
 
 
 LANE = np.arange(32)
-G, T = LANE // 4, LANE % 4  # the rows and columns of a fragment that a lane holds
+G, T = LANE // 4, LANE % 4  # rows and columns of a fragment that a lane holds
 
 
 def mma(

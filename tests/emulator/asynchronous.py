@@ -1,7 +1,7 @@
-"""Work that is issued now and takes effect later: cp.async, wgmma, TMA; the mbarriers and cluster barriers beside it.
+"""Work that is issued now and takes effect later: cp.async, wgmma, TMA; and mbarriers and cluster barriers.
 
-Copies and products of a batch complete at the wait that covers them ("late"), at once ("early") or at a random moment
-between, products in their order; a transfer by TMA completes when somebody tests its mbarrier in vain, at the latest.
+Copies and products of a batch complete at the wait that covers them ("late"), at once ("early"), or at a random moment
+between; products complete in order. A TMA transfer completes, at the latest, when a test of its mbarrier fails.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SWIZZLE = {0: 0, 1: 3, 2: 2, 3: 1}  # of wgmma's descriptors: log2 of how many 1
 @dataclass(eq=False)
 class Work:
     batch: Batch
-    index: int  # of the instruction
+    index: int  # of the issuing instruction
 
     def __post_init__(self) -> None:
         self.done = False
@@ -34,7 +34,7 @@ class Work:
     def complete(self) -> None:
         if not self.done:
             self.done = True
-            self.batch.machine.index = self.index  # which is to blame
+            self.batch.machine.index = self.index  # to blame in error messages
             self.take_effect()
             self.batch.machine.events += 1
 
@@ -44,7 +44,7 @@ class Work:
 
 @dataclass(eq=False)
 class Copy(Work):
-    """cp.async of `size` bytes by each lane, of which `count` are read and the others 0."""
+    """cp.async of `size` bytes per lane: `count` bytes are read, the rest are 0."""
 
     lanes: Lanes
     to: Array
@@ -102,7 +102,7 @@ Kind = TypeVar("Kind", bound=Work)
 
 
 class Queue(Generic[Kind]):
-    """A batch's copies or products, in the groups that it commits and waits for."""
+    """A batch's copies or products, in commit groups."""
 
     def __init__(self) -> None:
         self.open: list[Kind] = []
@@ -124,7 +124,7 @@ def commit(batch: Batch, q: Mask, queue: Queue[Kind]) -> None:
 
 
 def wait(batch: Batch, q: Mask, queue: Queue[Kind], pending: int) -> None:
-    """Until at most so many groups are pending."""
+    """Complete groups until at most this many are pending."""
     _all_warps(batch, q)
     while len(queue.groups) > pending:
         for work in queue.groups.pop(0):
@@ -171,7 +171,7 @@ def multiply(
 
 
 def _operand(batch: Batch, descriptor: int, rows: Array, transposed: int) -> Array:
-    """The bytes in shared memory of rows x 16 steps of k of a matrix of halves."""
+    """The positions in shared memory of rows x 16 columns of a matrix of halves."""
     start, leading, stride = (16 * (descriptor >> s & 0x3FFF) for s in (0, 16, 32))
     if descriptor >> 49 & 7:
         batch.fail("not emulated: wgmma descriptor with a base offset")
@@ -201,7 +201,7 @@ def swizzled(address: Array, swizzle: int) -> Array:
 
 @dataclass
 class Barrier:
-    """An mbarrier, or a cluster's: a phase ends when `count` have arrived, and all bytes that were promised."""
+    """An mbarrier, or a cluster's barrier: a phase ends after `count` arrivals and all expected bytes."""
 
     count: int
 
@@ -267,7 +267,7 @@ def _touch(batch: Batch, address: int, lanes: Array, what: str) -> None:
 
 
 def _by_address(batch: Batch, q: Mask, address: Array) -> list[tuple[int, Array]]:
-    """The addresses that are used, and the lanes that use each."""
+    """The addresses in use, and the lanes that use each."""
     lanes = np.arange(batch.size)[active(q)]
     a = np.broadcast_to(address, batch.size)[lanes]
     return [(int(v), lanes[a == v]) for v in np.unique(a)]
@@ -300,7 +300,7 @@ def test_mbarrier(batch: Batch, q: Mask, predicate: Array, address: Array, parit
         complete = np.not_equal(bar.phase & 1, np.broadcast_to(parity, batch.size)[lanes] & 1)
         predicate[lanes] = complete
         batch.machine.races.acquire(batch, lanes[complete], bar.done)
-        if not complete.all():  # late: only now that somebody waits
+        if not complete.all():  # late: only now, at a wait
             for t in [t for t in batch.machine.transfers if t.mbarrier is bar]:
                 t.complete()
 

@@ -26,7 +26,7 @@ from families import deviation
 
 @dataclass(frozen=True)
 class Case:
-    """A call; the defaults are what most of them have."""
+    """A call, with the most common values as defaults."""
 
     kernel: str
     dtype: str
@@ -36,12 +36,12 @@ class Case:
     rows: str = "normal"  # or near (uniform), saturated, nan; exact, near exact, bulk: with logits that float32 holds
     bias: str = "normal"  # or none, masked (every third class −inf); of "bulk": its level, and one class above that
     above: float = 0.8  # of "bulk": by how much one class stands above the others
-    level: float = 0.0  # of "bulk": around which logit those are
+    level: float = 0.0  # of "bulk": the logit that those are around
     layout: str = "plain"  # or offset (by one element), strided, transposed
     fields: bool = True  # all of them and the prediction, or the score alone
     temperature: float = 1.0
-    as_if: int = 0  # takes the configuration of so many rows; 0: b
-    tma: str = ""  # tiled by tensor descriptors, of so many rows x classes
+    as_if: int = 0  # use the configuration for this many rows; 0: b
+    tma: str = ""  # use tensor descriptors, with tiles of rows x classes
     processors: int = 0  # multiprocessors of the device; 0: the architecture's
     tf32: bool = False
 
@@ -79,7 +79,7 @@ def quick_cases(arch: int) -> list[Case]:
 
 
 def cases(arch: int) -> list[Case]:
-    """Every kernel and tile, every kind of row, bias and layout; shapes one off the tiles."""
+    """Every kernel and tile; every kind of row, bias and layout; shapes off by one from the tiles."""
     found = quick_cases(arch)
 
     def add(kernel: str, dtype: str, b: int, d: int, c: int, **more: Any) -> None:
@@ -105,7 +105,7 @@ def cases(arch: int) -> list[Case]:
         for layout in layouts:
             add("one_tile", dtype, 18, 64, 20, layout=layout)
             add("one_tile", dtype, 65, 96, 130, layout=layout, as_if=50000)
-        # slices of the features for a few rows, the table's other tiles, rows too long for a program to hold
+        # slices of the features for a few rows, the table's other tiles, rows too long for registers
         for b, d, c in ((1, 256, 257), (17, 300, 300), (33, 128, 289), (64, 256, 320)):
             add("tiled", dtype, b, d, c, processors=40)
         add_rows("tiled", dtype, 9, 256, 258, processors=20)
@@ -149,7 +149,7 @@ class Outcome:
     error: float = math.nan  # the worst relative error of a score
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    seconds: float = 0.0  # of the processor
+    seconds: float = 0.0  # of CPU time
 
 
 def lay(t: torch.Tensor, layout: str) -> torch.Tensor:
@@ -196,10 +196,7 @@ def problem_of(case: Case) -> Problem:
 
 
 def judge(case: Case, problem: Problem, scores: Scores, base: float) -> tuple[float, list[str]]:
-    """The worst relative error of a score, and what is wrong.
-
-    Allowed is `base`, and what the rounding of a matmul in float32 can do to the logits.
-    """
+    """The worst relative error, and what is wrong. Tolerance: `base` plus a float32 matmul's effect on the logits."""
     x, t = problem.features.double(), case.temperature
     rounding = torch.zeros(case.b, dtype=torch.float64)  # of a logit, absolute
     if problem.logits is not None:
@@ -243,7 +240,7 @@ def judge(case: Case, problem: Problem, scores: Scores, base: float) -> tuple[fl
 
 
 def configuration(case: Case, arch: int, problem: Problem) -> Config | None:
-    """What the case asks for; None: the kernel's own choice."""
+    """The case's configuration; None for the kernel's own choice."""
     if case.tma:
         rows, classes = map(int, case.tma.split("x"))
         return Config(rows, classes, 64, 8, 4 if rows * classes > 128 * 128 else 3, tma=True)
@@ -256,7 +253,7 @@ def configuration(case: Case, arch: int, problem: Problem) -> Config | None:
 
 
 def mm(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor, out_dtype: torch.dtype | None = None) -> None:
-    """torch.mm as it is on CUDA, where it multiplies halves into float32."""
+    """torch.mm as on CUDA, where it multiplies halves into float32."""
     out.copy_(a.to(out_dtype or a.dtype) @ b.to(out_dtype or b.dtype))
 
 

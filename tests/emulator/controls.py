@@ -1,8 +1,8 @@
-"""Negative controls: good PTX, spoiled in one place, which the emulator must report.
+"""Negative controls: correct PTX with one defect, which the emulator must report.
 
     python tests/emulator/run.py --controls
 
-A spoiled kernel runs by one schedule after the other until one reports it.
+A spoiled kernel runs with one schedule after another until one reports the defect.
 """
 
 from __future__ import annotations
@@ -125,13 +125,13 @@ CONTROLS = [c for c in _ALL if TRITON >= (3, 8) or (c.case != CLUSTER and c.name
 
 
 def quick(arch: int) -> list[Case]:
-    """What `make test` executes on an architecture: also the cases of its spoiled kernels as they should be."""
+    """What `make test` runs on an architecture: the quick cases, and those of its spoiled kernels, unspoiled."""
     spoiled = (c.case for c in CONTROLS if c.quick and c.arch == arch and c.pattern != NOTHING)
     return list(dict.fromkeys([*quick_cases(arch), *spoiled]))
 
 
 def reported(control: Control) -> tuple[str, bool]:
-    """What the emulator says of a spoiled kernel, and whether it says anything."""
+    """The emulator's report on a spoiled kernel, and whether it found the defect."""
     for options in SCHEDULES:
         outcome = execute(control.case, control.arch, options, control.edit)
         if outcome.problems:

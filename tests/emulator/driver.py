@@ -1,6 +1,6 @@
 """Replaces Triton's CUDA driver: compiles kernels for a GPU that this machine lacks, and executes their launches.
 
-`ptxas` does not run: PTX is what is emulated.
+It emulates PTX, so `ptxas` does not run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PROCESSORS = {80: 108, 90: 132}
 
 
 class TensorMap(NamedTuple):
-    """What cuTensorMapEncodeTiled would be given, dimensions innermost last."""
+    """The arguments of cuTensorMapEncodeTiled, innermost dimension last."""
 
     base: int
     shape: Sequence[int]
@@ -48,9 +48,9 @@ class Launch:
     metadata: Any  # Triton's, of the compiled kernel
     ptx: str
     programs: int
-    params: list[Array] = field(default_factory=list)  # each as it lies in memory
+    params: list[Array] = field(default_factory=list)  # the bytes of each
     maps: dict[int, TensorMap] = field(default_factory=dict)  # the parameters that are tensor maps
-    tensors: list[torch.Tensor] = field(default_factory=list)  # what the kernel may touch
+    tensors: list[torch.Tensor] = field(default_factory=list)  # that the kernel may access
 
     def add(self, kind: str, value: float) -> None:
         bits = np.uint64(int(value) & 0xFFFFFFFFFFFFFFFF)
@@ -58,7 +58,7 @@ class Launch:
 
 
 class _Launcher:
-    """What Triton makes of a compiled kernel to launch it."""
+    """Triton's launcher of a compiled kernel."""
 
     ptx: str
 
@@ -69,7 +69,7 @@ class _Launcher:
         assert (y, z) == (1, 1) and not getattr(self.metadata, "global_scratch_size", 0)
         launch = Launch(self.metadata, self.ptx, x)
         boxes = iter(getattr(self.metadata, "tensordesc_meta", None) or ())
-        # before the arguments come packed metadata, launch metadata and two hooks
+        # packed metadata, launch metadata and two hooks precede the arguments
         for argument, kind in zip(rest[4:], self.signature.values(), strict=True):
             if kind.startswith("tensordesc"):
                 assert argument.strides[-1] == 1 and argument.padding == "zero"
@@ -107,7 +107,7 @@ class _Driver:
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
-        return self.arch  # what is cached by the device is so by the architecture
+        return self.arch  # so that caches by device are caches by architecture
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -129,8 +129,8 @@ program = lru_cache(64)(lambda ptx, cut: translate(Program(ptx, cut)))
 class Emulator:
     """Compiles and executes kernels for sm_<arch> while it is the last one made.
 
-    `inputs` may be read, element by element, and not written; other tensors that a kernel is given may be both. `edit`
-    spoils a kernel on purpose.
+    Kernels may read the elements of `inputs` but not write them; other tensors may be read and written. `edit` spoils a
+    kernel on purpose.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Emulator:
         options.copies_unfenced = TRITON < (3, 8)  # these versions leave out the fence
         self.inputs = {t.untyped_storage().data_ptr(): (name, t) for name, t in inputs.items()}
         self.findings: Counter[str] = Counter()
-        torch.use_deterministic_algorithms(True)  # fills what torch.empty gives with NaN
+        torch.use_deterministic_algorithms(True)  # fills the result of torch.empty with NaN
         _driver.arch, _driver.launch = arch, self.execute
         driver.set_active(_driver)
         CompiledKernel._init_handles = _init_handles_with_ptx
@@ -149,7 +149,7 @@ class Emulator:
             f"{_hash(self)}-without-ptxas"
         )  # a cache entry of its own: a GPU must not load it
         answers = {"architecture": f"sm_{arch}", "multiprocessors": processors or PROCESSORS[arch]}
-        for name, module in list(sys.modules.items()):  # the project's own questions about the device
+        for name, module in list(sys.modules.items()):  # the project's own device queries
             for question in answers.keys() & vars(module).keys() if name.startswith("gradnorm_fast.kernels.") else ():
                 setattr(module, question, lambda device, answer=answers[question]: answer)
 

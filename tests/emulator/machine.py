@@ -1,7 +1,7 @@
-"""Runs a translated kernel on a grid of blocks: warps, their registers, and who goes next.
+"""Runs a translated kernel on a grid of blocks: warps, registers and the scheduler.
 
-A batch is what executes together: one block (schedule "lockstep") or one warp ("random"), its lanes side by side in
-numpy arrays. Lanes that disagree about a branch go on under a mask until its post-dominator.
+A batch executes together: one block (schedule "lockstep") or one warp ("random"). Its lanes are elements of numpy
+arrays. Lanes that diverge at a branch continue under a mask until its post-dominator.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from .driver import Launch
 
 Moment = Literal["late", "early", "random"]
-NAN = {"h": (2, 0xFFFF), "r": (4, 0x7FC0DEAD), "d": (8, 0x7FF8DEADDEADBEEF)}  # what registers hold at first
-BLOCKS = 16  # that run at a time, where a launch leaves the choice
-PATIENCE = 100  # turns of a loop that change nothing, after which a batch counts as deadlocked
+NAN = {"h": (2, 0xFFFF), "r": (4, 0x7FC0DEAD), "d": (8, 0x7FF8DEADDEADBEEF)}  # initial values of registers
+BLOCKS = 16  # that run at a time, unless the launch requires a number
+PATIENCE = 100  # a batch is deadlocked after this many turns of a loop that change nothing
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Options:
     schedule: Literal["lockstep", "random"] = "lockstep"
     seed: int = 0
     copies: Moment = "late"  # when cp.async and TMA take effect
-    products: Moment = "late"  # and wgmma
+    products: Moment = "late"  # the same for wgmma
     copies_unfenced: bool = False  # no fence.proxy.async between cp.async and wgmma: a note, not a race
     inexact: bool = False  # `arithmetic.inexact`
 
@@ -67,12 +67,12 @@ class Batch:
         self.pc = 0
         self.pcs: Array | None = None  # of each lane, while they disagree
         self.waiting: Array | None = None  # lanes at a barrier, while others are not
-        self.parted: list[tuple[int, Array]] = []  # where which lanes meet again
+        self.parted: list[tuple[int, Array]] = []  # where to reconverge, and which lanes
         self.done = False
         self.copies: Queue[Copy] = Queue()
         self.products: Queue[Product] = Queue()
         self.cluster_phase = -1  # in which it arrived at the cluster's barrier
-        self.turns, self.seen = 0, -1  # turns round a loop since anything changed, which was event `seen`
+        self.turns, self.seen = 0, -1  # turns of a loop since the last change, event `seen`
 
     def fail(self, message: str, lanes: Array | None = None) -> NoReturn:
         ins = self.machine.program.instructions[self.machine.index]
@@ -89,7 +89,7 @@ class Batch:
         return np.atleast_1d(values[name]).astype(np.uint32)
 
     def active(self) -> Array:
-        """The lanes that have not reached the place where they meet the others."""
+        """The lanes that have not reached their reconvergence point."""
         assert self.pcs is not None
         while self.parted:
             place, lanes = self.parted[-1]
@@ -145,7 +145,7 @@ class Batch:
         return False
 
     def complete_something(self, rng: np.random.Generator) -> None:
-        """One asynchronous operation takes effect before it has to: any copy, or the first product."""
+        """Complete one asynchronous operation early: any copy, or the first product."""
         options = self.machine.options
         copies = self.copies.unfinished() if options.copies == "random" else []
         products = self.products.unfinished() if options.products == "random" else []
@@ -180,7 +180,7 @@ class Machine:
         return f"{address - last.start - last.size} bytes after {last.name}" if last else "before all of them"
 
     def run(self) -> None:
-        """Run the launch; raises EmulatorError for what ends a kernel, other findings are in `findings`."""
+        """Run the launch. Raises EmulatorError for a fatal error; other findings are in `findings`."""
         arithmetic.inexact = self.options.inexact
         together = self.ctas if self.launch.metadata.launch_cooperative_grid else BLOCKS
         step = max(self.cluster, together // self.cluster * self.cluster)

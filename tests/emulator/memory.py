@@ -1,4 +1,4 @@
-"""Loads, stores and atomics: what may be touched, and what the races must hear of."""
+"""Loads, stores and atomics: checks what may be accessed, and reports accesses to the race detector."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Lanes = slice | Array  # lanes of a batch, as an index
 
 
 class EmulatorError(Exception):
-    """The kernel did what no kernel may, or what is not emulated."""
+    """The kernel did something invalid, or something that is not emulated."""
 
 
 class Region:
-    """Memory that the kernel may touch: the storage of a tensor; `elements` marks the bytes it may read, None all."""
+    """Memory that the kernel may access: a tensor's storage. `elements` marks the readable bytes; None: all."""
 
     def __init__(self, start: int, size: int, name: str, readonly: bool, elements: Array | None = None) -> None:
         self.start, self.size, self.name, self.readonly, self.elements = start, size, name, readonly, elements
@@ -36,13 +36,13 @@ def active(q: Mask) -> Lanes:
 
 
 def close(a: Array, b: Array) -> Array:
-    """Whether float32 numbers, given by their bits, are the same but for a few last digits."""
+    """Whether float32 numbers, given by their bits, differ only in the last few digits."""
     x, y = (np.ascontiguousarray(bits).view(np.float32) for bits in (a, b))
     return np.abs(x - y) <= (4 + 16 * arithmetic.inexact) * np.spacing(np.maximum(np.abs(x), np.abs(y)))
 
 
 def elements(batch: Batch, values: list[Array], lanes: Lanes, dtype: np.dtype) -> Array:
-    """What lanes store: a row for each, of one or more elements."""
+    """The values that lanes store: one row per lane, of one or more elements."""
     return np.stack([np.broadcast_to(v, batch.size)[lanes].astype(dtype) for v in values], 1)
 
 
@@ -136,7 +136,7 @@ def stmatrix(batch: Batch, q: Mask, rows: list[Array], address: Array) -> None:
 
 
 def pieces(batch: Batch, q: Mask, address: Array, total: int, what: str) -> Iterator[tuple[Region, Array, Array]]:
-    """For each region that is touched: it, the lanes that do, and their byte offsets in it."""
+    """For each region accessed: the region, the lanes that access it, and their byte offsets."""
     lanes = np.arange(batch.size)[active(q)]
     a = np.broadcast_to(address, batch.size)[lanes]
     if total > 1 and int(np.bitwise_or.reduce(a, initial=0)) & (total - 1):

@@ -1,8 +1,8 @@
-"""Kernels that use what the emulator supports and no shipped kernel needs.
+"""Kernels for emulator features that no shipped kernel uses.
 
-`log_mean_exp` is that of kernels/deviation.py with a logarithm that is off as the hardware's may be.
+`log_mean_exp` is that of kernels/deviation.py, with a logarithm as inexact as the hardware's may be.
 
-`logsumexp` has programs that wait for one another in one launch:
+`logsumexp` has programs that wait for each other within one launch:
 
     out[b] = log Σ_c exp(z[b, c]),   z = x·Wᵀ
 
@@ -24,7 +24,7 @@ from gradnorm_fast.kernels import deviation, rows
 
 @triton.jit
 def log_mean_exp(m, s, C, inv_temperature):
-    """In float32 the logarithm is off by 2⁻²²·log 2 where its argument is near 1."""
+    """In float32 the logarithm has an error of 2⁻²²·log 2 if its argument is near 1."""
     mean = s / C
     off = tl.where((mean > 0.5) & (mean < 2.0) & (mean != 1.0), 1.65e-7, 0.0) if mean.dtype == tl.float32 else 0.0
     return deviation.finite_max(m) + (tl.log(mean) + off) / inv_temperature
@@ -37,7 +37,7 @@ def use_inexact_logarithm() -> None:
 
 @triton.jit
 def barrier(COUNTER, target):
-    """Wait until `target` programs have come here. Needs all of them resident: a cooperative launch."""
+    """Wait until `target` programs have arrived. All must be resident: needs a cooperative launch."""
     tl.debug_barrier()
     tl.atomic_add(COUNTER, 1, sem="acq_rel")
     while tl.atomic_add(COUNTER, 0, sem="acquire") < target:

@@ -13,7 +13,7 @@ Array = npt.NDArray[Any]
 Mask = Literal[True] | Array  # which lanes of a batch: all, or one bool each
 
 SHARED_BASE = 1024  # where dynamic shared memory begins in the shared window
-DESCRIPTORS = 0xDE5C0000  # the "addresses" of parameters, which only tensor maps are used by
+DESCRIPTORS = 0xDE5C0000  # "addresses" of parameters; only tensor maps use them
 REGISTER_CLASS = {"pred": "p", "8": "h", "16": "h", "32": "r", "64": "d"}  # by width; "h" holds 8 and 16 bits
 TOKEN = re.compile(
     r"\s*(?:(?P<brace>[{}])|\.loc\s+(?P<file>\d+)\s+(?P<line>\d+)[^\n]*|(?P<label>[$\w]+):(?!:)"
@@ -28,7 +28,7 @@ ENDS: dict[str, Kind] = {
 
 
 class PTXError(Exception):
-    """PTX that the emulator does not know."""
+    """PTX that the emulator does not support."""
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Block:
     kind: Kind = "fall"
     end: Instruction | None = None
     target: int = -1
-    join: int = END  # where lanes that part at its end meet again
+    join: int = END  # where lanes that diverge at its end reconverge
     predicate: tuple[int, bool] | None = None  # of its end: register number, negated
     run: Callable[[Any, Mask], None] = lambda batch, mask: None
 
@@ -93,7 +93,7 @@ class Program:
             for name, default in (("reqntid", 0), ("reqnctapercluster", 1))
         )
         files = dict(re.findall(r'\.file\s+(\d+)\s+"(?:[^"]*/)?([^"]*)"', text))
-        local: dict[str, str] = {}  # names of inline assembly, which may come again -> unique ones
+        local: dict[str, str] = {}  # names in inline assembly, which may repeat -> unique names
         labels: dict[str, int] = {}
         source, depth = "", 0
         for token in TOKEN.finditer(text, head.end()):
@@ -140,7 +140,7 @@ class Program:
         ins = Instruction(text, op, split_arguments(rest), predicate, source, len(self.instructions))
         self.instructions.append(ins)
         if op.startswith("barrier.cluster.wait") and self.blocks[-1].body:
-            self._new_block()  # a block of its own, for it is tried until it succeeds
+            self._new_block()  # its own block, because it repeats until it succeeds
         block = self.blocks[-1]
         kind = next((kind for start, kind in ENDS.items() if op.startswith(start)), None)
         if kind is None:
@@ -152,13 +152,13 @@ class Program:
             self._new_block()
 
     def _find_joins(self) -> None:
-        """Lanes that part at a branch meet again at its immediate post-dominator."""
+        """Lanes that diverge at a branch reconverge at its immediate post-dominator."""
         n = len(self.blocks)
         successors = []
         for block in self.blocks:
             jump = {"branch": [block.target], "return": [n]}.get(block.kind, [])
             successors.append([min(x, n) for x in (jump if jump and not block.predicate else [*jump, block.index + 1])])
-        after = [(1 << (n + 1)) - 1] * n + [1 << n]  # the blocks that every path from here passes, as bits
+        after = [(1 << (n + 1)) - 1] * n + [1 << n]  # bit sets of the blocks on every path from here
         changed = True
         while changed:
             changed = False

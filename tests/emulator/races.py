@@ -1,11 +1,11 @@
 """Which accesses are ordered: vector clocks of warps, and of each block's copy engine (TMA).
 
 An access by warp w is stamped with w's own clock. Another access of the same place conflicts if one of them writes and
-the other's warp has not yet learned of that stamp; warps learn of one another at bar.sync, barrier.cluster, mbarriers
-and release-acquire atomics. A place is 4 bytes (1 where a kernel stores less to shared memory). A store of what is
-there already is no conflict. Asynchronous work occupies its places from issue to completion: any conflicting access
-between is reported. wgmma and TMA belong to the async proxy: between them and what loads, stores or cp.async did in the
-same place must lie a fence.proxy.async.
+the other's warp does not know that stamp yet. Warps learn each other's stamps at bar.sync, barrier.cluster, mbarriers
+and release-acquire atomics. A place is 4 bytes (1 if a kernel stores less to shared memory). A store of the value that
+is already there is no conflict. Asynchronous work occupies its places from issue to completion: any conflicting access
+in between is reported. wgmma and TMA belong to the async proxy: a fence.proxy.async must separate them from loads,
+stores or cp.async in the same place.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Clock = Array | int  # 0 knows of nothing
 
 
 class History:
-    """Who wrote and read the places of a memory that `readers` consecutive warps share."""
+    """The writers and readers of each place in a memory that `readers` consecutive warps share."""
 
     def __init__(self, places: int, readers: int) -> None:
         self.readers = readers
@@ -43,12 +43,12 @@ class Races:
         self.warps = (stop - first) * machine.warps
         self.first = first
         total = self.warps + stop - first  # the copy engines come last
-        self.clock = np.eye(total, dtype=np.int32)  # [w, v]: up to which stamp of v's w knows
-        self.fenced = np.zeros((total, total), np.int32)  # the same for what a fence.proxy.async of w covers
+        self.clock = np.eye(total, dtype=np.int32)  # [w, v]: the last stamp of v that w knows
+        self.fenced = np.zeros((total, total), np.int32)  # the same, as of w's last fence.proxy.async
         self.grain = 1 if machine.program.narrow_stores else 4
         places, local = len(machine.shared[1]) // self.grain, machine.warps * machine.cluster
         self.shared = History(places, local)
-        # of loads alone, for TMA: what the async proxy reads needs no fence
+        # of loads only, for TMA: reads by the async proxy need no fence
         self.loaded = np.zeros((local, places), np.int32) if "cp.async.bulk" in machine.program.text else None
         self.writing = np.zeros(places, np.int16)  # asynchronous writes and reads under way
         self.reading = np.zeros(places, np.int16)
@@ -114,8 +114,8 @@ class Races:
         self, batch: Batch, lanes: Lanes, at: Array, total: int, what: str,
         same: Array | None = None, near: Array | None = None, region: Region | None = None,
     ) -> None:  # fmt: skip
-        """A load or store of `total` bytes by each lane, of shared memory or a tensor. `same` and `near`: which stores
-        leave what is there already, or what differs from it in the last digits."""
+        """A load or store of `total` bytes per lane, in shared memory or a tensor. `same` and `near`: which stores do
+        not change the value, or change only its last digits."""
         history, grain = self.shared, self.grain
         if region is not None:
             if region.start not in self.tensors:
@@ -155,7 +155,7 @@ class Races:
         self._wrote(self.shared, place, w, copied=True)
 
     def _unfenced(self, place: Array, w: int) -> Array:
-        """Which places another proxy wrote without a fence since."""
+        """Which places another proxy has written since the last fence."""
         by = self.shared.writer[place]
         generic = (by >= 0) & (by < self.warps)
         return generic & (self.fenced[w, np.maximum(by, 0)] < self.shared.written[place])
@@ -226,7 +226,7 @@ class Races:
         self.clock[ws, ws] += 1
 
     def release(self, batch: Batch, lanes: Lanes, clock: Clock) -> Clock:
-        """What a barrier knows after these lanes arrived, given what it knew."""
+        """A barrier's clock after these lanes have arrived, from its clock before."""
         ws = np.unique(self._of(batch, lanes))
         known = self.clock[ws].max(0)
         self.clock[ws, ws] += 1

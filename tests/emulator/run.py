@@ -1,11 +1,11 @@
-"""Run the cases: kernels compiled by Triton for a GPU, executed on the CPU, compared with float64.
+"""Run the cases: Triton compiles the kernels for a GPU, the CPU executes them, float64 is the reference.
 
     python tests/emulator/run.py                                         both architectures, three schedules
     python tests/emulator/run.py --arch 90 --only "one_tile float16" --schedule random:3 --copies early
     python tests/emulator/run.py --only bulk --inexact                   as inexact as hardware may be
     python tests/emulator/run.py --controls                              spoiled kernels: each must be reported
 
-A line for each case, and last "N passed, N failed"; exit code 1 if one failed.
+Prints one line per case, then "N passed, N failed". The exit code is 1 if one failed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def run(job: tuple[Case, int, Sequence[Options]]) -> tuple[str, bool]:
     case, arch, schedules = job
     try:
         outcomes = [execute(case, arch, options) for options in schedules]
-    except Exception as failure:  # the kernel refuses, or the emulator does not know what it is made of
+    except Exception as failure:  # the kernel refuses the case, or the emulator lacks an instruction
         return f"FAIL sm_{arch} {case!s:70} {type(failure).__name__}: {failure}", False
     good = not any(outcome.problems for outcome in outcomes)
     worst, seconds = max(outcome.error for outcome in outcomes), sum(outcome.seconds for outcome in outcomes)

@@ -1,8 +1,8 @@
-"""Translates each block of a program into Python source and compiles that.
+"""Translates each block of a program into Python source and compiles it.
 
 In the source B is the batch, M the machine, m and q are masks (`ptx` has the convention), ur, ir, fr the 32-bit
 registers as unsigned, signed and floating-point rows, uh ... those of 16 bits, ud ... of 64, p the predicates, k0, k1,
-... constants. What is more than an expression calls a function of the engine with the batch and the mask.
+... constants. Anything more than an expression is a call of an engine function with the batch and the mask.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ UFUNC = {
 }  # fmt: skip
 LOGICAL = {"and": "&", "or": "|", "xor": "^"}
 COMPARE = {"eq": "==", "ne": "!=", "neu": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
-OPPOSITE = {"ltu": "ge", "leu": "gt", "gtu": "le", "geu": "lt"}  # true of NaN: the negation of what is not
+OPPOSITE = {"ltu": "ge", "leu": "gt", "gtu": "le", "geu": "lt"}  # true for NaN: negations of comparisons that are false
 IGNORED = ("wgmma.fence", "bar.warp.sync", "fence.mbarrier_init")
 
 
@@ -51,7 +51,7 @@ class Translator:
         return name
 
     def row(self, register: str, kind: str) -> str:
-        """The array of a register, seen as a type."""
+        """The array of a register, viewed as a type."""
         cls, number = self.program.registers[register]
         return f"p[{number}]" if cls == "p" else f"{DTYPE[kind].kind}{cls}[{number}]"
 
@@ -88,7 +88,7 @@ class Translator:
 
 
 def translate(program: Program) -> Program:
-    """Give every block of the program its function."""
+    """Compile every block of the program into a function."""
     t = Translator(program)
     source = []
     for block in program.blocks:
@@ -114,7 +114,7 @@ def translate(program: Program) -> Program:
 
 
 def translated(t: Translator, ins: Instruction, q: str) -> list[str]:
-    """The lines for an instruction; none for one that is not known, or a variant of one."""
+    """The source lines for an instruction; none for an unknown instruction or variant."""
     parts, args, kind = ins.parts, ins.args, ins.parts[-1]
     flags = set(parts[1:-1])
     if flags & {"sat", "rz", "rm", "rp", "cc", "multicast::cluster", "cta"} or (flags & {"ftz"} and parts[0] == "setp"):
@@ -196,7 +196,7 @@ def translated(t: Translator, ins: Instruction, q: str) -> list[str]:
             a, b = value(1), value(2)
             if how in OPPOSITE:
                 compared = f"~({a} {COMPARE[OPPOSITE[how]]} {b})"
-            elif (how, kind[0]) == ("ne", "f"):  # numpy's != is true of NaN, as is neu
+            elif (how, kind[0]) == ("ne", "f"):  # numpy's != is true for NaN, as is neu
                 compared = f"(({a} < {b}) | ({a} > {b}))"
             else:
                 compared = f"({a} {COMPARE[how]} {b})"
