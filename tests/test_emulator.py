@@ -10,6 +10,7 @@ pytest.importorskip("triton", minversion="3.6", reason="the emulator's stand-in 
 from emulator.cases import execute
 from emulator.controls import CONTROLS, quick, reported
 from emulator.machine import Options
+from one_hot_cases import OneHot
 
 ADVERSARY = Options(copies="early", products="late")  # finds buffers that are refilled too soon
 QUICK = [pytest.param(case, arch, id=f"sm_{arch} {case}") for arch in (80, 90) for case in quick(arch)]
@@ -30,6 +31,13 @@ def process():
 def test_kernel(process, case, arch):
     outcome = process.submit(execute, case, arch, ADVERSARY).result()
     assert not outcome.problems
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("target", ["label", "predicted"])
+def test_one_hot_kernel(process, arch, target):
+    case = OneHot("float16", 18, 64, 300, target, 2.0, 18)
+    assert not process.submit(case.execute, arch, ADVERSARY).result().problems
 
 
 @pytest.mark.parametrize("control", [c for c in CONTROLS if c.quick], ids=lambda control: control.name)

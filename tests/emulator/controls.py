@@ -1,9 +1,4 @@
-"""Negative controls: correct PTX with one defect, which the emulator must report.
-
-    python tests/emulator/run.py --controls
-
-A spoiled kernel runs with one schedule after another until one reports the defect.
-"""
+"""Negative controls: correct PTX with one defect, which the emulator must report under one schedule or another."""
 
 from __future__ import annotations
 

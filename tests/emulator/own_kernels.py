@@ -1,13 +1,9 @@
 """Kernels for emulator features that no shipped kernel uses.
 
-`log_mean_exp` is that of kernels/deviation.py, with a logarithm as inexact as the hardware's may be.
-
-`logsumexp` has programs that wait for each other within one launch:
-
-    out[b] = log Σ_c exp(z[b, c]),   z = x·Wᵀ
-
-Groups of CTAs walk over blocks of rows; each CTA holds a tile of classes and exchanges, for its rows, first the maximum
-and then Σ exp with its group. With TMA, the shared memory of its operands is also that of its reductions.
+`log_mean_exp` is that of kernels/deviation.py, with a logarithm as inexact as the hardware's may be. `logsumexp`, of
+x·Wᵀ, has programs that wait for each other within one launch: groups of CTAs walk over blocks of rows; each CTA holds a
+tile of classes and exchanges, for its rows, first the maximum and then Σ exp with its group. With TMA, the shared
+memory of its operands is also that of its reductions.
 """
 
 # mypy: disallow-untyped-defs=False

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the project
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from one_hot_cases import OneHot, one_hot_cases
 
 from emulator import own_kernels
 from emulator.cases import Case, cases, execute
@@ -33,7 +36,7 @@ from emulator.machine import SCHEDULES, Options
 def run(job: tuple[Case, int, Sequence[Options]]) -> tuple[str, bool]:
     case, arch, schedules = job
     try:
-        outcomes = [execute(case, arch, options) for options in schedules]
+        outcomes = [(case.execute if isinstance(case, OneHot) else partial(execute, case))(arch, o) for o in schedules]
     except Exception as failure:  # the kernel refuses the case, or the emulator lacks an instruction
         return f"FAIL sm_{arch} {case!s:70} {type(failure).__name__}: {failure}", False
     good = not any(outcome.problems for outcome in outcomes)
@@ -61,7 +64,11 @@ def main() -> int:
     name, _, seed = (args.schedule or "").partition(":")
     given = (Options(name, int(seed or 0), args.copies, args.products),) if name else SCHEDULES
     schedules = tuple(replace(options, inexact=args.inexact) for options in given)
-    chosen = [(case, arch, schedules) for arch in args.arch for case in (quick if args.quick else cases)(arch)]
+    chosen = [
+        (case, arch, schedules)
+        for arch in args.arch
+        for case in (quick(arch) if args.quick else [*cases(arch), *one_hot_cases()])
+    ]
     jobs: list[Any] = [job for job in chosen if args.only in str(job[0])]
     if args.controls:
         jobs = [control for control in CONTROLS if args.only in control.name and control.arch in args.arch]
