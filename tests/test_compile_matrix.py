@@ -25,7 +25,8 @@ def test_every_configuration_compiles_without_problems(tmp_path, arch):
     done = matrix("--quick", "--arch", arch, "--json", table)
     assert done.returncode == 0, done.stdout + done.stderr
     outcomes = json.loads(table.read_text())
-    kernels = {"one_tile", "logits", "rows", "one_hot", "merge"} | ({"cluster"} if arch == "sm_90" and cluster.CLUSTERS else set())
+    kernels = {"one_tile", "logits", "rows", "one_hot", "merge"}
+    kernels |= {"cluster"} if arch == "sm_90" and cluster.CLUSTERS else set()
     assert {outcome["kernel"] for outcome in outcomes} == kernels
     assert all(outcome["arch"] == arch for outcome in outcomes)
     assert all(outcome["registers"] > 0 and not outcome["problems"] for outcome in outcomes)
