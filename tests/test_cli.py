@@ -113,7 +113,7 @@ def test_more_mistakes(place, capsys):
         )
     )
     wrong.append((("score", "--features", "negative.npy", "--weight", "W.npy", "--out", "s.csv"), "it is damaged"))
-    for file in ("objects.npy", "cut.npy", "own.py", "negative.npy", "endless.npy"):
+    for file in ("objects.npy", "cut.npy", "own.py", "endless.npy"):
         features = ("score", "--features", "F.npy", "--device", "cpu", "--out", "s.csv", "--weight", file)
         wrong.append((features, f"weight: cannot read {file} as a NumPy array: it is damaged, or no .npy file"))
     Path("nothing.txt").touch()

@@ -21,6 +21,8 @@ import compile_matrix
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
 def test_every_configuration_compiles_without_problems(tmp_path, arch):
     """One architecture for each way to multiply and to copy; `make kernels` compiles for all."""
+    if arch == "gfx942":
+        pytest.importorskip("triton", minversion="3.4", reason="older versions take the linker of an installed ROCm")
     table = tmp_path / "matrix.json"
     done = matrix("--quick", "--arch", arch, "--json", table)
     assert done.returncode == 0, done.stdout + done.stderr

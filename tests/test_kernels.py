@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from gradnorm_fast import HeadScores, _backends, fast_gradnorm, gradnorm_from_logits, head_scores, warmup
 from gradnorm_fast.kernels import dispatch, library, one_tile, rows, tiled
 from gradnorm_fast.kernels.config import ANY, Config, Line, choose
-from gradnorm_fast.kernels.device import INTERPRETED, architecture, tma_reads, tuned_as, vector
+from gradnorm_fast.kernels.device import INTERPRETED, architecture, has_tma, tma_reads, tuned_as, vector
 from gradnorm_fast.kernels.experimental import cluster
+from gradnorm_fast.kernels.launch import KNOWN
 from gradnorm_fast.kernels.problem import Problem, Scores
 
 from conftest import DEVICE
@@ -121,7 +122,7 @@ def test_long_rows_from_the_statistics_of_their_tiles(tile, spread):
     x, w, bias = problem(3, 8, 9001, torch.float32)
     w, bias = w * spread, bias * spread
     w[:, 5:] = 0  # sums of few terms: exact enough for near-uniform rows
-    config = Config(16, tile * 16, 8, 4, 2) if DEVICE == "cpu" else Config(16, tile, 32, 4, 2)
+    config = Config(16, tile * 16, 16, 4, 2) if DEVICE == "cpu" else Config(16, tile, 32, 4, 2)
     got = scores_by("tiled", x, w, bias, 2.0, config)
     z = torch.nn.functional.linear(x, w, bias)
     expected = head_scores(x, w, bias, temperature=2.0, backend="torch")
@@ -143,7 +144,7 @@ def test_what_tma_cannot_read_goes_by_pointers():
     x, w, bias = problem(5, 20, 300, torch.float16)
     assert not tma_reads("sm_90", x)  # rows of 40 bytes
     assert not tma_reads("sm_90", w.T) and not tma_reads("sm_90", x[:, 1:17])
-    assert tma_reads("sm_80", x[:, :16].contiguous()) == INTERPRETED
+    assert tma_reads("sm_80", x[:, :16].contiguous()) == has_tma("sm_80")
     got = scores_by("tiled by TMA", x, w, bias)
     assert relative(got.gradnorm, truth(x, w, bias, 1.0)) <= end_to_end_tolerance(x, w, bias, 1.0, x.dtype)
 
@@ -238,11 +239,13 @@ def test_the_preferred_kernel_takes_the_problem(b, c, d, dtype, arch):
         assert not dispatch.KERNELS[name].why_not(given_, arch)
         assert not (invariant and name == "library") or dtype == torch.float64
     expected = "tiled" if b <= 64 and 256 < c <= 4096 and dtype != torch.float64 else "library"
-    if dtype.itemsize == 2 and d % 2:
-        expected = "library"
-    elif c <= 256 and dtype != torch.float64:
+    if dtype.itemsize == 2 and not library.HALF_TO_FLOAT32:  # older torch
+        expected = "tiled"
+    if c <= 256 and dtype != torch.float64:
         expected = "one_tile"
-    assert dispatch.preferred(given_, arch) == (expected if library.HALF_TO_FLOAT32 or dtype.itemsize > 2 else "tiled")
+    if dtype.itemsize == 2 and d % 2 and library.HALF_TO_FLOAT32:
+        expected = "library"
+    assert dispatch.preferred(given_, arch) == expected
 
 
 def test_the_library_is_not_given_what_it_would_copy():
@@ -332,6 +335,7 @@ def test_batch_invariance_on_request(monkeypatch, depth, classes, dtype):
 # Launching
 
 
+@pytest.mark.skipif(not KNOWN, reason="this version of Triton is launched by its binder alone")
 def test_a_launch_past_the_binder_is_the_binders_launch():
     """A launch that skips Triton's binder runs the same binary with the same arguments as one through it."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

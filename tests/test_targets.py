@@ -374,12 +374,14 @@ def test_compile_and_export(tmp_path):
     x, w, bias, labels = problem(4, 5, 6, torch.float32)
     torch._dynamo.reset()
 
-    class Head(torch.nn.Module):
+    class Head(torch.nn.Linear):
         def forward(self, x, labels):
-            norms = [fast_gradnorm(x, w, bias, target=t, p=2.0) for t in ("uniform", "predicted", labels)]
-            return norms, token_statistics(x, w, labels, bias)
+            w, b = self.weight, self.bias
+            norms = [fast_gradnorm(x, w, b, target=t, p=2.0) for t in ("uniform", "predicted", labels)]
+            return norms, token_statistics(x, w, labels, b)
 
-    module = Head()
+    module = Head(5, 6, device=DEVICE).requires_grad_(False)
+    module.load_state_dict({"weight": w, "bias": bias})
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
     rows = {0: torch.export.Dim("batch", min=2)}
     program = torch.export.export(module, (x, labels), dynamic_shapes=(rows, rows))
