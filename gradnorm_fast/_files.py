@@ -52,13 +52,13 @@ def _remove_abandoned(target: Path) -> None:
 
 
 def digest_of(data: str | bytes) -> str:
-    """Of a text or of bytes."""
+    """Digest of a text or of bytes."""
     data = data.encode(errors="surrogateescape") if isinstance(data, str) else data
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def digest(tensors: Iterable[Tensor | None]) -> str:
-    """Of the values of all tensors, in their order and dtype."""
+    """Digest of the values of all tensors, in their order and dtype."""
     import torch
 
     hashed = hashlib.blake2b(digest_size=16)

@@ -87,7 +87,7 @@ def _loop(
 
 
 def _stacked(t: Tensor, dim: int | None, n: int) -> Tensor:
-    """What vmap has batched n times along dim, or not at all, with that dimension first."""
+    """A vmapped argument, batched n times along dim or not batched, with the batch dimension first."""
     return t.expand(n, *t.shape) if dim is None else t.movedim(dim, 0)
 
 

@@ -58,7 +58,7 @@ class Progress:
             )
 
     def bottleneck(self) -> str:
-        """What is slow: reading the input, or the model; empty in the first seconds."""
+        """The bottleneck, reading the input or the model; empty in the first seconds."""
         elapsed = time.monotonic() - self.started
         if elapsed < 5:
             return ""

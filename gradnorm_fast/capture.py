@@ -20,7 +20,7 @@ _thread = threading.local()  # .watches: what this thread watches
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
-    """What the model returns for images, or for a mapping of keyword arguments."""
+    """The model's output for images, or for a mapping of keyword arguments."""
     return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
 
@@ -50,7 +50,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _set_mode(module: nn.Module, training: bool) -> None:
-    """Of this module alone, unless it has a `train` of its own, which may do more (as merging LoRA weights)."""
+    """Set this module's mode only, unless it overrides `train`, which may do more, such as merging LoRA weights."""
     if module.training != training:
         if type(module).train is nn.Module.train:
             module.training = training

@@ -254,7 +254,7 @@ def _verdict(average: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def describe(speed: Mapping[str, float], features: Tensor, weight: Tensor) -> str:
-    """What `compare_with_autograd` found, in words."""
+    """The result of `compare_with_autograd` as text."""
     batch, width = features.shape
     return "\n".join(
         [

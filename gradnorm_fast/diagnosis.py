@@ -21,7 +21,7 @@ COLLAPSED = 0.01  # interquartile range over median below which scores hardly di
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `GradNorm.diagnose` found; `str` of it is the report."""
+    """The result of `GradNorm.diagnose`; `str` of it is the report."""
 
     n_id: int
     correlation: float  #: Spearman's, of feature_norm with output_norm on the ID images; NaN where one is constant

@@ -25,7 +25,7 @@ _HEX = 16  # digits of a tensor's digest
 
 @dataclass(frozen=True)
 class Gate:
-    """What the file says. Format 1 knows neither preprocessing nor the model beyond its head."""
+    """The contents of a gate file. Format 1 has no preprocessing and only the head of the model."""
 
     head: str | None  #: None: scored by layers
     options: dict[str, Any]  #: of GradNorm: score, temperature, reduction, include_bias
@@ -190,10 +190,9 @@ def check_autocast(autocast: object) -> None:
 
 
 def describe_tensors(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Of each parameter and floating point buffer, by name: shape, dtype, and digests of its values as float32.
+    """Shape, dtype and digest of the values as float32, for each parameter and floating-point buffer by name.
 
-    A digest for each half precision too, of the values rounded to it: the same model in another dtype is known by that.
-    Device, layout and integers (counters) do not matter.
+    Digests of the values rounded to each half precision identify the same model in another dtype. Device, layout and integers (counters) do not matter.
     """
     return {name: _describe(tensor, persistent) for name, tensor, persistent in _tensors(model)}
 
@@ -228,7 +227,7 @@ def _digest(tensor: Tensor, rounded_to: torch.dtype = torch.float32) -> str:
 
 
 def head_digest(weight: Tensor, bias: Tensor | None) -> str:
-    """Of the head alone: all that format 1 knows of the model."""
+    """Digest of the head only, as in format 1."""
     digest = hashlib.sha256()
     for tensor in (weight, bias):
         if tensor is not None:
@@ -260,7 +259,7 @@ def differences(saved: dict[str, dict[str, Any]], model: nn.Module) -> tuple[lis
 
 
 def describe_preprocessing(preprocessing: object) -> str | None:
-    """Of a transform, or words for it; None, unknown, where its text does not tell what it does (a lambda)."""
+    """A description of a transform; None if its text does not say what it does, as for a lambda."""
     if preprocessing is None or isinstance(preprocessing, str):
         return preprocessing
     text = re.sub(r"\s+", " ", repr(preprocessing))

@@ -107,7 +107,7 @@ def explained(images: Inputs, errors: type[Exception] = Exception) -> Iterator[N
 
 
 def _unusual(images: Inputs) -> str:
-    """What to do about images of a kind that few models take; empty for others."""
+    """Advice for images of an unusual kind; empty for others."""
     if not isinstance(images, Tensor):
         return ""
     advice = []
@@ -126,7 +126,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 class HeadPass(NamedTuple):
-    """What one forward pass tells of the head."""
+    """What one forward pass shows about the head."""
 
     features: Tensor  #: (B, D), what the head was given
     logits: Tensor  #: (B, C), what the model returned
@@ -139,7 +139,7 @@ def features_and_logits(model: nn.Module, head: nn.Module, images: Inputs) -> tu
 
 
 def head_pass(model: nn.Module, head: nn.Module, images: Inputs) -> HeadPass:
-    """One forward pass, watching the head. Raises ValueError where the head was not run, or more than once."""
+    """Run one forward pass and record the head. ValueError if the head did not run, or ran more than once."""
     seen: list[Tensor] = []
     eps = 0.0
 

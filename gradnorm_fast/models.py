@@ -224,7 +224,7 @@ def _load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def _read_checkpoint(path: str | os.PathLike[str]) -> Any:
-    """What torch.save wrote, read without executing what is in it."""
+    """Load a torch.save file without executing code from it."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the options of the training, harmless
             return torch.load(path, map_location="cpu", weights_only=True)

@@ -47,7 +47,7 @@ def _pooled(calls: dict[str, tuple[nn.Module, Call]]) -> str:
 
 
 def _changed(calls: dict[str, tuple[nn.Module, Call]], logits: Tensor) -> str:
-    """What is done to a linear layer's output, if one can tell."""
+    """What happens to a linear layer's output, if that can be determined."""
     if logits.is_meta:
         return ""
     z = logits.detach().float().flatten(1)

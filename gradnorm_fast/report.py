@@ -255,7 +255,7 @@ def _gallery(tables: dict[str, _Table], cards: list[str], fields: list[str]) -> 
 
 
 class _Cards(NamedTuple):
-    """What all figures of the gallery have in common."""
+    """The settings that all figures of the gallery share."""
 
     fields: list[str]  #: the score reported, then the others
     threshold: float | None

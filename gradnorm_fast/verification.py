@@ -86,7 +86,7 @@ def scaled(scale: float) -> str:
 
 
 def constant_ratio(logits: Tensor, product: Tensor, tolerance: Tensor) -> float | None:
-    """k > 0 where logits = k·product but for rounding; None where there is no such k."""
+    """k > 0 if logits = k·product up to rounding; None if there is no such k."""
     if not (logits.isfinite() & product.isfinite()).all() or not product.any():
         return None
     k = ((logits.double() @ product.double()) / (product.double() @ product.double())).item()

@@ -22,7 +22,7 @@ def problem(b, d, c, dtype, seed=0):
 def end_to_end_tolerance(x, w, bias, temperature, dtype):
     """2e-6 for the score of given logits and, from the float32 matmul, what its rounding can move Σ|p − 1/C|.
 
-    A sum of n = D + 1 terms errs by at most γ·Σ|terms|, γ = n·2⁻²⁴ always and 4√n·2⁻²⁴ but for one sum in a thousand
+    A sum of n = D + 1 terms errs by at most γ·Σ|terms|, γ = n·2⁻²⁴ always and 4√n·2⁻²⁴ in 999 sums of 1000
     (Higham & Mary, 2019), before the blocking that makes both generous. An error ε in every logit moves p_c by at most
     p_c·(exp(2ε/T) − 1), for it moves z_c by ε and the logsumexp by no more, and so Σ|p − 1/C| by exp(2ε/T) − 1.
     """

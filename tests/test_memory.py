@@ -63,7 +63,7 @@ def test_more_logits_than_fit_any_memory_or_int32():
 
 
 class Launches(TorchDispatchMode):
-    """Counts what would be launched: operators but for views and new memory."""
+    """Counts launches: every operator except views and allocations."""
 
     count = 0
 

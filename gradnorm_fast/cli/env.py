@@ -83,7 +83,7 @@ def _chosen(device: torch.device, b: int, d: int, c: int, dtype: torch.dtype) ->
 
 
 def _check(device: torch.device) -> list[str]:
-    """What runs on this device, kernels that no call chooses included, against float64 autograd; a line each."""
+    """Compare every backend and kernel on this device with float64 autograd; one line each."""
     import torch
 
     from .. import fast_gradnorm, gradnorm_from_logits

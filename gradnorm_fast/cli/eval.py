@@ -61,7 +61,7 @@ def add_parser(subparsers: Subparsers, common: Parser) -> None:
 
 
 class Outcome(NamedTuple):
-    """What an evaluation found."""
+    """The results of an evaluation."""
 
     results: Results
     ablation: dict[str, Results]  #: by part
@@ -189,7 +189,7 @@ def show(args: argparse.Namespace, outcome: Outcome) -> None:
 
 
 def _sets(args: argparse.Namespace) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """What each set is read from, the ID set first; and the names of the sets in each group."""
+    """The paths of each set, the ID set first; and the names of the sets in each group."""
     sets: dict[str, list[str]] = {"id": args.id}
     groups: dict[str, list[str]] = {}
     taken = {"id", "average", *_GROUPS, *(["train"] if args.train is not None else [])}

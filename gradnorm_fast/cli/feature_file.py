@@ -1,4 +1,4 @@
-"""What the head of a model is given, kept on disk beside the scores of a run."""
+"""The features of a run, kept on disk beside its scores."""
 
 from __future__ import annotations
 

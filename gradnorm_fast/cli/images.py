@@ -40,7 +40,7 @@ class Preprocessing(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What a pass over images computes in place of the detector's scores."""
+    """Computes something other than the detector's scores in a pass over images."""
 
     fields: tuple[str, ...]
     of: Callable[[Tensor], Mapping[str, Tensor]]  #: images (B, ...) to each field's (B,)
@@ -270,7 +270,7 @@ def _timed(loader: Iterable[Any]) -> Iterator[tuple[Any, float]]:
 
 
 def _code_digest(model: torch.nn.Module, transform: Any, module: str | None) -> str:
-    """Of the module's source file and those of the model's and preprocessing's classes and functions; not torch's."""
+    """Digest of the source files of the module, the model and the preprocessing; not torch's."""
     steps = [transform, *getattr(transform, "transforms", ())]
     functions = [*steps, *(getattr(step, "lambd", None) for step in steps)]
     modules = {type(m).__module__ for m in model.modules()} | ({module} if module else set())

@@ -229,7 +229,7 @@ def _content(item: Input) -> bytes:
 
 
 def read_bytes(item: Input) -> bytes:
-    """What the file holds of the image. OSError: what is there is no file, or less than it should be."""
+    """The bytes of the image. OSError if it is no regular file, or is truncated."""
     with open(item.path, "rb", opener=_open_file) as file:
         file.seek(item.offset)
         data = file.read(-1 if item.size is None else item.size)

@@ -1,4 +1,4 @@
-"""What an evaluation computes beside the scores of the one pass: the paper's baselines and ablations."""
+"""What an evaluation adds to the scores of the one pass: the paper's baselines and ablations."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 class Plan(NamedTuple):
-    """What is asked for beside the scores of the one pass."""
+    """The baselines and ablations to compute beside the scores of the one pass."""
 
     baselines: list[str]
     parts: list[str]  #: of the ablation

@@ -34,7 +34,7 @@ _NOTHING, _UNREADABLE, _SCORED = 0, 1, 2  #: what is known of an input
 
 
 class Job(NamedTuple):
-    """What a run scores, and how: rows of another job are never taken for its own."""
+    """The inputs and settings of a run. It never reuses rows of another job."""
 
     names: list[str]  #: of the inputs
     identities: Array  #: (N,) uint64: equal as long as the input is the same
@@ -50,7 +50,7 @@ class Job(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What came of some inputs."""
+    """The results of some inputs."""
 
     indices: list[int]  #: the inputs that were scored
     scores: Mapping[str, torch.Tensor] | None  #: theirs by field, each (len(indices),); None for none
@@ -307,7 +307,7 @@ def _beside(out: Path, suffix: str) -> Path:
 
 
 def features_part(out: Path) -> Path:
-    """Where the features of a run into `out` are kept while it goes on."""
+    """The temporary file for the features of a run into `out`."""
     return _beside(out, ".part-features")
 
 

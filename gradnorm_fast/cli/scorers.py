@@ -1,4 +1,4 @@
-"""What makes tables of scores: a model from images, a head from features, or files that have them already."""
+"""Makes tables of scores: from images by a model, from features by a head, or from score files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Scorer(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device it computes on."""
         ...
 
     @property
@@ -58,12 +58,12 @@ class Scorer(Protocol):
         ...
 
     def description(self) -> dict[str, Any]:
-        """What is needed to repeat it, as JSON knows it."""
+        """The settings needed to repeat it, JSON-serialisable."""
         ...
 
 
 def scorer(args: argparse.Namespace, sets: dict[str, list[str]]) -> Scorer:
-    """Of the kind that all sets are of; ValueError where they differ, or options are missing or do not fit."""
+    """The scorer for the kind all sets share. ValueError if they differ, or if options are missing or do not fit."""
     kinds = {name: kind_of(name, sources) for name, sources in sets.items()}
     (name, kind), *others = kinds.items()
     for other, its in others:
@@ -75,7 +75,7 @@ def scorer(args: argparse.Namespace, sets: dict[str, list[str]]) -> Scorer:
 
 
 def kind_of(name: str, sources: list[str]) -> Kind:
-    """What a set is made of: images unless it is a .npy file of features, or a file that `score` wrote."""
+    """The kind of a set: a .npy file of features, a file that `score` wrote, else images."""
     kinds = {_kind(Path(source)) for source in sources}
     if len(kinds) > 1 or (len(sources) > 1 and "images" not in kinds):
         raise ValueError(f"{name}: expected images, or one file of features or scores, got {' '.join(sources)}")

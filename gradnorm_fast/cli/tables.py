@@ -33,7 +33,7 @@ class Table(NamedTuple):
 
     @property
     def accuracy(self) -> float | None:
-        """Of the predictions on the inputs whose label is known; None where none is."""
+        """Accuracy on the inputs with a known label; None without any."""
         known = self.labels >= 0
         return float((self.scores["prediction"] == self.labels)[known].mean()) if known.any() else None
 
