@@ -192,7 +192,8 @@ def check_autocast(autocast: object) -> None:
 def describe_tensors(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Shape, dtype and digest of the values as float32, for each parameter and floating-point buffer by name.
 
-    Digests of the values rounded to each half precision identify the same model in another dtype. Device, layout and integers (counters) do not matter.
+    Digests of the values rounded to each half precision identify the same model in another dtype. Device, layout and
+    integers (counters) do not matter.
     """
     return {name: _describe(tensor, persistent) for name, tensor, persistent in _tensors(model)}
 
