@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IGNORE = -100  #: the label of a row without a target, as in torch.nn.functional.cross_entropy
+from .kernels.problem import IGNORE
 
 
 def check_p(p: object) -> float:

@@ -23,12 +23,11 @@ from .config import Config, cdiv, choose, for_vector
 from .deviation import finite_max, first_at, log1p
 from .device import architecture, dot_precision, upcast, vector
 from .launch import launch
-from .problem import Problem, Scores
+from .problem import IGNORE, Problem, Scores
 from .rows import MAX_RESIDENT, TILES, rows_per_chunk
 from .tile import logits_tile
 from .tiled import ROW_TILES_PER_GROUP, TABLE
 
-IGNORE = -100  # the label of a row that scores 0
 NORMS = {1.0: 1, 2.0: 2, math.inf: 0}  # the orders p that are compiled in; any other one is GENERAL
 GENERAL = 3
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+IGNORE = -100  #: the label of a row without a target, as in torch.nn.functional.cross_entropy
 FIELDS = ("gradnorm", "feature_norm", "output_norm", "max_logit", "msp", "energy")  #: the rows of `Scores.out`
 
 
