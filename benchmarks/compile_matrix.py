@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -144,18 +145,24 @@ def score(arch: str, dtype: torch.dtype, b: int, d: int, c: int, head: bool) -> 
     """Launch the default and every other kernel that takes this problem, on tensors without data."""
     from gradnorm_fast.kernels import dispatch, one_hot
     from gradnorm_fast.kernels.experimental import cluster
-    from gradnorm_fast.kernels.problem import Problem, Scores
+    from gradnorm_fast.kernels.problem import FIELDS, Problem, Scores
 
     x, weight, bias, logits = (torch.empty(s, dtype=dtype, device="meta") for s in ((b, d), (c, d), (c,), (b, c)))
-    out = torch.empty(6 if head else 1, b, dtype=torch.promote_types(dtype, torch.float32), device="meta")
+    out = torch.empty(len(FIELDS) if head else 1, b, dtype=torch.promote_types(dtype, torch.float32), device="meta")
     scores = Scores(out, torch.empty(b, dtype=torch.int64, device="meta") if head else None)
     dispatch._configuration.cache_clear()  # its key is the device, which is always "meta" here
+    other = not head and d == DEPTHS[0] and b in BATCHES[::3]  # norms than p = 1
     if not head and d in DEPTHS[:3] and dtype != torch.float64:
         labels = torch.empty(b, dtype=torch.int64, device="meta")
         one_hot.token_statistics(Problem(x, weight, bias, target=labels, p=2.0), torch.empty(4, b, device="meta"))
-        for target, p in ((labels, 2.0), (labels, 3.0), ("predicted", 1.0), ("predicted", float("inf"))):
+        for target, p in (
+            (labels, 2.0),
+            ("predicted", 1.0),
+            *((("predicted", 3.0), (labels, math.inf)) if other else ()),
+        ):
             one_hot.score_one_hot(Problem(x, weight, bias, target=target, p=p), scores)
-    for problem in (Problem(x, weight, bias), Problem(x, None, None, logits)):
+    problems = [Problem(x, weight, bias), Problem(x, None, None, logits)]
+    for problem in problems + [problem._replace(p=p) for problem in problems for p in (2.0, 3.0, math.inf) if other]:
         default, config = dispatch.choose(problem)
         for kernel in (*dispatch.KERNELS.values(), dispatch.Kernel("cluster", cluster.score_cluster, cluster.why_not)):
             if not kernel.why_not(problem, arch):

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import _torch_backward, _torch_forward, _torch_targets
 from ._switches import switch
 from ._targets import check_classes
-from .kernels.problem import Problem, Scores
+from .kernels.problem import FIELDS, Problem, Scores
 
 BACKENDS = ("auto", "triton", "torch")
 
@@ -117,7 +117,7 @@ def run(
     """
     problem = _problem(features, logits, weight, bias, labels, target, p, temperature, reduction, include_bias)
     batch = features.shape[0]
-    out = torch.empty((6 if head else 1, batch), dtype=score_dtype(features, logits), device=features.device)
+    out = torch.empty((len(FIELDS) if head else 1, batch), dtype=score_dtype(features, logits), device=features.device)
     prediction = torch.empty(batch if head else 0, dtype=torch.int64, device=features.device)
     if batch == 0:
         return out, prediction

@@ -23,6 +23,7 @@ class Config(NamedTuple):
     slices: int = 1  #: of the features, one program each
     num_ctas: int = 1  #: in a cluster that shares the tile
     workspace: int = 64  #: MiB of logits held at a time
+    registers: int = 0  #: per thread at most, on NVIDIA; 0: ptxas trades spills for occupancy as it likes
     float32: str = "ieee"  #: how to multiply float32 exactly: "ieee" on the CUDA cores, "tf32x3" on tensor cores
 
 
@@ -47,7 +48,7 @@ def choose(table: Table, b: int, c: int, dtype: torch.dtype, arch: str) -> Confi
     if config is None:
         raise ValueError(f"this kernel takes no {b} rows of {c} classes in {dtype}")
     # AMD's pipelines have two stages, and a CU has 64 KiB of shared memory for them.
-    return config._replace(num_stages=min(2, config.num_stages)) if arch.startswith("gfx") else config
+    return config._replace(num_stages=min(2, config.num_stages), registers=0) if arch.startswith("gfx") else config
 
 
 def for_vector(vec: int, config: Config) -> Config:

@@ -13,6 +13,8 @@ import triton.language as tl
 # Triton's interpreter runs kernels on CPU tensors. TRITON_INTERPRET=1 must be set when triton is first imported.
 INTERPRETED = not isinstance(tl.sum, triton.JITFunction)
 
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+
 try:  # Triton 3.4
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:

@@ -1,5 +1,5 @@
 """Chooses the kernel and configuration for a problem: one_hot for labels and the predicted target; for the uniform
-target and p = 1
+target
 
     C <= 256                                    one_tile; half precision with odd D: library if it takes them
     B <= 64, 256 < C <= 4096                    tiled, in slices of the features
@@ -77,10 +77,10 @@ def preferred(problem: Problem, arch: str, batch_invariant: bool = False) -> str
 
 def why_not(problem: Problem) -> str:
     """Why no kernel takes the problem; empty where one does."""
-    if not problem.uniform:
-        reason = one_hot.why_not(problem, architecture(problem.features.device))
-        return reason and f"the kernel for labels and the predicted target {reason}"
-    return "" if problem.p == 1.0 else f"the kernels for the uniform target take p = 1, not p = {problem.p:g}"
+    if problem.uniform:
+        return ""
+    reason = one_hot.why_not(problem, architecture(problem.features.device))
+    return reason and f"the kernel for labels and the predicted target {reason}"
 
 
 def score(problem: Problem, scores: Scores, batch_invariant: bool = False) -> None:

@@ -8,11 +8,11 @@ import torch
 import triton
 
 from .config import Config
-from .device import INTERPRETED
+from .device import INTERPRETED, TRITON
 
 # Triton versions whose compiled kernels take these arguments. Others always use the binder, and so does AMD, whose
 # specialization also depends on the size of the memory behind a pointer.
-KNOWN = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 10) and torch.version.hip is None
+KNOWN = (3, 6) <= TRITON < (3, 10) and torch.version.hip is None
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
@@ -36,6 +36,8 @@ def launch(kernel: Any, programs: int, config: Config, arguments: tuple[Any, ...
     options: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if config.num_ctas > 1:
         options["num_ctas"] = config.num_ctas
+    if config.registers:
+        options["maxnreg"] = config.registers
     compiled = kernel[(programs,)](*arguments, **constants, **options, enable_fp_fusion=True)
     if direct:
         _compiled[key] = compiled

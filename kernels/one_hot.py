@@ -1,9 +1,11 @@
 """Gradient norms for a one-hot target, a label or the predicted class, and token statistics, without the logits.
 
-    m, S = max z_c, Σ exp(d_c), d_c = (z_c − m)/T,  R = Σ exp(p·d_c),  Q = Σ d_c·exp(d_c)     over the classes but y
-    ε = 1 − p_y = S·e/(1 + S·e), e = exp((m − z_y)/T)       ‖p − e_y‖_p = ε·(1 + R/S^p)^(1/p)
-    score = ‖(x, bias_norm)‖_p·‖p − e_y‖_p/T                Σp² = p_y² + ε²·R₂/S²
-    entropy = −p_y·log p_y − ε·log ε + ε·(log S − Q/S)      nothing is ever subtracted from 1
+    m = max z_c, d_c = (z_c − m)/T,  S = Σe^d_c − 1,  R = Σe^(p·d_c),  Q = Σd_c·e^d_c       over the classes but y
+    a = (m − z_y)/T    S, Q without the 1 and the 0 of a class with logit m: nothing is ever subtracted from 1
+    likeliest: y       W = (1 + S)·e^a          ε = 1 − p_y = W/(1 + W)         log p_y = −log(1 + W)
+    or another class   W = S + e^−a             ε = (1 + S)/(1 + W)             log p_y = −a − log(1 + W)
+    score = ‖(x, bias_norm)‖_p·‖p − e_y‖_p/T    ‖p − e_y‖_p = ε·(1 + ρ)^(1/p)   ρ = R/(1 + S)^p
+    Σp² = p_y² + ε²·ρ    entropy = log(1 + W) − (Σ (z_c − max z)/T·e^((z_c − max z)/T) over all classes)/(1 + W)
 
     launch 1    a tile of logits, (BLOCK_B rows x BLOCK_C classes), leaves m, S, R, Q of its classes but y, and z_y if y
                 is one of them; for the predicted class its maximum, and m, S, R, Q of its other classes
@@ -13,35 +15,26 @@ Traffic: C·D weights per chunk of rows, B·D features twice, 16 or 20 bytes per
 64 MiB (`Config.workspace`).
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
 from .config import Config, cdiv, choose, for_vector
-from .deviation import finite_max, first_at, log1p
+from .deviation import finite_max, first_at
 from .device import architecture, dot_precision, upcast, vector
+from .exponential import log1p
 from .launch import launch
+from .norm import compiled, norm_in_memory, with_bias
 from .problem import IGNORE, Problem, Scores
 from .rows import MAX_RESIDENT, TILES, rows_per_chunk
 from .tile import logits_tile
 from .tiled import ROW_TILES_PER_GROUP, TABLE
 
-NORMS = {1.0: 1, 2.0: 2, math.inf: 0}  # the orders p that are compiled in; any other one is GENERAL
-GENERAL = 3
-
 
 @triton.jit
-def power_of(d, p, NORM: tl.constexpr):
-    """exp(p·d), 0 where p = ∞ does not need it."""
-    if NORM == 1:
-        return tl.exp(d)
-    if NORM == 2:
-        return tl.exp(2.0 * d)
-    if NORM == 0:
-        return d * 0.0
-    return tl.exp(p * d)
+def _power_of(d, p, NORM: tl.constexpr):
+    """exp(p·d), for NORM 2 or GENERAL."""
+    return tl.exp(2.0 * d) if NORM == 2 else tl.exp(p * d)
 
 
 @triton.jit(do_not_specialize=["B", "n_class_tiles"])
@@ -50,7 +43,7 @@ def one_hot_kernel(
     W,  # (C, D), row stride stride_wc * VEC
     BIAS,  # (C,)
     LABELS,  # (B,) int64, unless PREDICTED
-    STATISTICS,  # (4, B, n_class_tiles): m, S, R and Q of a tile's classes but y
+    STATISTICS,  # (4, B, n_class_tiles): m, S, R and Q of a tile's classes but y; m = −inf if it has none
     TOPS,  # (B,) z_y, or with PREDICTED (B, n_class_tiles), the maximum of each tile
     B, C, D, n_class_tiles,
     inv_temperature, p,
@@ -93,32 +86,28 @@ def one_hot_kernel(
     m = tl.max(z, 1)
     d = (z - finite_max(m)[:, None]) * inv_temperature
     t = tl.exp(d)
+    others = tl.where(classes == first_at(z, m, classes)[:, None], 0.0, t)
     at = STATISTICS + rows * n_class_tiles + class_tile
     plane = tl.cast(B, tl.int64) * n_class_tiles
     tl.store(at, m, mask=live)
-    tl.store(at + plane, tl.sum(t, 1), mask=live)
+    tl.store(at + plane, tl.sum(others, 1), mask=live)
     if NORM > 1:
-        tl.store(at + 2 * plane, tl.sum(t * t if NORM == 2 else power_of(d, p, NORM), 1), mask=live)
+        tl.store(at + 2 * plane, tl.sum(t * t if NORM == 2 else _power_of(d, p, NORM), 1), mask=live)
     if ENTROPY:
         tl.store(at + 3 * plane, tl.sum(tl.where(t > 0.0, d * t, t), 1), mask=live)
 
 
 @triton.jit
-def _add(s, r, q, d, tile_s, tile_r, tile_q, p, NORM: tl.constexpr, ENTROPY: tl.constexpr):
-    """Sums and those of tiles, d·T being a tile's maximum less the merged one.  # each (BLOCK_B, TILES)"""
+def _add(s, r, q, d, one, tile_s, tile_r, tile_q, p, NORM: tl.constexpr, ENTROPY: tl.constexpr):
+    """Sums and those of tiles, d·T being a tile's maximum less the merged one, `one` what S leaves out of the tile and
+    the merged S does not.  # each (BLOCK_B, TILES)"""
     e = tl.exp(d)
-    s += tile_s * e
+    s += (one + tile_s) * e
     if NORM > 1:
-        r += tile_r * power_of(d, p, NORM)
+        r += tile_r * _power_of(d, p, NORM)
     if ENTROPY:
-        q += tl.where(e > 0.0, (tile_q + tile_s * d) * e, e)
+        q += tl.where(e > 0.0, (tile_q + (1.0 + tile_s) * d) * e, e)
     return s, r, q
-
-
-@triton.jit
-def log_of_one_plus(x):
-    """log(1 + x) for x >= 0, with the digits of small x."""
-    return tl.where(x < 0.5, log1p(x), tl.log(1.0 + x))
 
 
 @triton.jit(do_not_specialize=["B", "n_class_tiles", "stride_o"])
@@ -140,33 +129,11 @@ def merge_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     live = rows < B
 
-    # 1. ‖(x, bias_norm)‖_p: the maximum, and unless that is it, powers relative to it
-    columns = tl.arange(0, BLOCK_D)
-    x_rows = X + rows[:, None] * stride_xb
-    sums = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
-    largest = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
-    poison = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)  # a maximum passes over NaN
-    for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
-        mask = live[:, None] & (columns < D - start)[None, :]
-        x = tl.load(x_rows + (start + columns)[None, :].to(tl.int64) * stride_xd, mask=mask, other=0.0).to(tl.float32)
-        sums += tl.abs(x)
-        largest = tl.maximum(largest, tl.abs(x))
-        poison += x - x
-    norm = tl.sum(sums, 1) + bias_norm
-    if NORM != 1:
-        norm = tl.maximum(tl.max(largest, 1), bias_norm) + tl.sum(poison, 1)
-        if NORM > 1:
-            unit = tl.where(norm > 0.0, norm, 1.0)
-            powers = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
-            for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
-                mask = live[:, None] & (columns < D - start)[None, :]
-                x = tl.load(x_rows + (start + columns)[None, :].to(tl.int64) * stride_xd, mask=mask, other=0.0)
-                a = tl.abs(x.to(tl.float32)) / unit[:, None]
-                powers += a * a if NORM == 2 else tl.exp(p * tl.log(a))
-            b = bias_norm / unit
-            total = tl.sum(powers, 1) + (b * b if NORM == 2 else tl.exp(p * tl.log(b)))
-            norm *= tl.sqrt(total) if NORM == 2 else tl.exp(tl.log(total) / p)
-    norm += norm - norm  # a norm of inf becomes NaN: such a row has no score
+    # 1. ‖(x, bias_norm)‖_p
+    norm = norm_in_memory(
+        X, rows, B, 0, D, BLOCK_D, stride_xb, stride_xd, p, NORM, BLOCK_B, BLOCK_D, STAGES, tl.float32
+    )
+    norm = with_bias(norm, bias_norm, p, NORM)
 
     # 2. sums over the classes but y, of tile j, j + TILES, ... in column j
     inside = tl.where(live, rows, 0)
@@ -174,12 +141,13 @@ def merge_kernel(
     plane = tl.cast(B, tl.int64) * n_class_tiles
     tile = tl.arange(0, TILES)[None, :]
     maxima = tl.full((BLOCK_B, TILES), float("-inf"), tl.float32)
+    nowhere = tl.full((BLOCK_B, TILES), 2147483647, tl.int32)
     if PREDICTED:
         tops = TOPS + inside[:, None] * n_class_tiles
         for j in range(0, n_class_tiles, TILES):
             maxima = tl.maximum(maxima, tl.load(tops + j + tile, mask=tile < n_class_tiles - j, other=float("-inf")))
         z_y = tl.max(maxima, 1)
-        found = tl.full((BLOCK_B, TILES), 2147483647, tl.int32)  # the tile of the predicted class
+        found = nowhere  # the tile of the predicted class
         for j in range(0, n_class_tiles, TILES):
             top = tl.load(tops + j + tile, mask=tile < n_class_tiles - j, other=float("-inf"))
             found = tl.minimum(found, tl.where(top == z_y[:, None], j + tile, 2147483647))
@@ -198,6 +166,17 @@ def merge_kernel(
     for j in range(0, n_class_tiles, TILES):
         maxima = tl.maximum(maxima, tl.load(at + j + tile, mask=tile < n_class_tiles - j, other=float("-inf")))
     m = tl.max(maxima, 1)
+    # S leaves out one class with logit m: that of the first tile which has one, or else of the first of the tops
+    found = nowhere
+    for j in range(0, n_class_tiles, TILES):
+        some = tile < n_class_tiles - j
+        tile_m = tl.load(at + j + tile, mask=some, other=float("-inf"))
+        found = tl.minimum(found, tl.where(some & (tile_m == m[:, None]), j + tile, 2147483647))
+        if PREDICTED:
+            some = some & (j + tile != first)
+            top = tl.load(tops + j + tile, mask=some, other=float("-inf"))
+            found = tl.minimum(found, tl.where(some & (top == m[:, None]), n_class_tiles + j + tile, 2147483647))
+    leader = tl.min(found, 1)[:, None]
     shift = finite_max(m)[:, None]
     sums_s = tl.zeros((BLOCK_B, TILES), tl.float32)
     sums_r = tl.zeros((BLOCK_B, TILES), tl.float32)
@@ -209,42 +188,37 @@ def merge_kernel(
         tile_s = tl.load(at_j + plane, mask=mask, other=0.0)
         tile_r = tl.load(at_j + 2 * plane, mask=mask, other=0.0) if NORM > 1 else tile_s
         tile_q = tl.load(at_j + 3 * plane, mask=mask, other=0.0) if ENTROPY else tile_s
-        sums_s, sums_r, sums_q = _add(sums_s, sums_r, sums_q, d, tile_s, tile_r, tile_q, p, NORM, ENTROPY)
+        one = tl.where(j + tile == leader, 0.0, 1.0)
+        sums_s, sums_r, sums_q = _add(sums_s, sums_r, sums_q, d, one, tile_s, tile_r, tile_q, p, NORM, ENTROPY)
         if PREDICTED:  # the maxima of the other tiles are among the others
             some = mask & (j + tile != first)
             d = (tl.load(tops + j + tile, mask=some, other=float("-inf")) - shift) * inv_temperature
-            one = tl.where(some, 1.0, 0.0)
-            sums_s, sums_r, sums_q = _add(sums_s, sums_r, sums_q, d, one, one, one * 0.0, p, NORM, ENTROPY)
+            one = tl.where(n_class_tiles + j + tile == leader, 0.0, 1.0)
+            zero = one * 0.0
+            sums_s, sums_r, sums_q = _add(sums_s, sums_r, sums_q, d, one, zero, zero + 1.0, zero, p, NORM, ENTROPY)
     s, r, q = tl.sum(sums_s, 1), tl.sum(sums_r, 1), tl.sum(sums_q, 1)
 
     # 3. what they say
-    z_y = tl.where(z_y == float("inf"), float("nan"), z_y)
-    a = (m - z_y) * inv_temperature
+    a = (m - tl.where(z_y == float("inf"), float("nan"), z_y)) * inv_temperature
     e = tl.exp(-tl.abs(a))
     below = a > 0.0  # y is not the likeliest class
-    se = tl.where(below, e, s * e)
-    whole = tl.where(below, s + e, 1.0 + se)
-    rest = tl.where(below, s, se) / whole  # ε
+    w = tl.where(below, s + e, e + s * e)
+    whole = 1.0 + w
+    rest = tl.where(below, 1.0 + s, w) / whole  # ε
     if NORM == 1:
         residual = 2.0 * rest
     elif NORM == 0:
         residual = rest
+    elif NORM == 2:
+        rho = r / ((1.0 + s) * (1.0 + s))
+        residual = rest * tl.sqrt(1.0 + rho)
     else:
-        some = s > 0.0
-        if NORM == 2:
-            rho = tl.where(some, r / (s * s), s)
-            residual = rest * tl.sqrt(1.0 + rho)
-        else:
-            rho = tl.where(some, tl.exp(tl.log(r) - p * tl.log(s)), s)
-            residual = rest * tl.exp(log_of_one_plus(rho) / p)
+        residual = rest * tl.exp(log1p(tl.exp(tl.log(r) - p * log1p(s))) / p)
     if ENTROPY:
         p_y = tl.where(below, e, 1.0) / whole
-        log_whole = tl.where(below, tl.log(whole), log_of_one_plus(se))
-        log_p_y = tl.where(below, -a, 0.0) - log_whole
-        log_s = tl.where(some, tl.log(s), 0.0)
-        log_rest = tl.where(below, log_s, a + log_s) - log_whole
-        entropy = rest * tl.where(some, log_s - q / s, 0.0)
-        entropy -= tl.where(p_y > 0.0, p_y * log_p_y, p_y) + tl.where(rest > 0.0, rest * log_rest, rest)
+        log_p_y = tl.where(below, -a, 0.0) - log1p(w)
+        products = tl.where(below, q, e * q) - tl.where(e > 0.0, tl.abs(a) * e * tl.where(below, 1.0, 1.0 + s), 0.0)
+        entropy = log1p(w) - products / whole
         wrong = tl.where(y_exists, norm * 0.0, float("nan"))
         out = OUT + rows
         tl.store(out, tl.where(ignored, 0.0, log_p_y + wrong), mask=live)
@@ -298,8 +272,7 @@ def _run(problem: Problem, out: torch.Tensor, entropy: bool, config: Config | No
     chunk = rows_per_chunk(batch, 4 * (5 if labels is None else 4) * tiles + 4, cfg)
     statistics = torch.empty(4 * chunk * tiles, dtype=torch.float32, device=device)
     tops = torch.empty(chunk * tiles if labels is None else chunk, dtype=torch.float32, device=device)
-    norm, inv_temperature = NORMS.get(problem.p, GENERAL), 1.0 / problem.temperature
-    p = problem.p if norm == GENERAL else 1.0
+    (norm, p), inv_temperature = compiled(problem.p), 1.0 / problem.temperature
     constants = dict(VEC=vec, PREDICTED=labels is None, NORM=norm, ENTROPY=entropy)
     for start in range(0, batch, chunk):
         part = problem.rows(start, start + chunk)

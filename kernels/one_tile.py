@@ -1,12 +1,12 @@
 """GradNorm scores where all classes fit one tile (C <= 256): one launch.
 
-    z = x·Wᵀ + b,   score = (‖x‖₁ + bias_norm)·Σ_c |p_c − 1/C|·scale/T,   p = softmax(z/T)
+    z = x·Wᵀ + b,   score = ‖(x, bias_norm)‖_p·‖softmax(z/T) − 1/C‖_p·scale/T
 
 A program owns BLOCK_B rows and keeps their logits in registers. Traffic: B·D features + C·D weights (from L2 after the
 first program) + 4·B bytes of scores. For few classes, reading the features dominates. With synchronous matmul
-instructions, one read of x feeds both the product and ‖x‖₁. With asynchronous ones, ‖x‖₁ reads x again, from L2
+instructions, one read of x feeds both the product and ‖x‖₁. With asynchronous ones, ‖x‖ reads x again, from L2
 (`READ_TWICE`): if x also goes to registers, Triton gives it one buffer fewer than w, and refills a buffer that the last
-product may still be reading.
+product may still be reading. Other norms than ‖x‖₁ always read x again.
 """
 
 import torch
@@ -14,12 +14,14 @@ import triton
 import triton.language as tl
 
 from .config import ANY, Config, Line, Table, cdiv, choose, for_vector
-from .deviation import deviation_of_rows, first_at
-from .device import architecture, asynchronous_products, dot_precision, upcast, vector
+from .deviation import deviation_of_rows
+from .device import TRITON, architecture, asynchronous_products, dot_precision, tuned_as, upcast, vector
+from .information import information_of_rows
 from .launch import launch
+from .norm import compiled, norm_in_memory
 from .output import store_scores
 from .problem import Problem, Scores
-from .tile import logits_tile, norm_share
+from .tile import logits_tile
 
 MAX_CLASSES = 256
 
@@ -29,13 +31,13 @@ def one_tile_kernel(
     X,  # (B, D), row stride stride_xb * VEC
     W,  # (C, D), row stride stride_wc * VEC
     BIAS,  # (C,)
-    OUT,  # (1, B), or (6, B) with ALL_FIELDS
+    OUT,  # (1, B), or (10, B) with ALL_FIELDS
     PREDICTION,  # (B,) int64, with ALL_FIELDS
     B, C, D,
-    inv_temperature, scale, bias_norm,
+    inv_temperature, scale, bias_norm, p,
     stride_xb, stride_xd, stride_wc, stride_wd, stride_b, stride_o,
     VEC: tl.constexpr, HAS_BIAS: tl.constexpr, ALL_FIELDS: tl.constexpr, EVEN_D: tl.constexpr,
-    READ_TWICE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    NORM: tl.constexpr, READ_TWICE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """D, stride_xb and stride_wc are passed divided by VEC."""
@@ -47,14 +49,17 @@ def one_tile_kernel(
     classes = tl.arange(0, BLOCK_C)
     columns = tl.arange(0, BLOCK_D)
 
-    # 1. logits and ‖x‖₁
+    # 1. logits and ‖x‖_p
     if READ_TWICE:
         z = logits_tile(
             X, W, BIAS, row, tl.cast(0, tl.int64),
             B, C, 0, D, stride_xb, stride_xd, stride_wc, stride_wd, stride_b,
             HAS_BIAS, EVEN_D, False, PRECISION, UPCAST, BLOCK_B, BLOCK_C, BLOCK_D,
         )  # fmt: skip
-        norm = norm_share(X, row, B, 0, D, BLOCK_D, stride_xb, stride_xd, BLOCK_B, BLOCK_D, STAGES)
+        norm = norm_in_memory(
+            X, rows, B, 0, D, BLOCK_D, stride_xb, stride_xd, p,
+            NORM, BLOCK_B, BLOCK_D, STAGES, tl.float32,
+        )  # fmt: skip
     else:
         x_rows = X + rows[:, None] * stride_xb
         w_rows = W + classes[None, :].to(tl.int64) * stride_wc
@@ -78,16 +83,16 @@ def one_tile_kernel(
         if HAS_BIAS:
             z += tl.load(BIAS + classes.to(tl.int64) * stride_b, mask=classes < C, other=0.0).to(tl.float32)[None, :]
 
-    # 2. Σ|p − 1/C| on the logits in registers
+    # 2. ‖p − 1/C‖_p of the logits in registers
     valid = (classes < C)[None, :]
     z = tl.where((rows < B)[:, None] & valid, z, float("-inf"))  # rows beyond B must not trigger the careful form
-    m, s, deviation = deviation_of_rows(z, valid, C, inv_temperature)
-    index = first_at(z, m, classes[None, :]) if ALL_FIELDS else 0
+    m, s, deviation = deviation_of_rows(z, valid, C, p, inv_temperature, NORM)
+    index, entropy, sum_squares, rest, kl = information_of_rows(z, valid, m, s, C, inv_temperature, ALL_FIELDS)
     store_scores(
         OUT, PREDICTION, rows, B, stride_o,
-        norm, m, index, s, deviation,
-        inv_temperature, scale, bias_norm,
-        ALL_FIELDS,
+        norm, deviation, m, index, s, entropy, sum_squares, rest, kl,
+        inv_temperature, scale, bias_norm, p,
+        NORM, ALL_FIELDS,
     )  # fmt: skip
 
 
@@ -102,7 +107,7 @@ TABLE: Table = {
         Line("half", 8192, 128, Config(32, 128, 64, 4, 3)),
         Line("half", ANY, 128, Config(64, 128, 64, 8, 3)),
         Line("half", 1024, 256, Config(16, 256, 64, 8, 2)),
-        Line("half", ANY, 256, Config(32, 256, 64, 8, 3)),
+        Line("half", ANY, 256, Config(32, 256, 32, 8, 3)),
         Line("float32", 1024, 16, Config(16, 16, 32, 4, 2)),
         Line("float32", ANY, 16, Config(32, 16, 64, 4, 2)),
         Line("float32", 1024, 128, Config(16, 128, 32, 8, 2)),
@@ -123,6 +128,9 @@ TABLE: Table = {
 
 
 def configuration(b: int, c: int, d: int, dtype: torch.dtype, arch: str) -> Config:
+    # Before 3.8, Triton fails to compile this kernel for Blackwell's tensor memory, which tiles of 64 rows would use.
+    if TRITON < (3, 8) and tuned_as(arch) == "sm_100":
+        b = min(b, 8192)
     return choose(TABLE, b, c, dtype, arch)
 
 
@@ -145,18 +153,18 @@ def score_one_tile(problem: Problem, scores: Scores, config: Config | None = Non
     if reason := why_not(problem, arch):
         raise ValueError(f"one_tile {reason}")
     assert w is not None
-    (b, d), c = x.shape, len(w)
+    (b, d), c, (norm, p) = x.shape, len(w), compiled(problem.p)
     vec = vector(d, x.stride(0), w.stride(0))
     cfg = for_vector(vec, config or configuration(b, c, d, x.dtype, arch))
     launch(one_tile_kernel, cdiv(b, cfg.block_b), cfg, (
         x, w, x if bias is None else bias, scores.out, scores.out if scores.prediction is None else scores.prediction,
         b, c, d // vec,
-        1.0 / problem.temperature, problem.scale, problem.bias_norm,
+        1.0 / problem.temperature, problem.scale, problem.bias_norm, p,
         x.stride(0) // vec, x.stride(1), w.stride(0) // vec, w.stride(1),
         0 if bias is None else bias.stride(0), scores.out.stride(0),
     ), dict(
         VEC=vec, HAS_BIAS=bias is not None, ALL_FIELDS=scores.prediction is not None, EVEN_D=d % cfg.block_d == 0,
-        READ_TWICE=asynchronous_products(arch, cfg.block_b),
+        NORM=norm, READ_TWICE=norm != 1 or asynchronous_products(arch, cfg.block_b),
         PRECISION=dot_precision(x.dtype, arch, cfg.float32), UPCAST=upcast(x.dtype),
         BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d, STAGES=cfg.num_stages,
     ))  # fmt: skip

@@ -3,27 +3,30 @@
 import triton
 import triton.language as tl
 
+from .norm import with_bias
+
 
 @triton.jit
 def store_scores(
     OUT, PREDICTION, rows, B, stride_o,
-    norm, m, index, s, deviation,
-    inv_temperature, scale, bias_norm,
-    ALL_FIELDS: tl.constexpr,
+    norm, deviation, m, index, s, entropy, sum_squares, rest, kl,
+    inv_temperature, scale, bias_norm, p,
+    NORM: tl.constexpr, ALL_FIELDS: tl.constexpr,
 ):  # fmt: skip
-    """Write the score (‖x‖₁ + bias_norm)·Σ|p − 1/C|·scale/T of each row, and with ALL_FIELDS the other statistics.
+    """Write the score ‖(x, bias_norm)‖_p·‖p − 1/C‖_p·scale/T of each row, and with ALL_FIELDS the other statistics.
 
-    OUT: (1, B), or with ALL_FIELDS (6, B), the rows `problem.FIELDS`; PREDICTION: (B,), with ALL_FIELDS.
-    norm, m, index, s, deviation: ‖x‖₁, max z, its class, Σ exp((z − m)/T) and Σ|p − 1/C|, each (BLOCK_B,).
+    OUT: (1, B), or with ALL_FIELDS the rows `problem.FIELDS`; PREDICTION: (B,), with ALL_FIELDS, where NORM is 1.
+    norm, deviation: ‖x‖_p and ‖p − 1/C‖_p; m, index, s: max z, its class and Σ exp((z − m)/T); rest: 1 − Σp²; kl:
+    KL(uniform ‖ p); each (BLOCK_B,).
     """
     live = rows < B
-    norm += norm - norm  # inf becomes NaN: such a row has no score
     output_norm = deviation * scale * inv_temperature  # in this order, or 0·inf gives NaN
+    whole_norm = with_bias(norm, bias_norm, p, NORM)
     out = OUT + rows
-    tl.store(out, (norm + bias_norm) * output_norm, mask=live)
+    tl.store(out, whole_norm * output_norm, mask=live)
     if ALL_FIELDS:
         # If the score is NaN, so are all other fields; the index must still be valid.
-        poison = (norm - norm) + (deviation - deviation)
+        poison = (whole_norm - whole_norm) + (deviation - deviation)
         out += stride_o
         tl.store(out, norm + poison, mask=live)
         out += stride_o
@@ -34,4 +37,12 @@ def store_scores(
         tl.store(out, 1.0 / s + poison, mask=live)
         out += stride_o
         tl.store(out, m + tl.log(s) / inv_temperature + poison, mask=live)
+        out += stride_o
+        tl.store(out, entropy + poison, mask=live)
+        out += stride_o
+        tl.store(out, sum_squares + poison, mask=live)
+        out += stride_o
+        tl.store(out, 2.0 * whole_norm * (rest * inv_temperature) + poison, mask=live)
+        out += stride_o
+        tl.store(out, kl + poison, mask=live)
         tl.store(PREDICTION + rows, tl.where(poison == 0.0, index, 0).to(tl.int64), mask=live)

@@ -1,8 +1,4 @@
-"""A tile of logits, and one program's share of ‖x‖₁.
-
-The share has its own loop, which reads x again (from L2). If one load of x fed both the matmul and ‖x‖₁, each warpgroup
-instruction would wait for the previous one or, worse, Triton would refill x while an instruction still reads it.
-"""
+"""A tile of logits: the matmul of every kernel but the library's."""
 
 import triton
 import triton.language as tl
@@ -53,22 +49,3 @@ def logits_tile(
         mask = (classes < C) & (first == 0)
         z += tl.load(BIAS + classes * stride_b, mask=mask, other=0.0).to(tl.float32)[None, :]
     return z
-
-
-@triton.jit
-def norm_share(
-    X, row, B, first, last, step, stride_xb, stride_xd,
-    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Σ|x| over the blocks of BLOCK_D features at first, first + step, ..., below last.  # X (B, D) -> (BLOCK_B,)"""
-    rows = row + tl.arange(0, BLOCK_B)
-    columns = tl.arange(0, BLOCK_D)
-    norm = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
-    for d in tl.range(first, last, step, num_stages=STAGES):  # without a dot, Triton pipelines only if told to
-        x = tl.load(
-            X + rows[:, None] * stride_xb + (d + columns).to(tl.int64)[None, :] * stride_xd,
-            mask=(rows < B)[:, None] & (columns < last - d)[None, :],
-            other=0.0,
-        )
-        norm += tl.abs(x.to(tl.float32))
-    return tl.sum(norm, 1)

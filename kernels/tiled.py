@@ -1,8 +1,8 @@
 """GradNorm scores if the classes do not fit one tile: write logits to a bounded workspace, then run rows.py.
 
     launch 1    z_k = x_k·W_kᵀ (+ b in slice 0) by tiles (BLOCK_B rows x BLOCK_C classes) and slices k of the features;
-                each program's share of ‖x‖₁; for rows too long for launch 2's registers, each tile's m and S
-    launch 2    rows.py: z = Σ_k z_k in the order of the slices, and ‖x‖₁ = ‖(share_1, share_2, ...)‖₁
+                each program's share of ‖x‖_p; for rows too long for launch 2's registers, each tile's m and S
+    launch 2    rows.py: z = Σ_k z_k in the order of the slices, and ‖x‖_p = ‖(share_1, share_2, ...)‖_p
 
 For few rows, reading W dominates: tiles have few classes, and the features are split until every multiprocessor has
 work. Traffic: B·D features and C·D weights per chunk of rows; 8·B·C bytes of logits per slice, written and read. A
@@ -25,9 +25,10 @@ from .device import (
     vector,
 )
 from .launch import launch
+from .norm import compiled, norm_in_memory
 from .problem import Problem, Scores
 from .rows import MAX_RESIDENT, Workspace, rows_per_chunk, score_rows
-from .tile import logits_tile, norm_share
+from .tile import logits_tile
 
 SLICED_MAX_ROWS = 64  # larger batches do not slice the features
 SLICED_MAX_CLASSES = 4096  # with more classes, few rows go to the library too
@@ -42,13 +43,13 @@ def logits_kernel(
     X,  # (B, D), row stride stride_xb * VEC
     BIAS,  # (C,)
     Z,  # (slices, B, stride_zb): logits of each slice, in the first C columns
-    SHARES,  # (B, slices, n_class_tiles) of ‖x‖₁
+    SHARES,  # (B, slices, n_class_tiles) of ‖x‖_p
     STATISTICS,  # (2, B, n_class_tiles): m and S of each tile, with LONG
     B, C, D, n_class_tiles, slice_d,
-    inv_temperature,
+    inv_temperature, p,
     stride_xb, stride_xd, stride_wc, stride_wd, stride_b, stride_zb, stride_zs,
     VEC: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, LONG: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, LONG: tl.constexpr, NORM: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """D, stride_xb and stride_wc are passed divided by VEC. A slice has slice_d features, a multiple of BLOCK_D."""
@@ -87,10 +88,10 @@ def logits_kernel(
         tl.store(at, m, mask=live)
         tl.store(at + tl.cast(B, tl.int64) * n_class_tiles, s, mask=live)
 
-    # 3. this program's share of ‖x‖₁: every n_class_tiles-th block of the slice
-    share = norm_share(
-        X, row, B, first + class_tile * BLOCK_D, last, n_class_tiles * BLOCK_D, stride_xb, stride_xd,
-        BLOCK_B, BLOCK_D, STAGES,
+    # 3. this program's share of ‖x‖_p: every n_class_tiles-th block of the slice
+    share = norm_in_memory(
+        X, rows, B, first + class_tile * BLOCK_D, last, n_class_tiles * BLOCK_D, stride_xb, stride_xd, p,
+        NORM, BLOCK_B, BLOCK_D, STAGES, tl.float32,
     )  # fmt: skip
     n_slices = tl.num_programs(0) // (n_row_tiles * n_class_tiles)
     tl.store(SHARES + (rows * n_slices + k) * n_class_tiles + class_tile, share, mask=live)
@@ -155,7 +156,7 @@ def score_tiled(problem: Problem, scores: Scores, config: Config | None = None) 
     if reason := why_not(problem, arch):
         raise ValueError(f"tiled {reason}")
     assert w is not None
-    (batch, d), c = features.shape, len(w)
+    (batch, d), c, (norm, p) = features.shape, len(w), compiled(problem.p)
     vec = vector(d, features.stride(0), w.stride(0))
     cfg = for_vector(vec, config or configuration(batch, c, d, features.dtype, arch, multiprocessors(device)))
     long = c > MAX_RESIDENT
@@ -178,12 +179,12 @@ def score_tiled(problem: Problem, scores: Scores, config: Config | None = None) 
             descriptor(w, cfg.block_c, cfg.block_d) if tma else w,
             x, x if bias is None else bias, logits, shares, shares if statistics is None else statistics,
             b, c, d // vec, tiles, slice_d,
-            1.0 / problem.temperature,
+            1.0 / problem.temperature, p,
             x.stride(0) // vec, x.stride(1), w.stride(0) // vec, w.stride(1),
             0 if bias is None else bias.stride(0), width, b * width,
         ), dict(
             VEC=vec, HAS_BIAS=bias is not None, EVEN_D=d % cfg.block_d == 0, TMA=tma,
-            PRECISION=dot_precision(x.dtype, arch, cfg.float32), UPCAST=upcast(x.dtype), LONG=long,
+            PRECISION=dot_precision(x.dtype, arch, cfg.float32), UPCAST=upcast(x.dtype), LONG=long, NORM=norm,
             GROUP=ROW_TILES_PER_GROUP, BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d,
             STAGES=cfg.num_stages,
         ))  # fmt: skip

@@ -40,7 +40,7 @@ LARGE = {"sliced": Config(64, 32, 64, 4, 3, slices=4), "tiled by TMA": Config(64
 
 
 def scores_by(name, x, w, bias=None, temperature=1.0, config=None):
-    out = torch.full((6, len(x)), torch.nan, device=DEVICE)
+    out = torch.full((len(FIELDS), len(x)), torch.nan, device=DEVICE)
     prediction = torch.full((len(x),), -1, dtype=torch.int64, device=DEVICE)
     config = config or (SMALL if DEVICE == "cpu" else LARGE).get(name)
     given = Problem(x, w, bias, temperature=temperature)
@@ -172,7 +172,7 @@ def test_every_shipped_configuration_gives_the_same_bits_each_time(name, line):
     c = 9000 if name == "rows" and line.max_classes == ANY else min(line.max_classes, 260 if name == "tiled" else ANY)
     b = min(line.max_rows, line.config.block_b + 3 if DEVICE == "cuda" else 3)
     x, w, bias = problem(b, 2 * line.config.block_d + 8 if name != "rows" else 40, c, dtype)
-    out = torch.empty(6, b, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=DEVICE)
+    out = torch.empty(len(FIELDS), b, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=DEVICE)
     prediction = torch.empty(b, dtype=torch.int64, device=DEVICE)
     given, score = Problem(x, w, bias), dispatch.KERNELS[name].score
     if name == "rows":

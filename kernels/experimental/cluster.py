@@ -1,13 +1,13 @@
 """GradNorm scores of 256 < C <= 4096 in one launch by thread block clusters: several CTAs hold a row's logits together.
 
-    z = x·Wᵀ + b,   score = (‖x‖₁ + bias_norm)·Σ_c |p_c − 1/C|·scale/T,   p = softmax(z/T)
+    z = x·Wᵀ + b,   score = ‖(x, bias_norm)‖_p·‖softmax(z/T) − 1/C‖_p·scale/T
 
 The program of one_tile.py with a tile of up to 16 x 256 classes: the compiler gives each CTA of the cluster a slice of
 the classes, and the sums over classes cross them through distributed shared memory. Traffic: features and weight once
 per row block, no logits. Needs half precision, sm_90 or sm_100, TMA, and a compiler that reduces across CTAs (Triton
 3.8). Only tests and benchmarks reach it: it has not run on a GPU.
 
-The operands come by tensor descriptors, x for ‖x‖₁ by pointers once more: if one value fed both, the compiler would
+The operands come by tensor descriptors, x for ‖x‖ by pointers once more: if one value fed both, the compiler would
 split x over the CTAs by rows while it splits the classes, and the product would be silently wrong
 (`benchmarks/compile_matrix.py` checks the compiled layout).
 """
@@ -17,15 +17,17 @@ import triton
 import triton.language as tl
 
 from ..config import ANY, Config, Line, Table, cdiv, choose
-from ..deviation import deviation_of_rows, first_at
-from ..device import INTERPRETED, architecture, descriptor, tma_reads, tuned_as, upcast, vector
+from ..deviation import deviation_of_rows
+from ..device import INTERPRETED, TRITON, architecture, descriptor, tma_reads, tuned_as, upcast, vector
+from ..information import information_of_rows
 from ..launch import launch
+from ..norm import compiled, norm_in_memory
 from ..output import store_scores
 from ..problem import Problem, Scores
-from ..tile import logits_tile, norm_share
+from ..tile import logits_tile
 
 # Whether the compiler reduces across the CTAs of a cluster. Triton 3.6 cannot.
-CLUSTERS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+CLUSTERS = TRITON >= (3, 8)
 MAX_CLASSES = {"sm_100": 2048}  # 4096 on other architectures
 
 
@@ -35,12 +37,12 @@ def cluster_kernel(
     WT,  # weight (C, D): a descriptor of blocks (BLOCK_C, BLOCK_D)
     X,  # (B, D), row stride stride_xb * VEC
     BIAS,  # (C,)
-    OUT,  # (1, B), or (6, B) with ALL_FIELDS
+    OUT,  # (1, B), or (10, B) with ALL_FIELDS
     PREDICTION,  # (B,) int64, with ALL_FIELDS
     B, C, D,
-    inv_temperature, scale, bias_norm,
+    inv_temperature, scale, bias_norm, p,
     stride_xb, stride_xd, stride_b, stride_o,
-    VEC: tl.constexpr, HAS_BIAS: tl.constexpr, ALL_FIELDS: tl.constexpr, UPCAST: tl.constexpr,
+    VEC: tl.constexpr, HAS_BIAS: tl.constexpr, ALL_FIELDS: tl.constexpr, NORM: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """D and stride_xb come divided by VEC."""
@@ -53,17 +55,20 @@ def cluster_kernel(
         B, C, 0, D, 0, 0, 0, 0, stride_b,
         HAS_BIAS, True, True, "ieee", UPCAST, BLOCK_B, BLOCK_C, BLOCK_D,
     )  # fmt: skip
-    norm = norm_share(X, row, B, 0, D, BLOCK_D, stride_xb, stride_xd, BLOCK_B, BLOCK_D, STAGES)
-    valid = classes < C
     rows = row + tl.arange(0, BLOCK_B)
+    norm = norm_in_memory(
+        X, rows, B, 0, D, BLOCK_D, stride_xb, stride_xd, p,
+        NORM, BLOCK_B, BLOCK_D, STAGES, tl.float32,
+    )  # fmt: skip
+    valid = classes < C
     z = tl.where((rows < B)[:, None] & valid, z, float("-inf"))  # rows beyond B must not ask for the careful form
-    m, s, deviation = deviation_of_rows(z, valid, C, inv_temperature)
-    index = first_at(z, m, classes) if ALL_FIELDS else 0
+    m, s, deviation = deviation_of_rows(z, valid, C, p, inv_temperature, NORM)
+    index, entropy, sum_squares, rest, kl = information_of_rows(z, valid, m, s, C, inv_temperature, ALL_FIELDS)
     store_scores(
         OUT, PREDICTION, rows, B, stride_o,
-        norm, m, index, s, deviation,
-        inv_temperature, scale, bias_norm,
-        ALL_FIELDS,
+        norm, deviation, m, index, s, entropy, sum_squares, rest, kl,
+        inv_temperature, scale, bias_norm, p,
+        NORM, ALL_FIELDS,
     )  # fmt: skip
 
 
@@ -110,16 +115,17 @@ def score_cluster(problem: Problem, scores: Scores, config: Config | None = None
     if reason := why_not(problem, arch):
         raise ValueError(f"cluster {reason}")
     assert w is not None
-    (b, d), c = x.shape, len(w)
+    (b, d), c, (norm, p) = x.shape, len(w), compiled(problem.p)
     cfg = config or configuration(b, c, d, x.dtype, arch)
     vec = vector(d, x.stride(0))
     launch(cluster_kernel, cdiv(b, cfg.block_b), cfg, (
         descriptor(x, cfg.block_b, cfg.block_d), descriptor(w, cfg.block_c, cfg.block_d),
         x, x if bias is None else bias, scores.out, scores.out if scores.prediction is None else scores.prediction,
         b, c, d // vec,
-        1.0 / problem.temperature, problem.scale, problem.bias_norm,
+        1.0 / problem.temperature, problem.scale, problem.bias_norm, p,
         x.stride(0) // vec, x.stride(1), 0 if bias is None else bias.stride(0), scores.out.stride(0),
     ), dict(
-        VEC=vec, HAS_BIAS=bias is not None, ALL_FIELDS=scores.prediction is not None, UPCAST=upcast(x.dtype),
+        VEC=vec, HAS_BIAS=bias is not None, ALL_FIELDS=scores.prediction is not None, NORM=norm,
+        UPCAST=upcast(x.dtype),
         BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d, STAGES=cfg.num_stages,
     ))  # fmt: skip

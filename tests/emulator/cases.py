@@ -21,7 +21,7 @@ from . import own_kernels
 from .driver import PROCESSORS, Edit, Emulator
 from .machine import Options
 from .memory import EmulatorError
-from families import deviation
+from families import deviation_norm, information
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Case:
     tma: str = ""  # use tensor descriptors, with tiles of rows x classes
     processors: int = 0  # multiprocessors of the device; 0: the architecture's
     tf32: bool = False
+    p: float = 1.0
 
     def __str__(self) -> str:
         options = [f"{f.name}={getattr(self, f.name)}" for f in fields(self)[5:] if getattr(self, f.name) != f.default]
@@ -139,6 +140,16 @@ def cases(arch: int) -> list[Case]:
         (add if dtype == "float32" else add_rows)("library", dtype, 2, 40, 9000)  # float32 logits for halves too
     for kernel, c in (("one_tile", 20), ("tiled", 300), ("library", 300)):
         add(kernel, "float32", 18, 64, c, tf32=True)
+    for dtype, p in itertools.product(("bfloat16", "float32"), (2.0, 3.0, math.inf)):  # in each kernel's way to ‖x‖_p
+        for row in (dict(rows="bulk", above=3.0), dict(rows="nan", bias="masked")):
+            one = dict(row, fields=False, p=p)
+            add("one_tile", dtype, 66, 96, 12, as_if=50000, **one)
+            add("tiled", dtype, 9, 256, 258, processors=20, **one)
+            add("library", dtype, 2, 300, 1025, **one)
+        add("rows", dtype, 2, 33, 8193, rows="near", fields=False, p=p)
+        add("tiled", dtype, 2, 16, 8225, as_if=900, fields=False, p=p)
+    if arch == 90 and cluster.CLUSTERS:
+        add("cluster", "float16", 66, 64, 600, rows="bulk", above=3.0, fields=False, p=3.0)
     for groups, tma in itertools.product((2, 3), ("", "64x64") if arch == 90 else ("",)):
         add("logsumexp", "float16", 230, 192, 130, processors=groups, tma=tma)
     return list(dict.fromkeys(found))
@@ -190,9 +201,9 @@ def problem_of(case: Case) -> Problem:
     x, w, bias = (lay(t.to(dtype), case.layout) for t in (x, w, bias))
     if case.kernel == "rows":
         logits = torch.randn(case.b, case.c, generator=g) * (1e-4 if case.rows == "near" else 1.0)
-        return Problem(x, None, None, lay(logits.to(dtype), case.layout), case.temperature)
+        return Problem(x, None, None, lay(logits.to(dtype), case.layout), case.temperature, p=case.p)
     has_bias = case.bias != "none" or case.rows == "bulk"
-    return Problem(x, w, bias if has_bias else None, temperature=case.temperature)
+    return Problem(x, w, bias if has_bias else None, temperature=case.temperature, p=case.p)
 
 
 def judge(case: Case, problem: Problem, scores: Scores, base: float) -> tuple[float, list[str]]:
@@ -210,15 +221,22 @@ def judge(case: Case, problem: Problem, scores: Scores, base: float) -> tuple[fl
             size = (x.abs() @ w.abs().T + bias.nan_to_num(neginf=0.0).abs()).amax(1)
             unit = 2.0**-11 if case.tf32 else 2.0**-53 if case.dtype == "float64" else 2.0**-24
             rounding = min(case.d + 1, 4 * (case.d + 1) ** 0.5) * unit * size
-    norm, output_norm, m, zero = x.abs().sum(1), deviation(z, t), z.amax(1), torch.zeros_like(rounding)
-    relative = base + torch.expm1(2 * rounding / t) / (output_norm * t)
-    expected = {  # field: value, relative and absolute tolerance
+    norm, output_norm = torch.linalg.vector_norm(x, case.p, 1), deviation_norm(z, t, case.p) / t
+    m, zero, (entropy, squares, rest, kl) = z.amax(1), torch.zeros_like(rounding), information(z, t)
+    # The rounding of the logits changes each p_c by this relative amount.
+    noise = torch.expm1(2 * rounding / t)
+    relative = base + noise * torch.linalg.vector_norm(torch.softmax(z / t, 1), case.p, 1) / (output_norm * t)
+    expected = {  # field: value, relative and absolute tolerance, of the last four to first order in the noise
         "gradnorm": (norm * output_norm, relative, zero),
         "feature_norm": (norm, base + zero, zero),
         "output_norm": (output_norm, relative, zero),
         "max_logit": (m, base + zero, rounding),
-        "msp": (torch.softmax((z - m[:, None]) / t, 1).amax(1), base + torch.expm1(2 * rounding / t), zero),
+        "msp": (torch.softmax((z - m[:, None]) / t, 1).amax(1), base + noise, zero),
         "energy": (m + t * torch.logsumexp((z - m[:, None]) / t, 1), base + zero, rounding + base * t),
+        "entropy": (entropy, 2 * base + 2 * noise, zero),
+        "sum_squares": (squares, 2 * base + 4 * noise, zero),
+        "exgrad": (2 * norm * rest / t, 2 * base + 4 * noise, zero),
+        "kl_uniform": (kl, 2 * base + zero, output_norm * t * noise),
     }
     bad, problems, worst = ~expected["gradnorm"][0].isfinite(), [], 0.0
     for name, got in zip(FIELDS, scores.out.double(), strict=False):

@@ -1,0 +1,223 @@
+"""Rows of logits longer than a block of registers: deviation.py and information.py by reads of the row.
+
+Sums over classes have two levels: in one long sum of equal terms the rounding errors add up.
+"""
+
+import triton
+import triton.language as tl
+
+from .deviation import (
+    any_row,
+    centred_again,
+    finite_max,
+    first_at,
+    log_mean_exp,
+    needs_careful_form,
+    statistics_of_tile,
+)
+from .exponential import expm1
+from .information import information, information_terms
+from .norm import positive, power, scaled_root
+
+
+@triton.jit
+def load_logits(
+    Z, BIAS, first, C, width, live, stride_zc, stride_b,
+    HAS_BIAS: tl.constexpr, BLOCK_C: tl.constexpr, dtype,
+):  # fmt: skip
+    """Logits of the classes from `first` on of rows Z (B, 1), −inf beyond C; which are valid.  # -> 2 x (B, BLOCK_C)"""
+    classes = tl.arange(0, BLOCK_C)[None, :]
+    valid = classes < C - first
+    at = (first + classes).to(tl.int64)
+    readable = classes < width - first  # four at a time if the width is a multiple of 16
+    z = tl.load(Z + at * stride_zc, mask=live & readable, other=0.0).to(dtype)
+    if HAS_BIAS:
+        z += tl.load(BIAS + at * stride_b, mask=valid, other=0.0).to(dtype)
+    return tl.where(live & valid, z, float("-inf")), valid
+
+
+@triton.jit
+def merged(STATISTICS, rows, B, tiles, inv_temperature, BLOCK_B: tl.constexpr, TILES: tl.constexpr):
+    """m and S of whole rows from their tiles' values.  # STATISTICS (2, B, tiles), rows (BLOCK_B,) -> 2 x (BLOCK_B,)"""
+    at = STATISTICS + tl.where(rows < B, rows, 0)[:, None] * tiles
+    m = tl.full((BLOCK_B,), float("-inf"), tl.float32)
+    for j in range(0, tiles, TILES):
+        tile = j + tl.arange(0, TILES)[None, :]
+        m = tl.maximum(m, tl.max(tl.load(at + tile, mask=tile < tiles, other=float("-inf")), 1))
+    s = tl.zeros((BLOCK_B,), tl.float32)
+    for j in range(0, tiles, TILES):
+        tile = j + tl.arange(0, TILES)[None, :]
+        tile_m = tl.load(at + tile, mask=tile < tiles, other=float("-inf"))
+        tile_s = tl.load(at + tl.cast(B, tl.int64) * tiles + tile, mask=tile < tiles, other=0.0)
+        s += tl.sum(tile_s * tl.exp((tile_m - finite_max(m)[:, None]) * inv_temperature), 1)
+    return m, s
+
+
+@triton.jit
+def statistics_of_long_rows(
+    Z, BIAS, C, width, live, inv_temperature, stride_zc, stride_b,
+    HAS_BIAS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, dtype,
+):  # fmt: skip
+    """m and S, merged block by block.  # Z (B, 1) -> 2 x (B,)"""
+    m = tl.full((BLOCK_B,), float("-inf"), dtype)
+    s = tl.zeros((BLOCK_B,), dtype)
+    for c in tl.range(0, C, BLOCK_C, num_stages=STAGES):
+        z, _valid = load_logits(Z, BIAS, c, C, width, live, stride_zc, stride_b, HAS_BIAS, BLOCK_C, dtype)
+        block_m, block_s = statistics_of_tile(z, inv_temperature)
+        new = tl.maximum(m, block_m)
+        shift = finite_max(new)
+        s = s * tl.exp((m - shift) * inv_temperature) + block_s * tl.exp((block_m - shift) * inv_temperature)
+        m = new
+    return m, s
+
+
+@triton.jit
+def _sums(
+    Z, BIAS, centre, C, width, live, inv_temperature, stride_zc, stride_b,
+    CAREFUL: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+    dtype,
+):  # fmt: skip
+    """Σt and min t of rows longer than a block, t = exp((z − centre)/T), or expm1 of that if CAREFUL.
+
+    # Z (B, 1), centre (B,) -> 2 x (B,)
+    """
+    total = tl.zeros((BLOCK_B,), dtype)
+    lowest = tl.full((BLOCK_B,), float("inf"), dtype)
+    for start in range(0, C, 16 * BLOCK_C):
+        sums = tl.zeros((BLOCK_B, BLOCK_C), dtype)
+        minima = tl.full((BLOCK_B, BLOCK_C), float("inf"), dtype)
+        for c in tl.range(start, tl.minimum(start + 16 * BLOCK_C, C), BLOCK_C, num_stages=STAGES):
+            z, valid = load_logits(Z, BIAS, c, C, width, live, stride_zc, stride_b, HAS_BIAS, BLOCK_C, dtype)
+            d = (z - centre[:, None]) * inv_temperature
+            t = expm1(d) if CAREFUL else tl.exp(d)
+            sums += tl.where(valid, t, 0.0)
+            minima = tl.minimum(minima, tl.where(valid, t, float("inf")))
+        total += tl.sum(sums, 1)
+        lowest = tl.minimum(lowest, tl.min(minima, 1))
+    return total, lowest
+
+
+@triton.jit
+def _deviations(
+    Z, BIAS, m, centre, mean, unit, p, C, width, live, inv_temperature, stride_zc, stride_b,
+    CAREFUL: tl.constexpr, FIND: tl.constexpr, NORM: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, dtype,
+):  # fmt: skip
+    """‖u‖_p, Σ|u| and Σu of rows longer than a block, u = exp((z − centre)/T) − mean, with expm1 for exp if CAREFUL;
+    with FIND also the first class whose logit is m. For p = 1 the mean may be rounded: with δ = Σu, the norm of
+    u − δ/C is Σ|u| − δ·Σsign(u)/C. Powers are of |u|/unit.  # Z (B, 1), m, centre, mean, unit (B,) -> 4 x (B,)
+    """
+    classes = tl.arange(0, BLOCK_C)[None, :]
+    index = tl.full((BLOCK_B,), 2147483647, tl.int32)
+    total = tl.zeros((BLOCK_B,), dtype)
+    delta = tl.zeros((BLOCK_B,), dtype)
+    norm = tl.zeros((BLOCK_B,), dtype)  # at first Σsign(u), max|u| or Σ|u/unit|^p
+    for start in range(0, C, 16 * BLOCK_C):
+        totals = tl.zeros((BLOCK_B, BLOCK_C), dtype)
+        deltas = tl.zeros((BLOCK_B, BLOCK_C), dtype)
+        norms = tl.zeros((BLOCK_B, BLOCK_C), dtype)
+        for c in tl.range(start, tl.minimum(start + 16 * BLOCK_C, C), BLOCK_C, num_stages=STAGES):
+            z, valid = load_logits(Z, BIAS, c, C, width, live, stride_zc, stride_b, HAS_BIAS, BLOCK_C, dtype)
+            if FIND:
+                index = tl.minimum(index, first_at(z, m, c + classes))
+            d = (z - centre[:, None]) * inv_temperature
+            t = expm1(d) if CAREFUL else tl.exp(d)
+            u = tl.where(valid, t - mean[:, None], 0.0)
+            totals += tl.abs(u)
+            deltas += u
+            if NORM == 1:
+                norms += (tl.where(u > 0.0, 1.0, 0.0) - tl.where(u < 0.0, 1.0, 0.0)).to(dtype)
+            elif NORM == 0:
+                norms = tl.maximum(norms, tl.abs(u))
+            else:
+                norms += power(tl.abs(u) / unit[:, None], p, NORM)
+        total += tl.sum(totals, 1)
+        delta += tl.sum(deltas, 1)
+        norm = tl.maximum(norm, tl.max(norms, 1)) if NORM == 0 else norm + tl.sum(norms, 1)
+    if NORM == 1:
+        norm = total - delta * norm / C
+    if NORM > 1:
+        norm = scaled_root(unit, norm, p, NORM)
+    return norm, total, delta, index
+
+
+@triton.jit
+def deviation_of_long_rows(
+    Z, BIAS, m, s, C, width, live, inv_temperature, p, stride_zc, stride_b,
+    NORM: tl.constexpr, FIND: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, dtype,
+):  # fmt: skip
+    """S, ‖softmax(z/T) − 1/C‖_p, and with FIND the first class whose logit is m, from m and a rounded S = s.
+
+    # Z (B, 1), m, s (B,) -> 3 x (B,)
+    """
+    if NORM != 1:
+        s, _lowest = _sums(
+            Z, BIAS, finite_max(m), C, width, live, inv_temperature, stride_zc, stride_b,
+            False, HAS_BIAS, BLOCK_B, BLOCK_C, STAGES, dtype,
+        )  # fmt: skip
+    mean = s / C
+    unit = tl.maximum(1.0 - mean, 0.5 * mean)  # half of max|u| to four times that, where v >= 1/4
+    deviation, total, delta, index = _deviations(
+        Z, BIAS, m, finite_max(m), mean, unit, p, C, width, live, inv_temperature, stride_zc, stride_b,
+        False, FIND, NORM, HAS_BIAS, BLOCK_B, BLOCK_C, STAGES, dtype,
+    )  # fmt: skip
+    s += delta  # Σt again, without the rounding of the merges
+    deviation = deviation / s
+    small = needs_careful_form(deviation if NORM == 1 else total / s)
+    if any_row(small):
+        r = log_mean_exp(m, s, C, inv_temperature)
+        q, _lowest_q = _sums(
+            Z, BIAS, r, C, width, live, inv_temperature, stride_zc, stride_b,
+            True, HAS_BIAS, BLOCK_B, BLOCK_C, STAGES, dtype,
+        )  # fmt: skip
+        r = centred_again(r, q, C, inv_temperature)
+        q, lowest = _sums(
+            Z, BIAS, r, C, width, live, inv_temperature, stride_zc, stride_b,
+            True, HAS_BIAS, BLOCK_B, BLOCK_C, STAGES, dtype,
+        )  # fmt: skip
+        mean = q / C
+        unit = positive(tl.maximum(expm1((m - r) * inv_temperature) - mean, mean - lowest))  # max|u|
+        careful, _total, _delta, _index = _deviations(
+            Z, BIAS, m, r, mean, unit, p, C, width, live, inv_temperature, stride_zc, stride_b,
+            True, False, NORM, HAS_BIAS, BLOCK_B, BLOCK_C, STAGES, dtype,
+        )  # fmt: skip
+        deviation = tl.where(small, careful / (C + q), deviation)
+    return s, deviation, index
+
+
+@triton.jit
+def information_of_long_rows(
+    Z, BIAS, m, s, index, C, width, live, inv_temperature, stride_zc, stride_b,
+    HAS_BIAS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, dtype,
+):  # fmt: skip
+    """`information` of rows longer than a block.  # Z (B, 1), m, s, index (B,) -> 4 x (B,)"""
+    r = log_mean_exp(m, s, C, inv_temperature)
+    q, _lowest_q = _sums(
+        Z, BIAS, r, C, width, live, inv_temperature, stride_zc, stride_b,
+        True, HAS_BIAS, BLOCK_B, BLOCK_C, STAGES, dtype,
+    )  # fmt: skip
+    r = centred_again(r, q, C, inv_temperature)
+    classes = tl.arange(0, BLOCK_C)[None, :]
+    s = tl.zeros((BLOCK_B,), dtype)
+    squares = tl.zeros((BLOCK_B,), dtype)
+    products = tl.zeros((BLOCK_B,), dtype)
+    q = tl.zeros((BLOCK_B,), dtype)
+    excess = tl.zeros((BLOCK_B,), dtype)
+    for start in range(0, C, 16 * BLOCK_C):
+        zero = tl.zeros((BLOCK_B, BLOCK_C), dtype)
+        s_sums, square_sums, product_sums, q_sums, excess_sums = zero, zero, zero, zero, zero
+        for c in tl.range(start, tl.minimum(start + 16 * BLOCK_C, C), BLOCK_C, num_stages=STAGES):
+            z, valid = load_logits(Z, BIAS, c, C, width, live, stride_zc, stride_b, HAS_BIAS, BLOCK_C, dtype)
+            terms = information_terms(z, valid, c + classes, index, m, r, inv_temperature)
+            s_sums += terms[0]
+            square_sums += terms[1]
+            product_sums += terms[2]
+            q_sums += terms[3]
+            excess_sums += terms[4]
+        s += tl.sum(s_sums, 1)
+        squares += tl.sum(square_sums, 1)
+        products += tl.sum(product_sums, 1)
+        q += tl.sum(q_sums, 1)
+        excess += tl.sum(excess_sums, 1)
+    return information(s, squares, products, q, excess, C)
