@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ._backends import run, run_backward, run_token_statistics, run_token_statistics_backward, score_dtype
+from .kernels.problem import FIELDS
 
 _HEAD = (
     "Tensor features, Tensor? logits, Tensor? weight, Tensor? bias, Tensor? labels, str target, float p, "
@@ -37,7 +38,7 @@ for _name, _implementation in (
 @torch.library.register_fake("gradnorm_fast::scores", lib=_library)
 def _scores_fake(features, logits, *rest):  # type: ignore[no-untyped-def]
     batch, head = features.shape[0], rest[-1]
-    out = features.new_empty((6 if head else 1, batch), dtype=score_dtype(features, logits))
+    out = features.new_empty((len(FIELDS) if head else 1, batch), dtype=score_dtype(features, logits))
     return out, features.new_empty(batch if head else 0, dtype=torch.int64)
 
 

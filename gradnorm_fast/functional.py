@@ -13,6 +13,7 @@ from torch.utils import _pytree
 from . import _ops
 from ._backends import BACKENDS, check_differentiable, why_not_triton
 from ._targets import check_labels, check_p, check_target
+from .kernels.problem import FIELDS
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _REDUCTIONS = ("mean", "sum")
@@ -20,9 +21,10 @@ _FLOAT32_MAX = 3.4028234663852886e38
 
 
 class HeadScores(NamedTuple):
-    """Scores from one pass over the logits, each of shape features.shape[:-1]; larger = more in-distribution.
+    """Scores from one pass over the logits, each of shape features.shape[:-1]; larger = more in-distribution, except
+    that entropy and exgrad are larger for uncertain rows.
 
-    With T the temperature, x the features, z the logits, p = softmax(z/T):
+    With T the temperature, x the features, z the logits, C classes, p = softmax(z/T), and natural logarithms:
     """
 
     gradnorm: Tensor  #: feature_norm·output_norm, or (feature_norm + 1)·output_norm with the bias's gradient
@@ -32,6 +34,11 @@ class HeadScores(NamedTuple):
     max_logit: Tensor  #: max z (Hendrycks et al., ICML 2022)
     msp: Tensor  #: max p (Hendrycks & Gimpel, ICLR 2017)
     energy: Tensor  #: T·logsumexp(z/T) (Liu et al., NeurIPS 2020)
+    entropy: Tensor  #: −Σ_c p_c log p_c, in nats (Shannon 1948)
+    sum_squares: Tensor  #: Σ_c p_c², 1 minus the Gini impurity: the score of DOCTOR (Granese et al., NeurIPS 2021)
+    exgrad: Tensor  #: 2‖x‖₁(1 − Σp²)/T, or with ‖x‖₁ + 1 in ‖x‖₁'s place with the bias's gradient: the mean over labels
+    #: y drawn from p of ‖∂ log p_y/∂W‖₁ (Igoe et al. 2022)
+    kl_uniform: Tensor  #: KL(uniform ‖ p), the loss whose gradient GradNorm takes; inf if a class is masked
 
 
 class TokenStatistics(NamedTuple):
@@ -125,7 +132,7 @@ def head_scores(
     """GradNorm, its two factors, and the usual baselines from the same single pass over the logits.
 
     Takes and raises what `fast_gradnorm` does. Where GradNorm fails, feature_norm and output_norm show which factor is
-    at fault. Every field but prediction is differentiable.
+    at fault. Every field but prediction is differentiable. A row whose gradnorm is NaN is NaN in every other field too.
 
     Examples:
         >>> features, weight = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.eye(2)
@@ -141,8 +148,8 @@ def head_scores(
     out, prediction = _ops.scores(
         _rows(features), None, weight, bias, None, "uniform", 1.0, temperature, reduction, include_bias, backend, True
     )
-    gradnorm, feature_norm, output_norm, max_logit, msp, energy = (_shaped(row, features) for row in out.unbind(0))
-    return HeadScores(gradnorm, feature_norm, output_norm, _shaped(prediction, features), max_logit, msp, energy)
+    fields = dict(zip(FIELDS, (_shaped(row, features) for row in out.unbind(0)), strict=True))
+    return HeadScores(prediction=_shaped(prediction, features), **fields)
 
 
 def gradnorm_from_logits(

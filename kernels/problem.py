@@ -7,7 +7,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 IGNORE = -100  #: the label of a row without a target, as in torch.nn.functional.cross_entropy
-FIELDS = ("gradnorm", "feature_norm", "output_norm", "max_logit", "msp", "energy")  #: the rows of `Scores.out`
+FIELDS = (  #: the rows of `Scores.out`
+    "gradnorm", "feature_norm", "output_norm", "max_logit", "msp", "energy",
+    "entropy", "sum_squares", "exgrad", "kl_uniform",
+)  # fmt: skip
 
 
 class Problem(NamedTuple):
@@ -44,8 +47,8 @@ class Problem(NamedTuple):
 class Scores(NamedTuple):
     """The tensors that receive the results."""
 
-    out: Tensor  #: (1, B): gradnorm only; or (6, B): FIELDS. float32, or float64 for float64 input
-    prediction: Tensor | None  #: (B,) int64, with (6, B) only
+    out: Tensor  #: (1, B): gradnorm only; or (len(FIELDS), B). float32, or float64 for float64 input
+    prediction: Tensor | None  #: (B,) int64, with all FIELDS only
 
     def rows(self, start: int, stop: int) -> Scores:
         if start == 0 and stop >= self.out.shape[1]:
