@@ -3,7 +3,7 @@
 import itertools
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -106,3 +106,11 @@ def hard_logits(classes: int, rows: int = 2) -> Iterator[tuple[str, Tensor, floa
         tied = normal.clone()
         tied[:, -2:] = 5.0
         yield "ties", tied, 1.0
+
+
+def by_temperature(cases: Iterable[tuple[str, Tensor, float]]) -> Iterator[tuple[float, tuple[str, ...], Tensor]]:
+    """(temperature, names, logits (n, C)) of all rows that have this temperature."""
+    cases = list(cases)
+    for temperature in {t for _, _, t in cases}:
+        names, logits = zip(*((name, z) for name, z, t in cases if t == temperature), strict=True)
+        yield temperature, names, torch.cat(logits)

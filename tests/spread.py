@@ -18,8 +18,9 @@ class Truth(NamedTuple):
 def spread(logits: Tensor, temperature: float) -> Truth:
     """In float64, from ε = 1 − max p, as log odds, and the other classes' own softmax p̃; (n,) each.
 
-    entropy = H(ε) + ε·H(p̃) with H(ε) the binary entropy, and 1 − Σp² = ε(2 − ε(1 + Σp̃²)). The KL divergence is the log
-    mean exp of the logits about their mean; exp h − 1 − h is 2 sinh²(h/2) and the series of sinh h − h where h is small.
+    entropy = H(ε) + ε·H(p̃) with H(ε) the binary entropy, and 1 − Σp² = ε(2 − ε(1 + Σp̃²)). The KL divergence is the
+    log mean exp of the logits about their mean; where h is small, exp h − 1 − h is 2 sinh²(h/2) and the series of
+    sinh h − h.
     """
     z = logits.double()
     top = z.argmax(1, keepdim=True)
