@@ -96,11 +96,11 @@ def backward(grad: Tensor, problem: Problem, needed: list[bool]) -> tuple[Tensor
         p, (u, t) = d.exp(), deviations(d)
         p.div_(t)
         if head:
-            w = u / t
-            further.mul_(p).mul_(g[6]).addcmul_(w, g[9])
+            deviation = u / t
+            further.mul_(p).mul_(g[6]).addcmul_(deviation, g[9])
             of_squares = 2.0 * g[7] - 4.0 * g[8] * norm * inv_temperature
-            further.addcmul_(_slope_of_squares(p, w, row_norm(w.clone(), 2.0)), of_squares)
-            del w
+            further.addcmul_(_slope_of_squares(p, deviation, row_norm(deviation.clone(), 2.0)), of_squares)
+            del deviation
         v, dz = (_derivatives if problem.p == 1.0 else _derivatives_of_l2)(p, u, t)
         grad_norm = g[0] * v * problem.scale * inv_temperature
         grad_output = g[0] * norm

@@ -169,9 +169,9 @@ def _score(problem: Problem, z: Tensor, scores: Scores) -> None:
         return
     norm = columns[:, 1:2]
     poison = (norm + v).mul_(0.0)  # if the score is NaN, so are all other fields
-    with_one = norm + problem.bias_norm
-    exgrad = spread.gini * with_one * (2.0 * inv_temperature)
-    fields = [with_one * v, norm, v, m, t.reciprocal(), m + t.log() / inv_temperature]
+    augmented = norm + problem.bias_norm
+    exgrad = spread.gini * augmented * (2.0 * inv_temperature)
+    fields = [augmented * v, norm, v, m, t.reciprocal(), m + t.log() / inv_temperature]
     fields += [spread.entropy, spread.sum_squares, exgrad, spread.kl_uniform]
     torch.add(torch.cat(fields, 1), poison, out=columns)
     prediction.copy_(torch.where(poison == 0.0, top, 0)[:, 0])

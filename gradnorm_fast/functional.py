@@ -24,10 +24,11 @@ class HeadScores(NamedTuple):
     """Scores from one pass over the logits, each of shape features.shape[:-1]; larger = more in-distribution, except
     that entropy and exgrad are larger for uncertain rows.
 
-    With T the temperature, x the features, z the logits, C classes, p = softmax(z/T), and natural logarithms:
+    With T the temperature, x the features, z the logits, C classes, p = softmax(z/T), and natural logarithms. Where the
+    bias's gradient is included, ‖x‖₁ + 1 takes the place of ‖x‖₁ in gradnorm and exgrad.
     """
 
-    gradnorm: Tensor  #: feature_norm·output_norm, or (feature_norm + 1)·output_norm with the bias's gradient
+    gradnorm: Tensor  #: feature_norm·output_norm
     feature_norm: Tensor  #: ‖x‖₁
     output_norm: Tensor  #: Σ_c |p_c − 1/C|/T, times C with reduction="sum"
     prediction: Tensor  #: argmax of z, int64; the lowest class on ties, 0 in a row whose scores are NaN
@@ -36,8 +37,7 @@ class HeadScores(NamedTuple):
     energy: Tensor  #: T·logsumexp(z/T) (Liu et al., NeurIPS 2020)
     entropy: Tensor  #: −Σ_c p_c log p_c, in nats (Shannon 1948)
     sum_squares: Tensor  #: Σ_c p_c², 1 minus the Gini impurity: the score of DOCTOR (Granese et al., NeurIPS 2021)
-    exgrad: Tensor  #: 2‖x‖₁(1 − Σp²)/T, or with ‖x‖₁ + 1 in ‖x‖₁'s place with the bias's gradient: the mean over labels
-    #: y drawn from p of ‖∂ log p_y/∂W‖₁ (Igoe et al. 2022)
+    exgrad: Tensor  #: 2‖x‖₁(1 − Σp²)/T: the mean of ‖∂ log p_y/∂W‖₁ over y drawn from p (Igoe et al. 2022)
     kl_uniform: Tensor  #: KL(uniform ‖ p), the loss whose gradient GradNorm takes; inf if a class is masked
 
 
@@ -132,7 +132,8 @@ def head_scores(
     """GradNorm, its two factors, and the usual baselines from the same single pass over the logits.
 
     Takes and raises what `fast_gradnorm` does. Where GradNorm fails, feature_norm and output_norm show which factor is
-    at fault. Every field but prediction is differentiable. A row whose gradnorm is NaN is NaN in every other field too.
+    at fault. Every field but prediction is differentiable. Where gradnorm is NaN, so are the other fields, and
+    prediction is 0.
 
     Examples:
         >>> features, weight = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.eye(2)
