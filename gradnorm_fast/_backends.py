@@ -81,7 +81,7 @@ def _by_kernel(problem: Problem, backend: str) -> bool:
     return not reason
 
 
-def _on_cpu_without_float64(call: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+def on_cpu_without_float64(call: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
     """Apple's GPUs have no float64, which the torch path computes in: there, copy to the CPU and back."""
 
     @wraps(call)
@@ -94,7 +94,7 @@ def _on_cpu_without_float64(call: Callable[..., tuple[Tensor, ...]]) -> Callable
     return wrapped
 
 
-@_on_cpu_without_float64
+@on_cpu_without_float64
 def run(
     features: Tensor,
     logits: Tensor | None,
@@ -112,7 +112,7 @@ def run(
     """Scores of features (B, D) from logits (B, C), or from weight (C, D) and bias (C,).
 
     target: "uniform", "predicted", or "labels", which are labels (B,). Returns out (1, B) and an empty tensor, or with
-    head out (6, B), the rows problem.FIELDS, and prediction (B,). ValueError for labels of classes that do not exist,
+    head out (len(FIELDS), B) and prediction (B,). ValueError for labels of classes that do not exist,
     on a CPU, and for a problem that no kernel takes where the backend is "triton".
     """
     problem = _problem(features, logits, weight, bias, labels, target, p, temperature, reduction, include_bias)
@@ -136,7 +136,7 @@ def run(
     return out, prediction
 
 
-@_on_cpu_without_float64
+@on_cpu_without_float64
 def run_backward(
     grad: Tensor,
     features: Tensor,
@@ -165,7 +165,7 @@ def check_differentiable(p: float) -> None:
         raise NotImplementedError(f"p: gradients are implemented for p = 1 and p = 2, got p = {p:g}; detach the inputs")
 
 
-@_on_cpu_without_float64
+@on_cpu_without_float64
 def run_token_statistics(
     features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, temperature: float, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -188,7 +188,7 @@ def run_token_statistics(
     return out[:2].clone(), out[2:].clone()
 
 
-@_on_cpu_without_float64
+@on_cpu_without_float64
 def run_token_statistics_backward(
     grad: Tensor,
     features: Tensor,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ._torch_spread import BUFFERS, spread_of
 from .kernels.problem import Problem, Scores, copies
 
 MIB = 2**20
@@ -33,6 +34,8 @@ CPU, GPU = Budget(22 * MIB, 4 * MIB, 4 * MIB), Budget(1792 * MIB, 256 * MIB, 256
 # are transposed in memory. The passes over 10 classes take 1.5 times as long if the classes of a row are contiguous.
 FEW = 128
 NARROW = 16
+FEWEST = 64  # count a row as at least this many classes: its sums or fields take as much memory
+FLOOR = -1000.0  # replaces −inf, which times 0 is NaN; its exp is 0 too
 
 
 def budget_of(device: torch.device) -> Budget:
@@ -148,24 +151,30 @@ def _score(problem: Problem, z: Tensor, scores: Scores) -> None:
     """Write the scores of rows with logits z. Their feature norms must be in `scores` already."""
     out, prediction = scores
     inv_temperature = 1.0 / problem.temperature
-    u, t = deviations(shifted(z, inv_temperature))
+    d = shifted(z, inv_temperature)
+    if prediction is not None:
+        m, top = z.max(1, keepdim=True)
+        spread = spread_of(d, top, budget_of(d.device).piece // (BUFFERS * d.itemsize))
+    u, t = deviations(d)
     v = row_norm(u, problem.p).div_(t)
     for factor in (problem.scale, inv_temperature):  # in this order, or 0·inf gives NaN
         if factor != 1.0:
             v.mul_(factor)
     v = v.to(out.dtype)
-    columns = out.t()  # (R, 1) or (R, 6)
+    columns = out.t()  # (R, 1) or (R, fields)
     if prediction is None:
         if problem.bias_norm:
             columns.copy_(with_bias(columns, problem.bias_norm, problem.p))
         columns.mul_(v)
         return
-    m, index = z.max(1, keepdim=True)
     norm = columns[:, 1:2]
     poison = (norm + v).mul_(0.0)  # if the score is NaN, so are all other fields
-    fields = [(norm + problem.bias_norm) * v, norm, v, m, t.reciprocal(), m + t.log() / inv_temperature]
+    augmented = norm + problem.bias_norm
+    exgrad = spread.gini * augmented * (2.0 * inv_temperature)
+    fields = [augmented * v, norm, v, m, t.reciprocal(), m + t.log() / inv_temperature]
+    fields += [spread.entropy, spread.sum_squares, exgrad, spread.kl_uniform]
     torch.add(torch.cat(fields, 1), poison, out=columns)
-    prediction.copy_(torch.where(poison == 0.0, index, 0)[:, 0])
+    prediction.copy_(torch.where(poison == 0.0, top, 0)[:, 0])
 
 
 def forward(problem: Problem, scores: Scores) -> None:
@@ -176,6 +185,8 @@ def forward(problem: Problem, scores: Scores) -> None:
     wide = problem.classes * torch.float64.itemsize
     piece = max(budget.piece, wide)
     step, rows = rows_at_once(problem, out.dtype, budget.chunk - piece - budget.piece), piece // wide
+    if scores.prediction is not None:  # more buffers in the same memory, and columns of fields
+        rows = max(1, 2 * budget.piece // (BUFFERS * max(wide, FEWEST * torch.float64.itemsize)))
     for i in range(0, batch, step):
         chunk, targets = problem.rows(i, i + step), scores.rows(i, i + step)
         z = logits_of(chunk, out.dtype)

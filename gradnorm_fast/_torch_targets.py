@@ -21,12 +21,21 @@ from torch import Tensor
 
 from ._targets import IGNORE
 from ._torch_backward import norm_gradient
-from ._torch_forward import budget_of, converted, feature_norms, logits_of, part, row_norm, usable, with_bias
+from ._torch_forward import (
+    FEWEST,
+    FLOOR,
+    budget_of,
+    converted,
+    feature_norms,
+    logits_of,
+    part,
+    row_norm,
+    usable,
+    with_bias,
+)
 from .kernels.problem import Problem, Scores
 
 BUFFERS = 4  # live at once, each the size of a tile
-FEWEST = 64  # count a row as at least this many classes: its sums take as much memory
-FLOOR = -1000.0  # replaces −inf, which times 0 is NaN; its exp is 0 too
 
 
 class Others(NamedTuple):

@@ -1,7 +1,7 @@
 """How well a score tells in-distribution (ID) inputs from out-of-distribution (OOD) ones.
 
-Every function takes one score per sample, larger meaning more in-distribution, as `fast_gradnorm` and every
-field of `head_scores` but `prediction` give it.
+Every function takes one score per sample, larger meaning more in-distribution, as `fast_gradnorm` and the fields of
+`head_scores` give it, but for `prediction`, and for `entropy` and `exgrad`, which have to be negated.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ ScoresLike: TypeAlias = torch.Tensor | npt.NDArray[Any] | Sequence[float]
 _EXTRA = 'pip install "gradnorm_fast[eval]"'
 
 
-METHODS = {
+METHODS = {  # and their fields of HeadScores
     "GradNorm": "gradnorm",
     "MSP": "msp",
     "MaxLogit": "max_logit",
     "Energy": "energy",
     "feature norm": "feature_norm",
 }
+# Where they are asked for. SumSquares is DOCTOR (Granese et al., NeurIPS 2021), 1 minus the Gini impurity.
+MORE_METHODS = {"Entropy": "entropy", "SumSquares": "sum_squares", "ExGrad": "exgrad", "KL": "kl_uniform"}
+UNCERTAINTIES = ("entropy", "exgrad")  # fields of HeadScores that are smaller for ID samples: negated
 # Whose numbers `evaluate` can return: the official GradNorm code (commit 18d5d33), OpenOOD v1.5 (commit 3c35632),
 # pytorch-ood 0.4.0, and pytorch-ood 0.3, which computed its metrics with torchmetrics.
 CONVENTIONS = ("official", "openood", "pytorch_ood", "pytorch_ood_0.3")
@@ -122,32 +125,72 @@ def evaluate(
     return result
 
 
-def compare_methods(id_scores: HeadScores, ood_scores: Mapping[str, HeadScores], **options: Any) -> Results:
-    """`compare` for GradNorm and the baselines of the same pass (METHODS).
+def compare_methods(
+    id_scores: HeadScores,
+    ood_scores: Mapping[str, HeadScores],
+    *,
+    methods: Sequence[str] | None = None,
+    **options: Any,
+) -> Results:
+    """`compare` for GradNorm and the baselines of the same pass.
 
-    TypeError for what are not `HeadScores`.
+    Args:
+        id_scores: of the in-distribution samples, fields of shape (n_id,).
+        ood_scores: by the name of the OOD set, fields of shape (n_ood,).
+        methods: names from METHODS and MORE_METHODS, in the order of the results; None: all of METHODS.
+        options: of `evaluate`.
+
+    Raises:
+        TypeError: what are not `HeadScores`.
+        ValueError: an unknown method, or none; as `evaluate`, such as for the KL divergence of a head with masked
+            classes, which is infinite.
 
     Examples:
         >>> inside, outside = detector.head_scores_loader(id_loader), detector.head_scores_loader(ood_loader)
         >>> results = compare_methods(inside, {"places": outside})
         >>> auroc = results["places"]["GradNorm"]["auroc"]
+        >>> list(compare_methods(inside, {"places": outside}, methods=["Entropy", "KL"])["places"])
+        ['Entropy', 'KL']
     """
+    fields = fields_of(methods).values()
     if not isinstance(ood_scores, Mapping):
         raise TypeError(f"ood_scores: expected HeadScores by name, got {type(ood_scores).__name__}")
     for name, scores in {"id_scores": id_scores, **{f"ood_scores[{n!r}]": s for n, s in ood_scores.items()}}.items():
-        if any(not hasattr(scores, field) for field in METHODS.values()):
+        if any(not hasattr(scores, field) for field in fields):
             raise TypeError(f"{name}: expected HeadScores, as head_scores returns them, got {type(scores).__name__}")
-    return compare(by_method(id_scores), {name: by_method(scores) for name, scores in ood_scores.items()}, **options)
+    outside = {name: by_method(scores, methods) for name, scores in ood_scores.items()}
+    return compare(by_method(id_scores, methods), outside, **options)
 
 
-def by_method(scores: HeadScores) -> dict[str, torch.Tensor]:
-    """The score of each of METHODS.
+def by_method(scores: HeadScores, methods: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+    """The score of each method, larger = more in-distribution; methods and errors as in `compare_methods`.
 
     Examples:
         >>> list(by_method(id_scores))
         ['GradNorm', 'MSP', 'MaxLogit', 'Energy', 'feature norm']
+        >>> torch.equal(by_method(id_scores, ["Entropy"])["Entropy"], -id_scores.entropy)
+        True
     """
-    return {method: getattr(scores, field) for method, field in METHODS.items()}
+    return {
+        method: -getattr(scores, field) if field in UNCERTAINTIES else getattr(scores, field)
+        for method, field in fields_of(methods).items()
+    }
+
+
+def fields_of(methods: Sequence[str] | None) -> dict[str, str]:
+    """The field of `HeadScores` of each method; methods and errors as in `compare_methods`.
+
+    Examples:
+        >>> fields_of(["GradNorm", "KL"])
+        {'GradNorm': 'gradnorm', 'KL': 'kl_uniform'}
+    """
+    known = METHODS | MORE_METHODS
+    if methods is None:
+        return METHODS
+    wrong = [methods] if isinstance(methods, str) or not methods else [m for m in methods if m not in known]
+    if wrong:
+        raise ValueError(f"methods: expected a list of {', '.join(known)}, got {wrong[0]!r}")
+    return {method: known[method] for method in methods}
 
 
 def compare(

@@ -13,6 +13,7 @@ from torch.utils import _pytree
 from . import _ops
 from ._backends import BACKENDS, check_differentiable, why_not_triton
 from ._targets import check_labels, check_p, check_target
+from .kernels.problem import FIELDS
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _REDUCTIONS = ("mean", "sum")
@@ -20,18 +21,24 @@ _FLOAT32_MAX = 3.4028234663852886e38
 
 
 class HeadScores(NamedTuple):
-    """Scores from one pass over the logits, each of shape features.shape[:-1]; larger = more in-distribution.
+    """Scores from one pass over the logits, each of shape features.shape[:-1]; larger = more in-distribution, except
+    that entropy and exgrad are larger for uncertain rows.
 
-    With T the temperature, x the features, z the logits, p = softmax(z/T):
+    With T the temperature, x the features, z the logits, C classes, p = softmax(z/T), and natural logarithms. Where the
+    bias's gradient is included, ‖x‖₁ + 1 takes the place of ‖x‖₁ in gradnorm and exgrad.
     """
 
-    gradnorm: Tensor  #: feature_norm·output_norm, or (feature_norm + 1)·output_norm with the bias's gradient
+    gradnorm: Tensor  #: feature_norm·output_norm
     feature_norm: Tensor  #: ‖x‖₁
     output_norm: Tensor  #: Σ_c |p_c − 1/C|/T, times C with reduction="sum"
     prediction: Tensor  #: argmax of z, int64; the lowest class on ties, 0 in a row whose scores are NaN
     max_logit: Tensor  #: max z (Hendrycks et al., ICML 2022)
     msp: Tensor  #: max p (Hendrycks & Gimpel, ICLR 2017)
     energy: Tensor  #: T·logsumexp(z/T) (Liu et al., NeurIPS 2020)
+    entropy: Tensor  #: −Σ_c p_c log p_c, in nats (Shannon 1948)
+    sum_squares: Tensor  #: Σ_c p_c², 1 minus the Gini impurity: the score of DOCTOR (Granese et al., NeurIPS 2021)
+    exgrad: Tensor  #: 2‖x‖₁(1 − Σp²)/T: the mean of ‖∂ log p_y/∂W‖₁ over y drawn from p (Igoe et al. 2022)
+    kl_uniform: Tensor  #: KL(uniform ‖ p), the loss whose gradient GradNorm takes; inf if a class is masked
 
 
 class TokenStatistics(NamedTuple):
@@ -125,7 +132,8 @@ def head_scores(
     """GradNorm, its two factors, and the usual baselines from the same single pass over the logits.
 
     Takes and raises what `fast_gradnorm` does. Where GradNorm fails, feature_norm and output_norm show which factor is
-    at fault. Every field but prediction is differentiable.
+    at fault. Every field but prediction is differentiable. Where gradnorm is NaN, so are the other fields, and
+    prediction is 0.
 
     Examples:
         >>> features, weight = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.eye(2)
@@ -141,8 +149,8 @@ def head_scores(
     out, prediction = _ops.scores(
         _rows(features), None, weight, bias, None, "uniform", 1.0, temperature, reduction, include_bias, backend, True
     )
-    gradnorm, feature_norm, output_norm, max_logit, msp, energy = (_shaped(row, features) for row in out.unbind(0))
-    return HeadScores(gradnorm, feature_norm, output_norm, _shaped(prediction, features), max_logit, msp, energy)
+    fields = dict(zip(FIELDS, (_shaped(row, features) for row in out.unbind(0)), strict=True))
+    return HeadScores(prediction=_shaped(prediction, features), **fields)
 
 
 def gradnorm_from_logits(

@@ -17,8 +17,7 @@ import numpy.typing as npt
 import torch
 
 from ._files import replacing
-from .evaluation import METHODS, Results, compare_methods, plot_roc, plot_scores
-from .functional import HeadScores
+from .evaluation import METHODS, MORE_METHODS, UNCERTAINTIES, Results, compare, plot_roc, plot_scores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,9 +77,10 @@ def write_report(
     Args:
         path: where to write; ends in .html. An existing file is replaced, whole or not at all.
         sets: by name. One set: images of any kind. Several: the first is in-distribution, the others are OOD.
-        score: the field of `HeadScores` that is reported, larger = more in-distribution.
+        score: the field of `HeadScores` that is reported, larger = more in-distribution: neither entropy nor exgrad.
         threshold: images with a score below it are marked as OOD.
-        results: of `compare_methods`, for the table. None: computed, where each set has every field of `HeadScores`.
+        results: of `compare_methods`, for the table. None: computed, where each set has the fields of METHODS in
+            `gradnorm_fast.evaluation`.
         classes: names of the classes, to be shown in place of their numbers.
         details: what the reader should know of the run, as the model, by name.
         read_image: name to PIL image, for the gallery. None: the file of that name. An image that cannot be read has
@@ -102,6 +102,8 @@ def write_report(
         raise TypeError(f"sets: expected a mapping from names to ScoredImages, got {type(sets).__name__}")
     if not sets:
         raise ValueError("sets: expected at least one named set of images, got an empty mapping")
+    if score in UNCERTAINTIES:
+        raise ValueError(f"score: expected one that is larger for in-distribution images, {score} is smaller")
     if isinstance(gallery, bool) or not isinstance(gallery, int) or gallery < 0:
         raise ValueError(f"gallery: expected a count, got {gallery!r}")
     if threshold is not None and (not isinstance(threshold, Real) or math.isnan(threshold)):
@@ -176,13 +178,12 @@ def _array(values: Any) -> npt.NDArray[Any]:
 
 
 def _results(tables: dict[str, _Table]) -> Results | None:
-    if any(set(HeadScores._fields) - table.values.keys() for table in tables.values()):
+    if any(set(METHODS.values()) - table.values.keys() for table in tables.values()):
         return None
-    finite = [
-        HeadScores(**{f: torch.from_numpy(np.ascontiguousarray(t.values[f][t.ranking])) for f in HeadScores._fields})
-        for t in tables.values()
-    ]
-    return compare_methods(finite[0], dict(zip(list(tables)[1:], finite[1:], strict=True)))
+    inside, *outside = (
+        {method: table.values[field][table.ranking] for method, field in METHODS.items()} for table in tables.values()
+    )
+    return compare(inside, dict(zip(list(tables)[1:], outside, strict=True)))
 
 
 # The page
@@ -207,7 +208,7 @@ def _overview(tables: dict[str, _Table], score: str, threshold: float | None, de
 
 
 def _results_table(results: Results) -> str:
-    methods = [m for m in METHODS if all(m in of_set for of_set in results.values())]
+    methods = [m for m in METHODS | MORE_METHODS if all(m in of_set for of_set in results.values())]
     fpr95 = next(k for k in ("fpr95", "fpr95_id_positive") if k in next(iter(results.values()))[methods[0]])
     columns = [[of_set[m][key] for m in methods] for of_set in results.values() for key in (fpr95, "auroc")]
     best = [(max if i % 2 else min)(column) for i, column in enumerate(columns)]

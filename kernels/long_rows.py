@@ -1,4 +1,4 @@
-"""Rows of logits longer than a block of registers: deviation.py and information.py by reads of the row.
+"""Rows of logits longer than a block of registers: deviation.py and spread.py by reads of the row.
 
 Sums over classes have two levels: in one long sum of equal terms the rounding errors add up.
 """
@@ -16,8 +16,8 @@ from .deviation import (
     statistics_of_tile,
 )
 from .exponential import expm1
-from .information import information, information_terms
 from .norm import positive, power, scaled_root
+from .spread import spread, spread_terms
 
 
 @triton.jit
@@ -187,11 +187,11 @@ def deviation_of_long_rows(
 
 
 @triton.jit
-def information_of_long_rows(
+def spread_of_long_rows(
     Z, BIAS, m, s, index, C, width, live, inv_temperature, stride_zc, stride_b,
     HAS_BIAS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, dtype,
 ):  # fmt: skip
-    """`information` of rows longer than a block.  # Z (B, 1), m, s, index (B,) -> 4 x (B,)"""
+    """`spread` of rows longer than a block.  # Z (B, 1), m, s, index (B,) -> 4 x (B,)"""
     r = log_mean_exp(m, s, C, inv_temperature)
     q, _lowest_q = _sums(
         Z, BIAS, r, C, width, live, inv_temperature, stride_zc, stride_b,
@@ -209,7 +209,7 @@ def information_of_long_rows(
         s_sums, square_sums, product_sums, q_sums, excess_sums = zero, zero, zero, zero, zero
         for c in tl.range(start, tl.minimum(start + 16 * BLOCK_C, C), BLOCK_C, num_stages=STAGES):
             z, valid = load_logits(Z, BIAS, c, C, width, live, stride_zc, stride_b, HAS_BIAS, BLOCK_C, dtype)
-            terms = information_terms(z, valid, c + classes, index, m, r, inv_temperature)
+            terms = spread_terms(z, valid, c + classes, index, m, r, inv_temperature)
             s_sums += terms[0]
             square_sums += terms[1]
             product_sums += terms[2]
@@ -220,4 +220,4 @@ def information_of_long_rows(
         products += tl.sum(product_sums, 1)
         q += tl.sum(q_sums, 1)
         excess += tl.sum(excess_sums, 1)
-    return information(s, squares, products, q, excess, C)
+    return spread(s, squares, products, q, excess, C)

@@ -16,11 +16,11 @@ import triton.language as tl
 from .config import ANY, Config, Line, Table, cdiv, choose, for_vector
 from .deviation import deviation_of_rows
 from .device import TRITON, architecture, asynchronous_products, dot_precision, tuned_as, upcast, vector
-from .information import information_of_rows
 from .launch import launch
 from .norm import compiled, norm_in_memory
 from .output import store_scores
 from .problem import Problem, Scores
+from .spread import spread_of_rows
 from .tile import logits_tile
 
 MAX_CLASSES = 256
@@ -87,10 +87,10 @@ def one_tile_kernel(
     valid = (classes < C)[None, :]
     z = tl.where((rows < B)[:, None] & valid, z, float("-inf"))  # rows beyond B must not trigger the careful form
     m, s, deviation = deviation_of_rows(z, valid, C, p, inv_temperature, NORM)
-    index, entropy, sum_squares, rest, kl = information_of_rows(z, valid, m, s, C, inv_temperature, ALL_FIELDS)
+    index, entropy, sum_squares, gini, kl = spread_of_rows(z, valid, m, s, C, inv_temperature, ALL_FIELDS)
     store_scores(
         OUT, PREDICTION, rows, B, stride_o,
-        norm, deviation, m, index, s, entropy, sum_squares, rest, kl,
+        norm, deviation, m, index, s, entropy, sum_squares, gini, kl,
         inv_temperature, scale, bias_norm, p,
         NORM, ALL_FIELDS,
     )  # fmt: skip

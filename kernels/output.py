@@ -9,14 +9,14 @@ from .norm import with_bias
 @triton.jit
 def store_scores(
     OUT, PREDICTION, rows, B, stride_o,
-    norm, deviation, m, index, s, entropy, sum_squares, rest, kl,
+    norm, deviation, m, index, s, entropy, sum_squares, gini, kl,
     inv_temperature, scale, bias_norm, p,
     NORM: tl.constexpr, ALL_FIELDS: tl.constexpr,
 ):  # fmt: skip
     """Write the score ‖(x, bias_norm)‖_p·‖p − 1/C‖_p·scale/T of each row, and with ALL_FIELDS the other statistics.
 
     OUT: (1, B), or with ALL_FIELDS the rows `problem.FIELDS`; PREDICTION: (B,), with ALL_FIELDS, where NORM is 1.
-    norm, deviation: ‖x‖_p and ‖p − 1/C‖_p; m, index, s: max z, its class and Σ exp((z − m)/T); rest: 1 − Σp²; kl:
+    norm, deviation: ‖x‖_p and ‖p − 1/C‖_p; m, index, s: max z, its class and Σ exp((z − m)/T); gini: 1 − Σp²; kl:
     KL(uniform ‖ p); each (BLOCK_B,).
     """
     live = rows < B
@@ -42,7 +42,7 @@ def store_scores(
         out += stride_o
         tl.store(out, sum_squares + poison, mask=live)
         out += stride_o
-        tl.store(out, 2.0 * whole_norm * (rest * inv_temperature) + poison, mask=live)
+        tl.store(out, 2.0 * whole_norm * (gini * inv_temperature) + poison, mask=live)
         out += stride_o
         tl.store(out, kl + poison, mask=live)
         tl.store(PREDICTION + rows, tl.where(poison == 0.0, index, 0).to(tl.int64), mask=live)

@@ -7,8 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 IGNORE = -100  #: the label of a row without a target, as in torch.nn.functional.cross_entropy
-#: the rows of `Scores.out`
-FIELDS = (
+FIELDS = (  #: the rows of `Scores.out`
     "gradnorm", "feature_norm", "output_norm", "max_logit", "msp", "energy",
     "entropy", "sum_squares", "exgrad", "kl_uniform",
 )  # fmt: skip
@@ -49,7 +48,7 @@ class Scores(NamedTuple):
     """The tensors that receive the results."""
 
     out: Tensor  #: (1, B): gradnorm only; or (len(FIELDS), B). float32, or float64 for float64 input
-    prediction: Tensor | None  #: (B,) int64, with all fields only
+    prediction: Tensor | None  #: (B,) int64, with all FIELDS only
 
     def rows(self, start: int, stop: int) -> Scores:
         if start == 0 and stop >= self.out.shape[1]:

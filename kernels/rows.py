@@ -21,18 +21,18 @@ import triton.language as tl
 from .config import ANY, Config, Line, Table, cdiv, choose
 from .deviation import deviation_of_rows
 from .device import architecture, vector
-from .information import information_of_rows
 from .launch import launch
 from .long_rows import (
     deviation_of_long_rows,
-    information_of_long_rows,
     load_logits,
     merged,
+    spread_of_long_rows,
     statistics_of_long_rows,
 )
 from .norm import compiled, norm_in_memory
 from .output import store_scores
 from .problem import Problem, Scores
+from .spread import spread_of_rows
 
 MAX_RESIDENT = 8192
 TILES = 256  # class tiles whose statistics are read at once
@@ -80,7 +80,7 @@ def rows_kernel(
                 z_slice = z_rows + tl.cast(k, tl.int64) * stride_zs
                 z += load_logits(z_slice, BIAS, 0, C, width, live, stride_zc, stride_b, False, BLOCK_C, dtype)[0]
         m, s, deviation = deviation_of_rows(z, valid, C, p, inv_temperature, NORM)
-        index, entropy, sum_squares, rest, kl = information_of_rows(z, valid, m, s, C, inv_temperature, ALL_FIELDS)
+        index, entropy, sum_squares, gini, kl = spread_of_rows(z, valid, m, s, C, inv_temperature, ALL_FIELDS)
     else:
         if TILE_C:
             m, s = merged(STATISTICS, rows, B, tl.cdiv(C, TILE_C), inv_temperature, BLOCK_B, TILES)
@@ -93,15 +93,15 @@ def rows_kernel(
             z_rows, BIAS, m, s, C, width, live, inv_temperature, p, stride_zc, stride_b,
             NORM, ALL_FIELDS, HAS_BIAS, BLOCK_B, BLOCK_C, STAGES, dtype,
         )  # fmt: skip
-        entropy, sum_squares, rest, kl = m, m, m, m
+        entropy, sum_squares, gini, kl = m, m, m, m
         if ALL_FIELDS:
-            entropy, sum_squares, rest, kl = information_of_long_rows(
+            entropy, sum_squares, gini, kl = spread_of_long_rows(
                 z_rows, BIAS, m, s, index, C, width, live, inv_temperature, stride_zc, stride_b,
                 HAS_BIAS, BLOCK_B, BLOCK_C, STAGES, dtype,
             )  # fmt: skip
     store_scores(
         OUT, PREDICTION, rows, B, stride_o,
-        norm, deviation, m, index, s, entropy, sum_squares, rest, kl,
+        norm, deviation, m, index, s, entropy, sum_squares, gini, kl,
         inv_temperature, scale, bias_norm, p,
         NORM, ALL_FIELDS,
     )  # fmt: skip

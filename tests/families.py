@@ -3,9 +3,8 @@
 import itertools
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,21 +31,6 @@ def deviation_norm(logits: Tensor, temperature: float, p: float) -> Tensor:
     log_mean = torch.where(mean > -0.5, torch.log1p(mean), torch.logsumexp(d, 1, keepdim=True) - math.log(d.shape[1]))
     u = torch.expm1(d - log_mean)
     return _norm((u - u.mean(1, keepdim=True)).abs() / d.shape[1], p)
-
-
-def information(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Entropy, Σp², 1 − Σp² and KL(uniform ‖ p), p = softmax(z/T), in NumPy's extended precision (on x86)."""
-    z = logits.double().cpu().numpy().astype(np.longdouble)
-    d = (z - z.max(1, keepdims=True)) / np.longdouble(temperature)
-    t = np.exp(d)
-    np.put_along_axis(t, d.argmax(1)[:, None], 0, 1)  # the others than one with the most
-    s, squares, whole = t.sum(1), (t * t).sum(1), 1 + t.sum(1)
-    entropy = np.log1p(s) - np.where(t > 0, np.maximum(d, -1e4) * t, 0).sum(1) / whole
-    d -= np.log1p(np.expm1(d).mean(1, keepdims=True)) if (d > -1).all() else np.log(np.exp(d).mean(1, keepdims=True))
-    series = d * d / 2 * (1 + d / 3 * (1 + d / 4 * (1 + d / 5 * (1 + d / 6))))
-    q, excess = np.expm1(d).mean(1), np.where(np.abs(d) < 1e-3, series, np.expm1(d) - d).mean(1)
-    values = entropy, (1 + squares) / whole**2, (2 * s + (s * s - squares)) / whole**2, np.log1p(q) - q + excess
-    return tuple(torch.from_numpy(v.astype(np.float64)).to(logits.device) for v in values)  # type: ignore[return-value]
 
 
 def residual_norm(logits: Tensor, labels: Tensor, temperature: float, p: float) -> Tensor:
@@ -122,3 +106,11 @@ def hard_logits(classes: int, rows: int = 2) -> Iterator[tuple[str, Tensor, floa
         tied = normal.clone()
         tied[:, -2:] = 5.0
         yield "ties", tied, 1.0
+
+
+def by_temperature(cases: Iterable[tuple[str, Tensor, float]]) -> Iterator[tuple[float, tuple[str, ...], Tensor]]:
+    """(temperature, names, logits (n, C)) of all rows that have this temperature."""
+    cases = list(cases)
+    for temperature in {t for _, _, t in cases}:
+        names, logits = zip(*((name, z) for name, z, t in cases if t == temperature), strict=True)
+        yield temperature, names, torch.cat(logits)

@@ -16,7 +16,7 @@ from triton.runtime import driver
 from gradnorm_fast.kernels import launch, one_tile, tiled
 from gradnorm_fast.kernels.config import Config
 from gradnorm_fast.kernels.experimental import cluster
-from gradnorm_fast.kernels.problem import Problem, Scores
+from gradnorm_fast.kernels.problem import FIELDS, Problem, Scores
 
 MEMORY = torch.zeros(2**20, dtype=torch.bfloat16)
 launches: list[list[object]] = []
@@ -85,7 +85,8 @@ def calls():
             (70, 64, 300, 0, tiled.score_tiled, wide), (70, 64, 300, 0, cluster.score_cluster, None),
         ):  # fmt: skip
             if score is not cluster.score_cluster or cluster.CLUSTERS:
-                scores = Scores(torch.zeros(6, rows), torch.zeros(rows, dtype=torch.int64) if all_fields else None)
+                prediction = torch.zeros(rows, dtype=torch.int64) if all_fields else None
+                scores = Scores(torch.zeros(len(FIELDS), rows), prediction)
                 arguments = problem(rows, depth, classes, offset), scores, config
                 yield lambda f=score, a=arguments: f(*a)
 

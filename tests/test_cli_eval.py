@@ -1,5 +1,6 @@
 """ID against OOD sets: from images, features, and files of scores."""
 
+import csv
 import importlib
 import io
 import json
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from gradnorm_fast import GradNorm, HeadScores
 from gradnorm_fast.cli.tables import read_table
-from gradnorm_fast.evaluation import compare_methods, results_table
+from gradnorm_fast.evaluation import compare_methods, evaluate, results_table
 from gradnorm_fast.models import _load_checkpoint, default_transform
 
 from command_line import FEATURES_RUN, MODEL_RUN, run, table
@@ -140,6 +141,51 @@ def test_files_of_scores_and_features_say_what_the_images_said(place):
     np.save("b.npy", head.bias.detach())
     assert run("eval", "--id", "id.f.npy", "--ood", "a=ood.f.npy", *FEATURES_RUN, "--out", "s") == 0
     assert Path("s/table.md").read_text() == expected
+
+
+LATER = ("entropy", "sum_squares", "exgrad", "kl_uniform")  # columns that earlier versions did not write
+
+
+def of_an_earlier_version(source, out):
+    rows = [{k: v for k, v in row.items() if k not in LATER} for row in table(source)]
+    with open(out, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_methods_that_are_asked_for(place, capsys):
+    sets = ("eval", *MODEL_RUN, "--id", "id", "--ood", "a=ood", "--out", "r")
+    assert run(*sets, "--methods", "KL", "Entropy", "--report", "r/r.html") == 0
+    results = json.loads(Path("r/results.json").read_text())["results"]
+    inside, outside = ([-float(row["entropy"]) for row in table(f"r/scores-{name}.csv")] for name in ("id", "a"))
+    assert list(results["a"]) == ["KL", "Entropy"] and results["a"]["Entropy"] == evaluate(inside, outside)
+    assert f"{100 * results['a']['KL']['auroc']:.2f}" in Path("r/r.html").read_text()
+    assert "| Entropy |" in capsys.readouterr().out
+    assert run(*sets[:-1], "s", "--methods", "Margin") == 2 and not Path("s").exists()
+    assert "methods: expected a list of GradNorm, MSP" in capsys.readouterr().err
+
+
+def test_files_of_an_earlier_version(place, capsys):
+    """They have seven scores; what needs another names the column."""
+    assert run("eval", *MODEL_RUN, "--id", "id", "--ood", "a=ood", "--out", "r") == 0
+    expected = Path("r/table.md").read_text()
+    for name in ("id", "a"):
+        of_an_earlier_version(f"r/scores-{name}.csv", f"{name}.csv")
+    old = ("eval", "--id", "id.csv", "--ood", "a=a.csv", "--out", "s")
+    assert run(*old, "--report", "s/r.html") == 0
+    assert Path("s/table.md").read_text() == expected and "FPR95" in Path("s/r.html").read_text()
+    assert not set(table("s/scores-id.csv")[0]) & set(LATER)
+    assert run("eval", "--id", "r/scores-id.csv", "--ood", "a=a.csv", "--out", "s") == 0  # of both versions
+    assert Path("s/table.md").read_text() == expected and "entropy" in table("s/scores-id.csv")[0]
+    for name, column in (("Entropy", "entropy"), ("ExGrad", "exgrad"), ("SumSquares", "sum_squares")):
+        assert run(*old, "--methods", "MSP", name) == 2
+        assert f"expected the column '{column}' in id.csv" in capsys.readouterr().err
+    head = ("--model", "own:small", "--head", "4", "--device", "cpu")
+    for score, more in (("energy", ()), ("auto", ("--ood", "a.csv"))):
+        assert run("fit", *head, "--id", "id.csv", *more, "--score", score, "--out", "g.json") == 0, score
+        assert run("fit", *head, "--id", "r/scores-id.csv", *more, "--score", score, "--out", "h.json") == 0
+        assert Path("g.json").read_text() == Path("h.json").read_text()
 
 
 def test_what_eval_refuses(place, capsys):

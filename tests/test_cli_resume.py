@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from gradnorm_fast import GradNorm
-from gradnorm_fast.cli import run_log, tables
+from gradnorm_fast.cli import images, run_log, tables
 
 from command_line import FEATURES_RUN, MODEL_RUN, SCORE, run, table
 
@@ -77,6 +77,24 @@ def test_damaged_rows_are_not_used(place, interrupt, capsys, damage):
     np.testing.assert_allclose(
         [float(r["gradnorm"]) for r in table("s.csv")], [float(r["gradnorm"]) for r in whole], 1e-5
     )
+
+
+def test_rows_that_an_earlier_version_kept_are_neither_used_nor_lost(place, interrupt, monkeypatch, capsys):
+    """A row has seven scores. Of a part from before parts named their fields, at least the rows are counted."""
+    with monkeypatch.context() as earlier:
+        earlier.setattr(images, "FIELDS", tables.FIRST_FIELDS)
+        part, again, whole = kept(place, interrupt)
+    rows = part.read_bytes()
+    assert run(*again) == 2
+    assert "kept by a run that differs in fields; --restart drops it" in capsys.readouterr().err
+    unnamed = rows.replace(b'"fields"', b'"columns"', 1)
+    for of_part in (rows, unnamed):
+        part.write_bytes(of_part)
+        assert run(*[a for a in again if a != "--resume"]) == 2
+        assert "s.csv has kept 9 rows" in capsys.readouterr().err and part.read_bytes() == of_part
+    assert run(*[a if a != "--resume" else "--restart" for a in again]) == 0
+    now = table("s.csv")
+    assert [row | old for row, old in zip(now, whole, strict=True)] == now and "kl_uniform" in now[0]
 
 
 def test_an_image_that_was_replaced_is_scored_again(place, interrupt, capsys):

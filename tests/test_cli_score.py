@@ -36,6 +36,10 @@ def test_score_fit_and_gate(place, capsys):
         "max_logit",
         "msp",
         "energy",
+        "entropy",
+        "sum_squares",
+        "exgrad",
+        "kl_uniform",
         "is_ood",
     ]
     assert len(rows) == 32 and rows[0]["path"].startswith("id") and rows[-1]["path"].startswith("ood")

@@ -216,7 +216,8 @@ def test_diagnosis():
 
     def scores(feature_norm, output_norm, msp):
         product = feature_norm * output_norm
-        return HeadScores(product, feature_norm, output_norm, torch.zeros(200), msp, msp, msp)
+        factors = dict(gradnorm=product, feature_norm=feature_norm, output_norm=output_norm)
+        return HeadScores(**dict.fromkeys(HeadScores._fields, msp) | factors)
 
     u = torch.rand(200, generator=g) + 1
     healthy = diagnose(scores(u, u, u), scores(0.4 * u, 0.4 * u, u))
@@ -338,7 +339,7 @@ def test_any_score_of_the_pass_can_be_the_gate(name):
 
 
 def test_options_of_the_detector_that_do_not_fit():
-    for wrong in ("odin", "prediction", None, 3):
+    for wrong in ("odin", "prediction", "entropy", "exgrad", None, 3):  # entropy and exgrad are smaller on ID images
         with pytest.raises(ValueError, match="score: expected one of gradnorm, feature_norm"):
             GradNorm(small(), score=wrong)
     with pytest.raises(TypeError, match="include_bias: expected a bool"):

@@ -4,6 +4,7 @@ import csv
 import io
 import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
-from gradnorm_fast import HeadScores
+from gradnorm_fast import HeadScores, head_scores
 from gradnorm_fast.evaluation import (
     CONVENTIONS,
     METHODS,
@@ -401,7 +402,9 @@ def test_a_comparison_needs_a_method():
 def random_scores(n, shift, seed):
     g = torch.Generator().manual_seed(seed)
     gradnorm, other = torch.rand(n, generator=g) + shift, torch.rand(n, generator=g) - shift
-    return HeadScores(gradnorm, gradnorm, other, torch.zeros(n, dtype=torch.int64), other, other, other)
+    others = dict.fromkeys(HeadScores._fields, other)
+    prediction = torch.zeros(n, dtype=torch.int64)
+    return HeadScores(**others | dict(gradnorm=gradnorm, feature_norm=gradnorm, prediction=prediction))
 
 
 def test_methods_side_by_side_and_their_average():
@@ -422,6 +425,31 @@ def test_methods_side_by_side_and_their_average():
     assert "| a\\|b FPR95" in results_table({"a|b": results["far"]})
     with pytest.raises(ValueError, match="at least one named set"):
         compare_methods(inside, {})
+
+
+def test_methods_that_are_asked_for():
+    """Entropy and ExGrad are smaller for ID samples, SumSquares and KL larger."""
+    sharp, flat = (torch.randn(60, 8, generator=torch.Generator().manual_seed(s)) * s for s in (9, 1))
+    weight = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    inside, outside = head_scores(sharp, weight), head_scores(flat, weight)
+    methods = ["ExGrad", "SumSquares", "GradNorm", "Entropy", "KL"]
+    results = compare_methods(inside, {"flat": outside}, methods=methods, convention="official")
+    assert list(results["flat"]) == methods == list(results["average"])
+    for method, sign, field in (("Entropy", -1, "entropy"), ("ExGrad", -1, "exgrad"), ("KL", 1, "kl_uniform")):
+        given = (sign * getattr(scores, field) for scores in (inside, outside))
+        assert results["flat"][method] == evaluate(*given, convention="official")
+    assert min(results["flat"][m]["auroc"] for m in ("Entropy", "SumSquares", "KL")) > 0.9
+    earlier = SimpleNamespace(**{f: getattr(inside, f) for f in ("gradnorm", "msp")})
+    assert list(compare_methods(earlier, {"a": earlier}, methods=["MSP", "GradNorm"])["a"]) == ["MSP", "GradNorm"]
+    with pytest.raises(TypeError, match="id_scores: expected HeadScores"):
+        compare_methods(earlier, {"a": earlier}, methods=["Entropy"])
+    for wrong, got in ((["MSP", "Margin"], "'Margin'"), ("MSP", "'MSP'"), ([], r"\[\]")):
+        with pytest.raises(ValueError, match=f"methods: expected a list of GradNorm, .*, KL, got {got}"):
+            compare_methods(inside, {"flat": outside}, methods=wrong)
+    masked = head_scores(flat, weight, torch.tensor([0.0, 0.0, 0.0, 0.0, -torch.inf]))
+    assert list(compare_methods(masked, {"a": masked})["a"]) == list(METHODS)
+    with pytest.raises(ValueError, match=r"id_scores: expected .* got 60 NaN or infinite of 60"):
+        compare_methods(masked, {"a": masked}, methods=["KL"])
 
 
 def test_bootstrap_intervals_hold_the_metric_and_narrow_with_the_sample():

@@ -12,7 +12,7 @@ from gradnorm_fast.kernels.problem import Problem, Scores
 from gradnorm_fast.reference import autograd_gradnorm
 
 from conftest import DEVICE
-from families import deviation, families, hard_logits
+from families import by_temperature, deviation, families, hard_logits
 from problems import end_to_end_tolerance, problem, relative
 
 BACKENDS = ["torch", "triton"]
@@ -118,14 +118,6 @@ def assert_rows_kernel_is_right(temperature, names, logits, tolerance):
     rows.score_rows(given, Scores(out, None), config)
     for name, z, score in zip(names, logits, out[0], strict=True):
         assert relative(score[None], deviation(z[None], temperature)) <= tolerance, name
-
-
-def by_temperature(cases):
-    """(temperature, names, logits (n, C)) of all rows that have this temperature."""
-    cases = list(cases)
-    for temperature in {t for _, _, t in cases}:
-        names, logits = zip(*((name, z) for name, z, t in cases if t == temperature), strict=True)
-        yield temperature, names, torch.cat(logits)
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -17,7 +17,7 @@ from gradnorm_fast.kernels.config import ANY, Config, Line, choose
 from gradnorm_fast.kernels.device import INTERPRETED, architecture, has_tma, tma_reads, tuned_as, vector
 from gradnorm_fast.kernels.experimental import cluster
 from gradnorm_fast.kernels.launch import KNOWN
-from gradnorm_fast.kernels.problem import Problem, Scores
+from gradnorm_fast.kernels.problem import FIELDS, Problem, Scores
 
 from conftest import DEVICE
 from families import deviation, families

@@ -11,6 +11,7 @@ from gradnorm_fast import fast_gradnorm, gradnorm_from_logits, head_scores, toke
 
 from conftest import DEVICE
 from families import deviation, deviation_norm, residual_norm
+from spread import spread
 
 # A row's own float32 error is at most 2e-6 (test_gradnorm.py): two computations of it differ by at most twice that.
 TWICE = dict(rtol=4e-6, atol=0.0)
@@ -104,6 +105,23 @@ def test_token_statistics_are_exact_and_keep_their_bounds(row, data):
         assert abs(got - truth) <= relative * abs(truth) + absolute
     assert log_prob <= 0 and 0 <= entropy <= math.log(classes) * (1 + 2e-6)
     assert 1 / classes * (1 - 2e-6) <= sum_squares <= 1 + 2e-6
+
+
+@settings(max_examples=300, deadline=None)
+@given(hard_rows())
+def test_entropy_and_the_like_are_exact_and_keep_their_bounds(row):
+    """To the rounding of float32. With one feature, of 1, the weight is the logits."""
+    z, temperature = row
+    classes, rounded = z.shape[1], 2.0**-23
+    weight = z.T.contiguous().to(DEVICE)
+    scores = head_scores(torch.ones(1, 1, device=DEVICE), weight, temperature=temperature, backend="torch")
+    entropy, sum_squares, exgrad, kl_uniform = (field.double().item() for field in scores[-4:])
+    truth = spread(z, temperature)
+    pairs = zip(truth, (entropy, sum_squares, exgrad * temperature / 2, kl_uniform), strict=True)
+    assert all(abs(got - expected.item()) <= rounded * expected.item() + 1e-37 for expected, got in pairs)
+    assert 0 <= entropy <= math.log(classes) * (1 + rounded)
+    assert 1 / classes <= sum_squares * (1 + rounded) and sum_squares <= 1 + rounded
+    assert 0 <= exgrad * temperature <= 2 * (1 - 1 / classes) * (1 + rounded) and kl_uniform >= 0
 
 
 @both

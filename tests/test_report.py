@@ -74,7 +74,8 @@ def test_gallery_holds_both_ends_in_the_order_of_the_score(tmp_path):
     assert [f["data-path"] for f in page.figures] == [images.names[i] for i in ends]
     assert [f["data-end"] for f in page.figures] == ["least"] * 6 + ["most"] * 6
     for figure, i in zip(page.figures, ends, strict=True):
-        for field, values in images.scores.items():
+        for field in ("prediction", "output_norm", *METHODS.values()):
+            values = images.scores[field]
             assert float(figure[f"data-{field}"]) == pytest.approx(values[i].item(), rel=1e-6)
     assert len(page.pictures()) == 12
     assert "50" in page.cells
@@ -131,6 +132,16 @@ def test_another_score(tmp_path):
     order = images.scores["msp"].argsort().tolist()
     assert [f["data-path"] for f in page.figures] == [images.names[i] for i in order[:3] + order[-3:]]
     assert next(v for tag, v in page.tags if tag == "option" and v["value"] in images.scores)["value"] == "msp"
+
+
+def test_scores_of_an_earlier_version_and_scores_of_the_wrong_sign(tmp_path):
+    sets = {"id": scored(60, 1.0), "near": scored(40, 0.8, 1)}
+    later = ("entropy", "sum_squares", "exgrad", "kl_uniform")
+    earlier = {n: ScoredImages(s.names, {f: v for f, v in s.scores.items() if f not in later}) for n, s in sets.items()}
+    assert write(tmp_path, earlier).cells == write(tmp_path, sets).cells
+    for score in ("entropy", "exgrad"):
+        with pytest.raises(ValueError, match=f"score: expected one that is larger for in-dist.*, {score} is smaller"):
+            write(tmp_path, sets, score=score)
 
 
 def test_scores_that_are_not_finite(tmp_path):

@@ -55,7 +55,7 @@ def add_parser(subparsers: Subparsers, common: Parser) -> None:
     report.add_option(parser)
     plan.add_options(parser)
     options.add_options(parser)
-    parser.set_defaults(command=run, baselines=list(plan.BASELINES), ablation=list(plan.PARTS))
+    parser.set_defaults(command=run, methods=None, baselines=list(plan.BASELINES), ablation=list(plan.PARTS))
 
 
 def run(args: argparse.Namespace) -> int:

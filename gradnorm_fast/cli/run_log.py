@@ -26,7 +26,7 @@ import torch
 
 from .._files import digest_of, replacing
 from .._progress import Progress
-from .tables import FIELDS, Array, Table
+from .tables import FIELDS, FIRST_FIELDS, Array, Table
 
 _MAGIC = b'{"gradnorm_fast part": '  #: how a part begins; then the version of its format
 _OWNER = b"process "  #: how a lock file begins
@@ -230,7 +230,7 @@ def _rows_in(part: Path) -> int:
     try:
         fields = json.loads(header)["fields"]
     except (ValueError, KeyError):  # of another version
-        fields = FIELDS
+        fields = FIRST_FIELDS
     size = Job([], np.empty(0), np.empty(0), {}, fields=tuple(fields)).row.itemsize
     return max(0, part.stat().st_size - len(header)) // size
 

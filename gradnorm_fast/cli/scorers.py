@@ -17,6 +17,7 @@ from torch import nn
 from .. import gate, heads
 from ..baselines import odin
 from ..detector import GradNorm
+from ..evaluation import fields_of
 from ..layers import LayerNorms, layer_gradnorms
 from ..layers.groups import layer_groups
 from ..layers.norms import combined
@@ -28,7 +29,7 @@ from .inputs import class_folders, evenly_spaced, find_inputs, labelled_if_in_fo
 from .options import MODEL_OPTIONS, SCORE_OPTIONS, layers_of, score_options
 from .parsing import refuse
 from .run_log import rank_and_world
-from .tables import FIELDS, Table, check_format, read_table
+from .tables import FIELDS, FIRST_FIELDS, Table, check_format, read_table
 
 Kind = Literal["images", "features", "scores"]
 
@@ -255,11 +256,12 @@ class FileScorer:
     autocast, device, makes_features = None, torch.device("cpu"), False
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.fields: tuple[str, ...] = FIELDS
+        self.fields = tuple(dict.fromkeys((*FIRST_FIELDS, *fields_of(getattr(args, "methods", None)).values())))
+        self.optional: tuple[str, ...] = FIELDS
         if getattr(args, "limit", None) is not None:
             raise ValueError("limit: it goes with images")
         if hasattr(args, "tpr") and args.score != "auto":  # fit needs no other
-            self.fields = (args.score or "gradnorm",)
+            self.fields, self.optional = (args.score or "gradnorm",), ()
         self.detector: GradNorm | None = None
         if args.model is not None:
             if args.head is None and args.layers is None:
@@ -272,7 +274,7 @@ class FileScorer:
 
     def table(self, name: str, sources: list[str], out: Path, features: Path | None = None) -> Table | None:
         check_format(Path(sources[0]))
-        return read_table(Path(sources[0]), self.fields) if rank_and_world()[0] == 0 else None
+        return read_table(Path(sources[0]), self.fields, self.optional) if rank_and_world()[0] == 0 else None
 
     def description(self) -> dict[str, Any]:
         return {}

@@ -14,6 +14,7 @@ from .._files import replacing
 from ..functional import HeadScores
 
 FIELDS = HeadScores._fields
+FIRST_FIELDS = FIELDS[:7]  #: those of files and parts that earlier versions wrote
 FORMATS = (".csv", ".npy", ".parquet")
 
 Array = np.ndarray[Any, Any]
@@ -29,7 +30,9 @@ class Table(NamedTuple):
     skipped: list[str]  #: inputs that could not be read
 
     def head_scores(self) -> HeadScores:
-        return HeadScores(**{name: torch.from_numpy(values) for name, values in self.scores.items()})
+        """NaN in fields that a file of an earlier version does not have."""
+        absent = np.full(len(self.names), np.nan, np.float32)
+        return HeadScores(**{name: torch.from_numpy(self.scores.get(name, absent)) for name in FIELDS})
 
     @property
     def accuracy(self) -> float | None:
@@ -81,8 +84,8 @@ def write_table(table: Table, path: Path, is_ood: Array | None = None) -> None:
             pyarrow.parquet.write_table(pyarrow.table(columns), binary)
 
 
-def read_table(path: Path, fields: Iterable[str] = FIELDS) -> Table:
-    """The table in a file that `write_table` wrote, with these fields of its scores.
+def read_table(path: Path, fields: Iterable[str] = FIELDS, optional: Iterable[str] = ()) -> Table:
+    """The table in a file that `write_table` wrote, with these fields of its scores, and the optional ones it has.
 
     ValueError where it is no such file, a column is missing, or a value is no number.
     """
@@ -93,7 +96,7 @@ def read_table(path: Path, fields: Iterable[str] = FIELDS) -> Table:
     except (ValueError, OSError, csv.Error) as error:
         raise ValueError(f"scores: cannot read {path} as a table of scores: {error}") from None
     scores = {}
-    for name in fields:
+    for name in dict.fromkeys((*fields, *(name for name in optional if name in columns))):
         if name not in columns:
             raise ValueError(
                 f"scores: expected the column {name!r} in {path}, as score writes, got {', '.join(columns) or 'none'}"

@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .._backends import on_cpu_without_float64
+from .._torch_forward import shifted
+from .._torch_spread import spread_of
 from ..functional import HeadScores
 from . import LayerNorms, layer_gradnorms
 from .logit_gradient import target_gradient
@@ -20,7 +23,7 @@ def layer_scores(
     """`HeadScores` whose gradnorm is the L1 norm by `layer_gradnorms`; from one forward and one backward pass.
 
     The other scores are those of the logits. feature_norm is gradnorm/output_norm, so gradnorm is the product of the
-    two here too. For the weight of a linear head it is ‖x‖₁.
+    two here too. For the weight of a linear head it is ‖x‖₁, for which it stands in exgrad.
     """
     norms = layer_gradnorms(model, images, layers=layers, temperature=temperature, reduction=reduction, per_layer=True)
     assert isinstance(norms, LayerNorms)
@@ -30,10 +33,28 @@ def layer_scores(
     output_norm = target_gradient(z, "uniform", temperature, scale).abs().sum(1)
     feature_norm = torch.where(output_norm == 0, 0.0, gradnorm / output_norm)
     max_logit, prediction = z.max(1)
-    shifted = (z - max_logit[:, None]) / temperature  # before dividing: T may be small
-    log_sum = shifted.logsumexp(1)
+    log_sum, entropy, sum_squares, gini, kl_uniform = _of_logits(z, prediction, temperature)
+    fields = {
+        "gradnorm": gradnorm,
+        "feature_norm": feature_norm,
+        "output_norm": output_norm,
+        "max_logit": max_logit,
+        "msp": (-log_sum).exp(),
+        "energy": max_logit + temperature * log_sum,
+        "entropy": entropy,
+        "sum_squares": sum_squares,
+        "exgrad": gini * feature_norm * (2.0 / temperature),
+        "kl_uniform": kl_uniform,
+    }
     poison = gradnorm - gradnorm  # if the score is NaN, so are all other fields
-    known = (gradnorm, feature_norm, output_norm, max_logit, (-log_sum).exp(), max_logit + temperature * log_sum)
-    gradnorm, feature_norm, output_norm, max_logit, msp, energy = (score + poison for score in known)
-    prediction = torch.where(poison == 0, prediction, 0)
-    return HeadScores(gradnorm, feature_norm, output_norm, prediction, max_logit, msp, energy)
+    fields = {name: score + poison for name, score in fields.items()}
+    return HeadScores(prediction=torch.where(poison == 0, prediction, 0), **fields)
+
+
+@on_cpu_without_float64
+def _of_logits(z: Tensor, prediction: Tensor, temperature: float) -> tuple[Tensor, ...]:
+    """log Σ exp((z − max z)/T), entropy, Σp², 1 − Σp² and KL(uniform ‖ p) of each row, in the dtype of z."""
+    d = shifted(z, 1.0 / temperature)
+    found = spread_of(d, prediction[:, None])
+    of_rows = found.entropy, found.sum_squares, found.gini, found.kl_uniform
+    return tuple(t.to(z.dtype) for t in (d.logsumexp(1), *(t[:, 0] for t in of_rows)))

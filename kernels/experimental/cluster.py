@@ -19,11 +19,11 @@ import triton.language as tl
 from ..config import ANY, Config, Line, Table, cdiv, choose
 from ..deviation import deviation_of_rows
 from ..device import INTERPRETED, TRITON, architecture, descriptor, tma_reads, tuned_as, upcast, vector
-from ..information import information_of_rows
 from ..launch import launch
 from ..norm import compiled, norm_in_memory
 from ..output import store_scores
 from ..problem import Problem, Scores
+from ..spread import spread_of_rows
 from ..tile import logits_tile
 
 # Whether the compiler reduces across the CTAs of a cluster. Triton 3.6 cannot.
@@ -63,10 +63,10 @@ def cluster_kernel(
     valid = classes < C
     z = tl.where((rows < B)[:, None] & valid, z, float("-inf"))  # rows beyond B must not ask for the careful form
     m, s, deviation = deviation_of_rows(z, valid, C, p, inv_temperature, NORM)
-    index, entropy, sum_squares, rest, kl = information_of_rows(z, valid, m, s, C, inv_temperature, ALL_FIELDS)
+    index, entropy, sum_squares, gini, kl = spread_of_rows(z, valid, m, s, C, inv_temperature, ALL_FIELDS)
     store_scores(
         OUT, PREDICTION, rows, B, stride_o,
-        norm, deviation, m, index, s, entropy, sum_squares, rest, kl,
+        norm, deviation, m, index, s, entropy, sum_squares, gini, kl,
         inv_temperature, scale, bias_norm, p,
         NORM, ALL_FIELDS,
     )  # fmt: skip

@@ -21,7 +21,8 @@ from . import own_kernels
 from .driver import PROCESSORS, Edit, Emulator
 from .machine import Options
 from .memory import EmulatorError
-from families import deviation_norm, information
+from families import deviation_norm
+from spread import spread
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ def judge(case: Case, problem: Problem, scores: Scores, base: float) -> tuple[fl
             unit = 2.0**-11 if case.tf32 else 2.0**-53 if case.dtype == "float64" else 2.0**-24
             rounding = min(case.d + 1, 4 * (case.d + 1) ** 0.5) * unit * size
     norm, output_norm = torch.linalg.vector_norm(x, case.p, 1), deviation_norm(z, t, case.p) / t
-    m, zero, (entropy, squares, rest, kl) = z.amax(1), torch.zeros_like(rounding), information(z, t)
+    m, zero, (entropy, squares, gini, kl) = z.amax(1), torch.zeros_like(rounding), spread(z, t)
     # The rounding of the logits changes each p_c by this relative amount.
     noise = torch.expm1(2 * rounding / t)
     relative = base + noise * torch.linalg.vector_norm(torch.softmax(z / t, 1), case.p, 1) / (output_norm * t)
@@ -235,7 +236,7 @@ def judge(case: Case, problem: Problem, scores: Scores, base: float) -> tuple[fl
         "energy": (m + t * torch.logsumexp((z - m[:, None]) / t, 1), base + zero, rounding + base * t),
         "entropy": (entropy, 2 * base + 2 * noise, zero),
         "sum_squares": (squares, 2 * base + 4 * noise, zero),
-        "exgrad": (2 * norm * rest / t, 2 * base + 4 * noise, zero),
+        "exgrad": (2 * norm * gini / t, 2 * base + 4 * noise, zero),
         "kl_uniform": (kl, 2 * base + zero, output_norm * t * noise),
     }
     bad, problems, worst = ~expected["gradnorm"][0].isfinite(), [], 0.0

@@ -16,7 +16,7 @@ from .exponential import expm1, expm1_excess, log1p, log1p_excess
 
 
 @triton.jit
-def information_terms(z, valid, classes, index, m, r, inv_temperature):
+def spread_terms(z, valid, classes, index, m, r, inv_temperature):
     """What S, R, Q, Σq and Σ(q − (z − r)/T) are sums of.
 
     z, valid: logits (B, C') of `classes` (1, C'), −inf where not valid; index, m, r: (B,).  # -> 5 x (B, C')
@@ -29,18 +29,18 @@ def information_terms(z, valid, classes, index, m, r, inv_temperature):
 
 
 @triton.jit
-def information(s, squares, products, q, excess, C):
+def spread(s, squares, products, q, excess, C):
     """Entropy, Σp², 1 − Σp² and KL(uniform ‖ p) from the sums of the terms.  # 5 x (B,) -> 4 x (B,)"""
     whole = 1.0 + s
     entropy = log1p(s) - products / whole
     sum_squares = (1.0 + squares) / (whole * whole)
-    rest = (2.0 * s + (s * s - squares)) / (whole * whole)
-    return entropy, sum_squares, rest, log1p_excess(q / C) + excess / C
+    gini = (2.0 * s + (s * s - squares)) / (whole * whole)
+    return entropy, sum_squares, gini, log1p_excess(q / C) + excess / C
 
 
 @triton.jit
-def information_of_rows(z, valid, m, s, C, inv_temperature, WANTED: tl.constexpr):
-    """The first class with logit m, and `information`, of whole rows of logits z (B, C'), −inf where not valid, from
+def spread_of_rows(z, valid, m, s, C, inv_temperature, WANTED: tl.constexpr):
+    """The first class with logit m, and `spread`, of whole rows of logits z (B, C'), −inf where not valid, from
     their m and S; nothing of use unless WANTED.  # -> 5 x (B,)"""
     if WANTED:
         classes = tl.arange(0, z.shape[1])[None, :]
@@ -48,10 +48,10 @@ def information_of_rows(z, valid, m, s, C, inv_temperature, WANTED: tl.constexpr
         r = log_mean_exp(m, s, C, inv_temperature)
         q = tl.sum(tl.where(valid, expm1((z - r[:, None]) * inv_temperature), 0.0), 1)
         r = centred_again(r, q, C, inv_temperature)
-        t, squares, products, q, excess = information_terms(z, valid, classes, index, m, r, inv_temperature)
-        entropy, sum_squares, rest, kl = information(
+        t, squares, products, q, excess = spread_terms(z, valid, classes, index, m, r, inv_temperature)
+        entropy, sum_squares, gini, kl = spread(
             tl.sum(t, 1), tl.sum(squares, 1), tl.sum(products, 1), tl.sum(q, 1), tl.sum(excess, 1), C
         )
-        return index, entropy, sum_squares, rest, kl
+        return index, entropy, sum_squares, gini, kl
     else:
         return m, m, m, m, m
