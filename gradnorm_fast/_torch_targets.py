@@ -209,20 +209,13 @@ def _for_labels(problem: Problem, values: Tensor) -> Tensor:
     return torch.where(labels == IGNORE, 0.0, torch.where(exists, values, torch.nan))
 
 
-def _feature_norm(problem: Problem, dtype: torch.dtype) -> Tensor:
-    """‖x‖_p of each row, NaN if it is not finite.  # -> (R, 1)"""
-    norm = torch.empty(len(problem.features), 1, dtype=dtype, device=problem.features.device)
-    feature_norms(problem, norm[:, 0])
-    return norm
-
-
 def forward(problem: Problem, scores: Scores) -> None:
     """Write the scores of the problem's rows, for a label or the predicted target."""
     out, inv_temperature, p = scores.out[0], 1.0 / problem.temperature, problem.p
     for rows, some, columns in blocks(problem, out.dtype):
         others = others_of(some, tiles_of(some, out.dtype, columns), p, False)
         norm = probabilities_of(others, inv_temperature, p).residual_norm(p) * inv_temperature
-        norm *= with_bias(_feature_norm(some, out.dtype), problem.bias_norm, p)
+        norm *= with_bias(feature_norms(some, out.dtype), problem.bias_norm, p)
         out[rows] = _for_labels(some, norm)[:, 0].to(out.dtype)
 
 
@@ -231,7 +224,7 @@ def token_statistics(problem: Problem, out: Tensor) -> None:
     for rows, some, columns in blocks(problem, out.dtype):
         others = others_of(some, tiles_of(some, out.dtype, columns), 2.0, True)
         found = probabilities_of(others, 1.0 / problem.temperature, 2.0)
-        poison = _feature_norm(some, out.dtype) * 0.0
+        poison = feature_norms(some, out.dtype) * 0.0
         fields = found.log_p_y, found.entropy, found.sum_squares, found.residual_norm(2.0)
         for k, value in enumerate(fields):
             out[k, rows] = _for_labels(some, value + poison)[:, 0].to(out.dtype)

@@ -256,7 +256,7 @@ def _one_hot(problem: Problem, offset: int, ranks: _Ranks, out: Tensor) -> None:
     p, inv_temperature, labels = problem.p, 1.0 / problem.temperature, problem.target
     some_powers = p not in (1.0, math.inf)
     sent = torch.empty((5 if some_powers else 4, len(out)), dtype=out.dtype, device=out.device)
-    feature_norms(problem, sent[0])
+    sent[0] = feature_norms(problem, out.dtype)[:, 0]
     here = problem if isinstance(labels, str) else problem._replace(target=labels - offset)
     for rows, some, columns in blocks(here, out.dtype):
         others = others_of(some, tiles_of(some, out.dtype, columns), p, False)
@@ -287,8 +287,7 @@ def _one_hot(problem: Problem, offset: int, ranks: _Ranks, out: Tensor) -> None:
 
 def _uniform(problem: Problem, ranks: _Ranks, out: Tensor) -> None:
     """The uniform target, in chunks of as many rows as fit: the mean of expm1, then the deviations from it."""
-    norms = torch.empty_like(out)
-    feature_norms(problem, norms)
+    norms = feature_norms(problem, out.dtype)[:, 0]
     row = max(1, max(ranks.classes)) * out.itemsize
     step = max(1, budget_of(out.device).chunk // LIVE // row)
     for i in range(0, len(out), step):
