@@ -88,7 +88,7 @@ def _by_kernel(problem: Problem, backend: str) -> bool:
     return not reason
 
 
-def _on_cpu_without_float64(call: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
+def on_cpu_without_float64(call: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
     """Apple's GPUs have no float64, which the torch path computes in: there, copy to the CPU and back."""
 
     @wraps(call)
@@ -101,7 +101,7 @@ def _on_cpu_without_float64(call: Callable[..., tuple[Tensor | None, ...]]) -> C
     return wrapped
 
 
-@_on_cpu_without_float64
+@on_cpu_without_float64
 def run(
     features: Tensor,
     logits: Tensor | None,
@@ -143,7 +143,7 @@ def run(
     return out, prediction
 
 
-@_on_cpu_without_float64
+@on_cpu_without_float64
 def run_backward(
     grad: Tensor,
     features: Tensor,
@@ -172,7 +172,7 @@ def check_differentiable(p: float) -> None:
         raise NotImplementedError(f"p: gradients are implemented for p = 1 and p = 2, got p = {p:g}; detach the inputs")
 
 
-@_on_cpu_without_float64
+@on_cpu_without_float64
 def run_token_statistics(
     features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, temperature: float, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -195,7 +195,7 @@ def run_token_statistics(
     return out[:2].clone(), out[2:].clone()
 
 
-@_on_cpu_without_float64
+@on_cpu_without_float64
 def run_token_statistics_backward(
     grad: Tensor,
     features: Tensor,
