@@ -120,7 +120,7 @@ def row_norm(u: Tensor, p: float) -> Tensor:
     largest = magnitudes.amax(1, keepdim=True)
     if p == math.inf:
         return largest
-    magnitudes.div_(torch.where(largest > 0, largest, 1.0))
+    magnitudes.div_(largest.masked_fill(largest == 0, 1.0))
     powers = magnitudes.square_() if p == 2.0 else magnitudes.pow_(p)
     root = powers.sum(1, keepdim=True).pow_(0.5 / p)  # in two halves: C^(1/p) alone may overflow
     return largest.mul_(root).mul_(root)

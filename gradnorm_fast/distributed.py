@@ -18,7 +18,7 @@ from torch import Tensor
 from ._backends import score_dtype
 from ._targets import IGNORE
 from ._torch_forward import budget_of, feature_norms, logits_of, with_bias
-from ._torch_targets import Others, Sums, blocks, merged, others_of, probabilities_of, tiles_of
+from ._torch_targets import Others, Probabilities, Sums, blocks, merged, others_of, tiles_of
 from .functional import _autocast, _check_gradient, _check_head, _check_options, _rows
 from .kernels.problem import Problem
 
@@ -278,7 +278,7 @@ def _one_hot(problem: Problem, offset: int, ranks: _Ranks, out: Tensor) -> None:
         z_y, lower = torch.where(better, z, z_y), torch.where(better, z_y, z)
         sums = merged(sums, (lower, one, one, zero), inv_temperature, p)
     m, s, r, q = sums
-    found = probabilities_of(Others(z_y.long(), z_y, m, s, r, q), inv_temperature, p)
+    found = Probabilities(Others(z_y.long(), z_y, m, s, r, q), inv_temperature, p)
     value = found.residual_norm(p) * inv_temperature * with_bias(norm[:, None], problem.bias_norm, p)
     if not isinstance(labels, str):
         value = torch.where(labels[:, None] == IGNORE, 0.0, value)
