@@ -146,13 +146,13 @@ def feature_norms(problem: Problem, dtype: torch.dtype) -> Tensor:
 def _score(problem: Problem, z: Tensor, scores: Scores) -> None:
     """Write the scores of the problem's rows, whose logits are z."""
     out, prediction = scores
-    inv_temperature = 1.0 / problem.temperature
+    inv_temperature, norm = 1.0 / problem.temperature, feature_norms(problem, out.dtype)
     u, t = deviations(shifted(z, inv_temperature))
     v = row_norm(u, problem.p).div_(t)
     for factor in (problem.scale, inv_temperature):  # in this order, or 0·inf gives NaN
         if factor != 1.0:
             v.mul_(factor)
-    norm, v = feature_norms(problem, out.dtype), v.to(out.dtype)
+    v = v.to(out.dtype)
     columns = out.t()  # (R, 1) or (R, 6)
     if prediction is None:
         torch.mul(with_bias(norm, problem.bias_norm, problem.p), v, out=columns)
