@@ -69,6 +69,13 @@ def uses_triton(backend: str, device: torch.device) -> bool:
     return not reason
 
 
+@cache
+def batch_invariant() -> bool:
+    """Whether a row's bits may not depend on its batch. Read at the first call: a look into the environment takes as
+    long as two torch operations."""
+    return switch("GRADNORM_FAST_BATCH_INVARIANT")
+
+
 def _by_kernel(problem: Problem, backend: str) -> bool:
     """Whether a kernel takes the problem; ValueError where none does and the backend is "triton"."""
     if not uses_triton(backend, problem.features.device):
@@ -81,15 +88,15 @@ def _by_kernel(problem: Problem, backend: str) -> bool:
     return not reason
 
 
-def on_cpu_without_float64(call: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+def on_cpu_without_float64(call: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
     """Apple's GPUs have no float64, which the torch path computes in: there, copy to the CPU and back."""
 
     @wraps(call)
-    def wrapped(*args: Any) -> tuple[Tensor, ...]:
-        device = args[0].device
-        if device.type != "mps":
+    def wrapped(*args: Any) -> tuple[Tensor | None, ...]:
+        if not args[0].is_mps:
             return call(*args)
-        return tuple(t.to(device) for t in call(*(a.cpu() if isinstance(a, Tensor) else a for a in args)))
+        found = call(*(a.cpu() if isinstance(a, Tensor) else a for a in args))
+        return tuple(t if t is None else t.to(args[0].device) for t in found)
 
     return wrapped
 
@@ -108,21 +115,21 @@ def run(
     include_bias: bool,
     backend: str,
     head: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Scores of features (B, D) from logits (B, C), or from weight (C, D) and bias (C,).
 
-    target: "uniform", "predicted", or "labels", which are labels (B,). Returns out (1, B) and an empty tensor, or with
-    head out (len(FIELDS), B) and prediction (B,). ValueError for labels of classes that do not exist,
-    on a CPU, and for a problem that no kernel takes where the backend is "triton".
+    target: "uniform", "predicted", or "labels", which are labels (B,). Returns out (1, B) and None, or with head out
+    (len(FIELDS), B) and prediction (B,). ValueError for labels of classes that do not exist, on a CPU, and for a
+    problem that no kernel takes where the backend is "triton".
     """
     problem = _problem(features, logits, weight, bias, labels, target, p, temperature, reduction, include_bias)
     batch = features.shape[0]
     out = torch.empty((len(FIELDS) if head else 1, batch), dtype=score_dtype(features, logits), device=features.device)
-    prediction = torch.empty(batch if head else 0, dtype=torch.int64, device=features.device)
+    prediction = torch.empty(batch, dtype=torch.int64, device=features.device) if head else None
     if batch == 0:
         return out, prediction
-    scores = Scores(out, prediction if head else None)
-    invariant = switch("GRADNORM_FAST_BATCH_INVARIANT")
+    scores = Scores(out, prediction)
+    invariant = batch_invariant()
     if _by_kernel(problem, backend):
         from .kernels import dispatch
 
@@ -175,7 +182,7 @@ def run_token_statistics(
     batch = len(features)
     out = torch.empty((4, batch), dtype=score_dtype(features, None), device=features.device)
     problem = Problem(features, weight, bias, None, temperature, target=labels, p=2.0)
-    invariant = switch("GRADNORM_FAST_BATCH_INVARIANT")
+    invariant = batch_invariant()
     if batch and _by_kernel(problem, backend):
         from .kernels import dispatch
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from ._backends import run, run_backward, run_token_statistics, run_token_statistics_backward, score_dtype
@@ -26,8 +27,16 @@ _library.define(f"scores({_HEAD}, str backend, bool head) -> (Tensor out, Tensor
 _library.define(f"scores_backward(Tensor grad, {_HEAD}, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor)")
 _library.define(f"token_statistics({_TOKENS}, str backend) -> (Tensor differentiable, Tensor rest)")
 _library.define(f"token_statistics_backward(Tensor grad, {_TOKENS}, bool[] needed) -> (Tensor, Tensor, Tensor)")
+
+
+def _run(*args: Any) -> tuple[Tensor, Tensor]:
+    """`run` as an operator, which must return two tensors: an empty one for no prediction."""
+    out, prediction = run(*args)
+    return out, out.new_empty(0, dtype=torch.int64) if prediction is None else prediction
+
+
 for _name, _implementation in (
-    ("scores", run),
+    ("scores", _run),
     ("scores_backward", run_backward),
     ("token_statistics", run_token_statistics),
     ("token_statistics_backward", run_token_statistics_backward),
@@ -95,7 +104,7 @@ def _stacked(t: Tensor, dim: int | None, n: int) -> Tensor:
 class _Scores(torch.autograd.Function):
     """`scores` for torch.func and forward mode, which do not see through an operator's registered autograd."""
 
-    forward = staticmethod(run)
+    forward = staticmethod(_run)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -138,15 +147,19 @@ class _Scores(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         n, (features, logits, weight, bias, labels, *rest) = info.batch_size, args
+
+        def call(*args: Any) -> tuple[Tensor, Tensor]:
+            return _route(args, _run, _Scores, "scores")
+
         if in_dims[2] is not None or in_dims[3] is not None:
-            return _loop(scores, n, in_dims, args)
+            return _loop(call, n, in_dims, args)
         # only rows are batched: rows of one larger batch
         batch = _stacked(features, in_dims[0], n).shape[1]
         features, logits, labels = (
             None if t is None else _stacked(t, d, n).flatten(0, 1)
             for t, d in zip((features, logits, labels), (*in_dims[:2], in_dims[4]), strict=True)
         )
-        out, prediction = scores(features, logits, weight, bias, labels, *rest)
+        out, prediction = call(features, logits, weight, bias, labels, *rest)
         return (out.reshape(len(out), n, batch), prediction.reshape(n, batch if len(out) > 1 else 0)), (1, 0)
 
 
@@ -240,14 +253,17 @@ for _name, _function in (
     )
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def _is_plain(t: Tensor) -> bool:
     """Whether a kernel may read the memory of this tensor as it is."""
     return (
-        type(t) in (Tensor, torch.nn.Parameter)
+        type(t) in _PLAIN
         and not t.is_meta
         and not t.is_neg()
         and not t._is_zerotensor()
-        and not torch._C._functorch.is_legacy_batchedtensor(t)
+        and not is_legacy_batchedtensor(t)
     )
 
 
@@ -257,18 +273,19 @@ def _route(
     if not torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return function.apply(*args)
-        tensors = [a for a in args if isinstance(a, Tensor)]
-        if (
-            all(map(_is_plain, tensors))
-            and not torch._C._len_torch_dispatch_stack()
-            and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-        ):
-            return direct(*args)
+        if not torch._C._len_torch_dispatch_stack():
+            records = torch.is_grad_enabled()
+            for a in args:
+                if isinstance(a, Tensor) and (not _is_plain(a) or (records and a.requires_grad)):
+                    break
+            else:
+                return direct(*args)
     return getattr(torch.ops.gradnorm_fast, name).default(*args)
 
 
-def scores(*args: Any) -> tuple[Tensor, Tensor]:
-    """_backends.run, by the shortest way that keeps gradients, tracing and transforms right."""
+def scores(*args: Any) -> tuple[Tensor, Any]:
+    """_backends.run, by the shortest way that keeps gradients, tracing and transforms right. Without `head`, the
+    prediction is None or empty."""
     return _route(args, run, _Scores, "scores")
 
 

@@ -73,7 +73,8 @@ def logits_of(problem: Problem, dtype: torch.dtype) -> Tensor:
         return logits.to(dtype)
     assert weight is not None
     rows, classes = x.shape[0], weight.shape[0]
-    bias = bias if bias is None else bias.to(dtype)
+    if bias is not None and bias.dtype != dtype:
+        bias = bias.to(dtype)
     if not usable(x, dtype):
         x = converted(x, dtype)
     transposed = rows > 1 and (rows <= FEW or classes < NARROW)
@@ -122,7 +123,7 @@ def row_norm(u: Tensor, p: float) -> Tensor:
     largest = magnitudes.amax(1, keepdim=True)
     if p == math.inf:
         return largest
-    magnitudes.div_(torch.where(largest > 0, largest, 1.0))
+    magnitudes.div_(largest.masked_fill(largest == 0, 1.0))
     powers = magnitudes.square_() if p == 2.0 else magnitudes.pow_(p)
     root = powers.sum(1, keepdim=True).pow_(0.5 / p)  # in two halves: C^(1/p) alone may overflow
     return largest.mul_(root).mul_(root)
@@ -133,24 +134,22 @@ def with_bias(norm: Tensor, bias_norm: float, p: float) -> Tensor:
     return row_norm(torch.cat([norm, torch.full_like(norm, bias_norm)], 1), p) if bias_norm else norm
 
 
-def feature_norms(problem: Problem, out: Tensor) -> None:
-    """Write ‖x‖_p of each row to out (B,), NaN if it is not finite: such a row has no score."""
+def feature_norms(problem: Problem, dtype: torch.dtype) -> Tensor:
+    """‖x‖_p of each row, NaN if it is not finite: such a row has no score.  # -> (R, 1)"""
     features, p = problem.features, problem.p
-    batch, depth = features.shape
-    step = max(1, budget_of(out.device).piece // max(1, depth * out.itemsize))
-    for i in range(0, batch, step):
-        x, norm = part(features, i, i + step), part(out, i, i + step)
-        if p == 1.0:
-            torch.sum(x.abs(), 1, dtype=out.dtype, out=norm)
-        else:
-            norm.copy_(row_norm(converted(x, out.dtype), p)[:, 0])
-        norm.nan_to_num_(torch.nan, torch.nan)
+    rows, depth = features.shape
+    step, norms = max(1, budget_of(features.device).piece // max(1, depth * dtype.itemsize)), []
+    for i in range(0, rows, step):
+        x = part(features, i, i + step)
+        norms.append(x.abs().sum(1, keepdim=True, dtype=dtype) if p == 1.0 else row_norm(converted(x, dtype), p))
+    norm = norms[0] if len(norms) == 1 else torch.cat(norms)
+    return norm.nan_to_num_(torch.nan, torch.nan)
 
 
 def _score(problem: Problem, z: Tensor, scores: Scores) -> None:
-    """Write the scores of rows with logits z. Their feature norms must be in `scores` already."""
+    """Write the scores of the problem's rows, whose logits are z."""
     out, prediction = scores
-    inv_temperature = 1.0 / problem.temperature
+    inv_temperature, norm = 1.0 / problem.temperature, feature_norms(problem, out.dtype)
     d = shifted(z, inv_temperature)
     if prediction is not None:
         m, top = z.max(1, keepdim=True)
@@ -163,11 +162,8 @@ def _score(problem: Problem, z: Tensor, scores: Scores) -> None:
     v = v.to(out.dtype)
     columns = out.t()  # (R, 1) or (R, fields)
     if prediction is None:
-        if problem.bias_norm:
-            columns.copy_(with_bias(columns, problem.bias_norm, problem.p))
-        columns.mul_(v)
+        torch.mul(with_bias(norm, problem.bias_norm, problem.p), v, out=columns)
         return
-    norm = columns[:, 1:2]
     poison = (norm + v).mul_(0.0)  # if the score is NaN, so are all other fields
     augmented = norm + problem.bias_norm
     exgrad = spread.gini * augmented * (2.0 * inv_temperature)
@@ -181,7 +177,6 @@ def forward(problem: Problem, scores: Scores) -> None:
     """Write the scores of the problem's rows, for the uniform target."""
     out = scores.out
     batch, budget = problem.features.shape[0], budget_of(out.device)
-    feature_norms(problem, out[0 if scores.prediction is None else 1])
     wide = problem.classes * torch.float64.itemsize
     piece = max(budget.piece, wide)
     step, rows = rows_at_once(problem, out.dtype, budget.chunk - piece - budget.piece), piece // wide
@@ -191,5 +186,5 @@ def forward(problem: Problem, scores: Scores) -> None:
         chunk, targets = problem.rows(i, i + step), scores.rows(i, i + step)
         z = logits_of(chunk, out.dtype)
         for j in range(0, z.shape[0], rows):
-            _score(problem, part(z, j, j + rows), targets.rows(j, j + rows))
+            _score(chunk.rows(j, j + rows), part(z, j, j + rows), targets.rows(j, j + rows))
         del z  # before the next chunk is allocated

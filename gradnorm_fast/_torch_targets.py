@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from ._targets import IGNORE
 from ._torch_backward import norm_gradient
@@ -49,19 +51,44 @@ class Others(NamedTuple):
     products: Tensor  #: Σ d_c·exp(d_c)
 
 
-class Probabilities(NamedTuple):
-    """Results of the sums, each (R, 1): p_y and its log, ε = 1 − p_y and its log, ρ_p, and the entropy of p̃."""
+class Probabilities:
+    """Of each row (R, 1) and its class y, from the sums over the other classes: computed when asked for."""
 
-    p_y: Tensor
-    log_p_y: Tensor
-    rest: Tensor
-    log_rest: Tensor
-    rho: Tensor
-    entropy_of_others: Tensor
+    def __init__(self, others: Others, inv_temperature: float, powers: float) -> None:
+        _, z_y, m, self._s, self._r, self._q = others
+        self._powers, self._log_s = powers, self._s.log()
+        self._a = (m - z_y.masked_fill(z_y == torch.inf, torch.nan)) * inv_temperature + self._log_s
 
-    @property
+    @cached_property
+    def p_y(self) -> Tensor:
+        return self._a.neg().sigmoid()
+
+    @cached_property
+    def log_p_y(self) -> Tensor:
+        return logsigmoid(-self._a)
+
+    @cached_property
+    def rest(self) -> Tensor:
+        """ε = 1 − p_y."""
+        return self._a.sigmoid()
+
+    @cached_property
+    def log_rest(self) -> Tensor:
+        return logsigmoid(self._a)
+
+    @cached_property
+    def rho(self) -> Tensor:
+        """ρ_p."""
+        if self._powers == math.inf:
+            return torch.zeros_like(self._s)
+        if self._powers == 1.0:
+            return torch.ones_like(self._s)
+        return (self._r.log() - self._powers * self._log_s).exp().masked_fill_(self._s == 0, 0.0)
+
+    @cached_property
     def entropy(self) -> Tensor:
-        return -_times(self.p_y, self.log_p_y) - _times(self.rest, self.log_rest) + self.rest * self.entropy_of_others
+        of_others = (self._log_s - self._q / self._s).masked_fill_(self._s == 0, 0.0)
+        return -_times(self.p_y, self.log_p_y) - _times(self.rest, self.log_rest) + self.rest * of_others
 
     @property
     def sum_squares(self) -> Tensor:
@@ -70,7 +97,7 @@ class Probabilities(NamedTuple):
 
     def residual_norm(self, p: float) -> Tensor:
         """‖p − e_y‖_p, if ρ is ρ_p."""
-        return self.rest if p == math.inf else self.rest * (self.rho.log1p() / p).exp()
+        return self.rest if p == math.inf else self.rest * (1.0 + self.rho) ** (1.0 / p)
 
 
 def _times(weight: Tensor, value: Tensor) -> Tensor:
@@ -115,42 +142,45 @@ def tiles_of(problem: Problem, dtype: torch.dtype, columns: int) -> Iterator[tup
             yield slice(i, stop), w, z
 
 
-def _set_column(z: Tensor, classes: slice, y: Tensor, value: Tensor | float) -> Tensor:
-    """Replace class y by `value` in rows whose y is in this tile; returns the old values, NaN for other rows."""
+def _set_column(z: Tensor, classes: slice, y: Tensor, value: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Replace class y by `value` in rows whose y is in this tile; returns whether it is, and the old values."""
     at = y - classes.start
     here, at = (at >= 0) & (at < z.shape[1]), at.clamp(0, z.shape[1] - 1)
     old = z.gather(1, at)
     z.scatter_(1, at, torch.where(here, value, old).to(z.dtype))
-    return torch.where(here, old, torch.nan)
+    return here, old
 
 
-Sums = tuple[Tensor, Tensor, Tensor, Tensor]  #: m, s, powers and products of some classes; m = −inf for none
+Sums = tuple[Tensor, Tensor, Tensor, Tensor]  #: m, s, powers and products of some classes; m = −inf, rest 0 for none
 
 
-def _sums(z: Tensor, inv_temperature: float, powers: float, entropy: bool) -> Sums:
-    """The sums over all classes of a tile, in its dtype, for cache-sized groups of rows; overwrites z.
+def _sums(z: Tensor, inv_temperature: float, powers: float, entropy: bool) -> Tensor:
+    """The sums over all classes of a tile, in its dtype, for cache-sized groups of rows; overwrites z.  # -> (4, R, 1)
 
     softmax(d) = exp(d)/S is faster than exp(d) alone (2/3 of its time), and its maximum is 1/S.
     """
-    m, s, r, q = z.new_zeros(4, len(z), 1).unbind(0)
+    sums = z.new_zeros(4, len(z), 1)
     step = max(1, budget_of(z.device).piece // (z.shape[1] * z.itemsize)) if z.is_contiguous() else len(z)
     for i in range(0, len(z), step):
-        d, rows = part(z, i, i + step), slice(i, i + step)
-        top = torch.amax(d, 1, keepdim=True, out=m[rows])
-        d.sub_(torch.where(top == -torch.inf, 0.0, top))
+        d = part(z, i, i + step)
+        m, s, r, q = part(sums, i, i + step, 1).unbind(0)
+        torch.amax(d, 1, keepdim=True, out=m)
+        d.sub_(m.masked_fill(m == -torch.inf, 0.0))
         if inv_temperature != 1.0:
             d.mul_(inv_temperature)
-        d.clamp_min_(FLOOR)
+        if entropy:
+            d.clamp_min_(FLOOR)
         p = torch.softmax(d, 1) if d.is_contiguous() else torch.softmax(d.t(), 0).t()
         scale = p.amax(1, keepdim=True).reciprocal_()
-        s[rows] = p.sum(1, keepdim=True) * scale
+        torch.mul(p.sum(1, keepdim=True), scale, out=s)
         if powers not in (1.0, 2.0, math.inf):
-            r[rows] = (d * powers).exp_().sum(1, keepdim=True)
+            torch.sum((d * powers).exp_(), 1, keepdim=True, out=r)
         if entropy:
-            q[rows] = d.mul_(p).sum(1, keepdim=True) * scale
+            torch.mul(d.mul_(p).sum(1, keepdim=True), scale, out=q)
         if powers == 2.0:
-            r[rows] = p.square_().sum(1, keepdim=True) * scale * scale
-    return m, s, r, q
+            torch.mul(p.square_().sum(1, keepdim=True), scale.square_(), out=r)
+    sums[1:].masked_fill_(sums[0] == -torch.inf, 0.0)  # NaN from a softmax of nothing but −inf
+    return sums
 
 
 def merged(a: Sums, b: Sums, inv_temperature: float, powers: float) -> Sums:
@@ -174,39 +204,25 @@ def others_of(
     n, device, inv_temperature = len(problem.features), problem.features.device, 1.0 / problem.temperature
     dtype = torch.float64
     m = z_y = torch.full((n, 1), -torch.inf, dtype=dtype, device=device)
-    s = r = q = torch.zeros_like(m)
+    sums: Sums = m, *(torch.zeros_like(m),) * 3
     given = isinstance(problem.target, Tensor)
-    y = torch.full((n, 1), -1, dtype=torch.int64, device=device)
     if isinstance(problem.target, Tensor):
         labels = problem.target[:, None]
-        y = torch.where((labels >= 0) & (labels < problem.classes), labels, -1)
+        y = labels.masked_fill((labels < 0) | (labels >= problem.classes), -1)
+    else:
+        y = torch.full((n, 1), -1, dtype=torch.int64, device=device)
     for classes, _, z in tiles:
         if given:
-            old = _set_column(z, classes, y, -torch.inf)
-            z_y = torch.where((y >= classes.start) & (y < classes.stop), old.to(dtype), z_y)
+            here, old = _set_column(z, classes, y, -torch.inf)
+            z_y = torch.where(here, old.to(dtype), z_y)
         else:  # of the tile's maximum and the running one, the smaller belongs to the other classes
             top, at = z.max(1, keepdim=True)
             better = ~(top <= z_y)  # NaN too
             z.scatter_(1, at, torch.where(better, z_y, top.to(dtype)).to(z.dtype))
             z_y, y = torch.where(better, top.to(dtype), z_y), torch.where(better, at + classes.start, y)
-        tile: Sums = tuple(t.to(dtype) for t in _sums(z, inv_temperature, powers, entropy))  # type: ignore[assignment]
-        m, s, r, q = merged((m, s, r, q), tile, inv_temperature, powers)
-    return Others(y, z_y, m, s, r, q)
-
-
-def probabilities_of(others: Others, inv_temperature: float, powers: float) -> Probabilities:
-    _, z_y, m, s, r, q = others
-    a = (m - torch.where(z_y == torch.inf, torch.nan, z_y)) * inv_temperature + s.log()
-    log = torch.nn.functional.logsigmoid
-    some = ~(s == 0)
-    if powers == math.inf:
-        rho = torch.zeros_like(s)
-    elif powers == 1.0:
-        rho = torch.ones_like(s)
-    else:
-        rho = torch.where(some, (r.log() - powers * s.log()).exp(), 0.0)
-    entropy = torch.where(some, s.log() - q / s, 0.0)
-    return Probabilities(a.neg().sigmoid(), log(-a), a.sigmoid(), log(a), rho, entropy)
+        m, s, r, q = _sums(z, inv_temperature, powers, entropy).to(dtype).unbind(0)
+        sums = merged(sums, (m, s, r, q), inv_temperature, powers) if classes.start else (m, s, r, q)
+    return Others(y, z_y, *sums)
 
 
 def _for_labels(problem: Problem, values: Tensor) -> Tensor:
@@ -214,15 +230,8 @@ def _for_labels(problem: Problem, values: Tensor) -> Tensor:
     if isinstance(problem.target, str):
         return values
     labels = problem.target[:, None]
-    exists = (labels >= 0) & (labels < problem.classes)
-    return torch.where(labels == IGNORE, 0.0, torch.where(exists, values, torch.nan))
-
-
-def _feature_norm(problem: Problem, dtype: torch.dtype) -> Tensor:
-    """‖x‖_p of each row, NaN if it is not finite.  # -> (R, 1)"""
-    norm = torch.empty(len(problem.features), 1, dtype=dtype, device=problem.features.device)
-    feature_norms(problem, norm[:, 0])
-    return norm
+    values = values.masked_fill((labels < 0) | (labels >= problem.classes), torch.nan)
+    return values.masked_fill_(labels == IGNORE, 0.0)
 
 
 def forward(problem: Problem, scores: Scores) -> None:
@@ -230,20 +239,20 @@ def forward(problem: Problem, scores: Scores) -> None:
     out, inv_temperature, p = scores.out[0], 1.0 / problem.temperature, problem.p
     for rows, some, columns in blocks(problem, out.dtype):
         others = others_of(some, tiles_of(some, out.dtype, columns), p, False)
-        norm = probabilities_of(others, inv_temperature, p).residual_norm(p) * inv_temperature
-        norm *= with_bias(_feature_norm(some, out.dtype), problem.bias_norm, p)
-        out[rows] = _for_labels(some, norm)[:, 0].to(out.dtype)
+        norm = Probabilities(others, inv_temperature, p).residual_norm(p) * inv_temperature
+        norm *= with_bias(feature_norms(some, out.dtype), problem.bias_norm, p)
+        out[rows] = _for_labels(some, norm)[:, 0]
 
 
 def token_statistics(problem: Problem, out: Tensor) -> None:
     """Write log p_y, entropy, Σp² and ‖p − e_y‖₂ of each row to out (4, B)."""
     for rows, some, columns in blocks(problem, out.dtype):
         others = others_of(some, tiles_of(some, out.dtype, columns), 2.0, True)
-        found = probabilities_of(others, 1.0 / problem.temperature, 2.0)
-        poison = _feature_norm(some, out.dtype) * 0.0
+        found = Probabilities(others, 1.0 / problem.temperature, 2.0)
+        poison = feature_norms(some, out.dtype) * 0.0
         fields = found.log_p_y, found.entropy, found.sum_squares, found.residual_norm(2.0)
         for k, value in enumerate(fields):
-            out[k, rows] = _for_labels(some, value + poison)[:, 0].to(out.dtype)
+            out[k, rows] = _for_labels(some, value + poison)[:, 0]
 
 
 class _Slope(NamedTuple):
@@ -275,7 +284,7 @@ def _propagate(
     for rows, some, columns in blocks(problem, dtype):
         x = some.features
         others = others_of(some, tiles_of(some, dtype, columns), powers, entropy)
-        slope, of_x = slope_of(rows, some, probabilities_of(others, inv_temperature, powers), others)
+        slope, of_x = slope_of(rows, some, Probabilities(others, inv_temperature, powers), others)
         constant, linear, log, own = (_for_labels(some, v).to(dtype) for v in slope)
         shift = torch.where(others.m == -torch.inf, 0.0, others.m).to(dtype)
         inv_s = torch.where(others.s > 0, 1.0 / others.s, others.s).to(dtype)

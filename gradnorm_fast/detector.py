@@ -173,7 +173,8 @@ class GradNorm:
     def fit(self, id_loader: Iterable[Any], tpr: float = 0.95, progress: bool = True) -> GradNorm:
         """Set the threshold from in-distribution images that the model was not trained on, loaded as in `score_loader`.
 
-        At least `tpr` of further in-distribution images, drawn alike, are then accepted (split conformal prediction).
+        A further in-distribution image, drawn alike, is then accepted with probability at least `tpr`, on average over
+        draws of these images (split conformal prediction); one fitted detector may accept somewhat less.
 
         Raises:
             ValueError: tpr not in (0, 1); no images; a score that is not finite.
@@ -213,7 +214,7 @@ class GradNorm:
 
     @property
     def tpr(self) -> float:
-        """The share of in-distribution images that are accepted, at least; may be set after `fit` or `load`."""
+        """The share of in-distribution images to accept, in the sense of `fit`; may be set after `fit` or `load`."""
         return self._tpr
 
     @tpr.setter
@@ -262,6 +263,10 @@ class GradNorm:
 
     def diagnose(self, id_loader: Iterable[Any], ood_loader: Iterable[Any] | None = None, progress: bool = True) -> Any:
         """Whether to trust GradNorm on this model, and, given OOD images, which score to take in its place.
+
+        It warns if feature_norm and output_norm are anti-correlated on the ID images (rank correlation below −0.3), if
+        their product hardly differs (interquartile range below 1 % of the median), and, given OOD images, if GradNorm
+        is larger on them (AUROC below 0.5) or another score has a larger AUROC by more than 0.01.
 
         Returns a `gradnorm_fast.diagnosis.Diagnosis`, whose str is the report. Its `best` goes into `GradNorm(score=)`.
         """

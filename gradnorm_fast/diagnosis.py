@@ -1,7 +1,7 @@
 """Can GradNorm be trusted on this model and these data?
 
-GradNorm is the product of feature_norm and output_norm. It fails, quietly, where one of the two runs the wrong way, as
-it does in vision transformers, or where all scores are nearly the same.
+GradNorm is the product of feature_norm and output_norm. It fails without an error where one of the two is larger on OOD
+images, as in vision transformers, or where all scores are nearly equal.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ def diagnose(id_scores: HeadScores, ood_scores: HeadScores | None = None) -> Dia
     warnings = []
     if correlation < ANTI_CORRELATED:
         warnings.append(
-            f"feature_norm and output_norm run against one another (rank correlation {correlation:+.2f}): their "
-            "product says less than either"
+            f"feature_norm and output_norm are anti-correlated (rank correlation {correlation:+.2f}): in their product "
+            "one cancels the other"
         )
     if spread < COLLAPSED:
         warnings.append(
-            f"the scores have collapsed (spread {spread:.2%} of the median): a model this sure, or this unsure, of "
-            "every image leaves nothing to tell them apart by; another temperature may help"
+            f"the scores have collapsed: their spread is {spread:.2%} of the median, too little to tell images apart; "
+            "try another temperature"
         )
     auroc: dict[str, float] = {}
     if ood_scores is not None:

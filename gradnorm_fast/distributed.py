@@ -18,7 +18,7 @@ from torch import Tensor
 from ._backends import score_dtype
 from ._targets import IGNORE
 from ._torch_forward import budget_of, feature_norms, logits_of, with_bias
-from ._torch_targets import Others, Sums, blocks, merged, others_of, probabilities_of, tiles_of
+from ._torch_targets import Others, Probabilities, Sums, blocks, merged, others_of, tiles_of
 from .functional import _autocast, _check_gradient, _check_head, _check_options, _rows
 from .kernels.problem import Problem
 
@@ -256,7 +256,7 @@ def _one_hot(problem: Problem, offset: int, ranks: _Ranks, out: Tensor) -> None:
     p, inv_temperature, labels = problem.p, 1.0 / problem.temperature, problem.target
     some_powers = p not in (1.0, math.inf)
     sent = torch.empty((5 if some_powers else 4, len(out)), dtype=out.dtype, device=out.device)
-    feature_norms(problem, sent[0])
+    sent[0] = feature_norms(problem, out.dtype)[:, 0]
     here = problem if isinstance(labels, str) else problem._replace(target=labels - offset)
     for rows, some, columns in blocks(here, out.dtype):
         others = others_of(some, tiles_of(some, out.dtype, columns), p, False)
@@ -278,7 +278,7 @@ def _one_hot(problem: Problem, offset: int, ranks: _Ranks, out: Tensor) -> None:
         z_y, lower = torch.where(better, z, z_y), torch.where(better, z_y, z)
         sums = merged(sums, (lower, one, one, zero), inv_temperature, p)
     m, s, r, q = sums
-    found = probabilities_of(Others(z_y.long(), z_y, m, s, r, q), inv_temperature, p)
+    found = Probabilities(Others(z_y.long(), z_y, m, s, r, q), inv_temperature, p)
     value = found.residual_norm(p) * inv_temperature * with_bias(norm[:, None], problem.bias_norm, p)
     if not isinstance(labels, str):
         value = torch.where(labels[:, None] == IGNORE, 0.0, value)
@@ -287,8 +287,7 @@ def _one_hot(problem: Problem, offset: int, ranks: _Ranks, out: Tensor) -> None:
 
 def _uniform(problem: Problem, ranks: _Ranks, out: Tensor) -> None:
     """The uniform target, in chunks of as many rows as fit: the mean of expm1, then the deviations from it."""
-    norms = torch.empty_like(out)
-    feature_norms(problem, norms)
+    norms = feature_norms(problem, out.dtype)[:, 0]
     row = max(1, max(ranks.classes)) * out.itemsize
     step = max(1, budget_of(out.device).chunk // LIVE // row)
     for i in range(0, len(out), step):

@@ -306,7 +306,8 @@ def _shaped(row: Tensor, features: Tensor) -> Tensor:
 
 
 def _autocasting(device: torch.device) -> bool:
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+    kind = device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
@@ -354,7 +355,7 @@ def _check_gradient(
     if labels is not None:
         _check_device("target", labels, features)
     name = target if isinstance(target, str) else "labels"
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    if p not in (1.0, 2.0) and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         check_differentiable(p)
     return None if labels is None else labels.reshape(-1), name, p
 
@@ -367,28 +368,29 @@ def _check_head(
     _check_tensor(f"{prefix}weight", weight)
     if features.dim() == 0:
         raise ValueError("features: expected shape (..., D), got a tensor without dimensions")
-    if weight.dim() not in (2, 4):
-        raise ValueError(f"{prefix}weight: expected shape (C, D) or (C, D, 1, 1), got {tuple(weight.shape)}")
-    if weight.dim() == 4:
+    if weight.dim() != 2:
+        if weight.dim() != 4:
+            raise ValueError(f"{prefix}weight: expected shape (C, D) or (C, D, 1, 1), got {tuple(weight.shape)}")
         if weight.shape[2] != 1 or weight.shape[3] != 1:
             raise ValueError(
                 f"{prefix}weight: expected shape (C, D) or (C, D, 1, 1), got {tuple(weight.shape)}: the gradient of a "
                 "larger convolution is not an outer product"
             )
         weight = weight[:, :, 0, 0]
-    if weight.shape[0] < fewest:
+    classes, depth = weight.shape
+    if classes < fewest:
         raise ValueError(f"{prefix}weight: expected at least one class, got shape {tuple(weight.shape)}")
-    if weight.shape[1] != features.shape[-1]:
+    if features.shape[-1] != depth:
         raise ValueError(
-            f"features: expected shape (..., {weight.shape[1]}) to match {prefix}weight {tuple(weight.shape)}, "
+            f"features: expected shape (..., {depth}) to match {prefix}weight {tuple(weight.shape)}, "
             f"got {tuple(features.shape)}"
         )
     _check_like(f"{prefix}weight", weight, features)
     if bias is not None:
         _check_tensor(f"{prefix}bias", bias)
-        if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
+        if bias.shape != (classes,):
             raise ValueError(
-                f"{prefix}bias: expected shape ({weight.shape[0]},) to match {prefix}weight {tuple(weight.shape)}, "
+                f"{prefix}bias: expected shape ({classes},) to match {prefix}weight {tuple(weight.shape)}, "
                 f"got {tuple(bias.shape)}"
             )
         _check_like(f"{prefix}bias", bias, features)

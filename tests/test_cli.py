@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gradnorm_fast import HeadScores, fast_gradnorm, models
+from gradnorm_fast import HeadScores, _backends, fast_gradnorm, models
 
 from command_line import MODEL_RUN, RUN, SCORE, run
 
@@ -184,6 +184,7 @@ def test_ctrl_c_while_the_command_line_is_imported_is_one_line(monkeypatch, caps
 
 def test_switches_that_are_none(monkeypatch, capsys):
     monkeypatch.setenv("GRADNORM_FAST_BATCH_INVARIANT", "yes")
+    _backends.batch_invariant.cache_clear()  # as at the first call of a process
     with pytest.raises(ValueError, match="GRADNORM_FAST_BATCH_INVARIANT: expected 0 or 1, got 'yes'"):
         fast_gradnorm(torch.ones(2, 3), torch.ones(4, 3), backend="torch")
     for name, value, message in (

@@ -304,10 +304,9 @@ def test_the_reference_in_any_mode():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", [10, 300])
-def test_batch_invariance_of_the_torch_path_on_request(monkeypatch, classes, dtype):
+def test_batch_invariance_of_the_torch_path_on_request(batch_invariant, classes, dtype):
     """However many rows are beside it. The kernels have a test of their own, in test_kernels.py."""
     x, w, bias = problem(70, 100, classes, dtype)
-    monkeypatch.setenv("GRADNORM_FAST_BATCH_INVARIANT", "1")
     whole = head_scores(x, w, bias, backend="torch")
     assert relative(whole.gradnorm, autograd_gradnorm(x.double(), w.double(), bias.double())) < 1e-5
     for some in (slice(0, 1), slice(3, 5), slice(69, 70), slice(17, 50)):

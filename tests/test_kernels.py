@@ -317,11 +317,10 @@ def test_slices_of_a_few_rows_fill_the_device_twice_at_most(b, c, d, processors)
 
 @pytest.mark.parametrize(("depth", "classes"), [(40, 10), (12, 10), (40, 300)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_batch_invariance_on_request(monkeypatch, depth, classes, dtype):
+def test_batch_invariance_on_request(batch_invariant, depth, classes, dtype):
     x, w, bias = problem(70, depth, classes, dtype)
     if INTERPRETED:  # NumPy's matmul depends on where a row lies: numbers whose sums are exact
         x, w, bias = ((8 * t).round() / 8 for t in (x, w, bias))
-    monkeypatch.setenv("GRADNORM_FAST_BATCH_INVARIANT", "1")
     one, all_ = (dispatch.choose(Problem(x[:n], w, bias), batch_invariant=True) for n in (1, 70))
     assert one == all_ and one.kernel != "library"  # its matmul depends on the batch
     whole = fast_gradnorm(x, w, bias, backend="triton")

@@ -140,8 +140,7 @@ def test_bytes_of_the_statistics(monkeypatch):
         assert sum(taken) <= 4096 * (24 * tiles + 16)
 
 
-def test_one_row_alone_has_the_bits_it_has_among_others(monkeypatch):
-    monkeypatch.setenv("GRADNORM_FAST_BATCH_INVARIANT", "1")
+def test_one_row_alone_has_the_bits_it_has_among_others(batch_invariant):
     x, w, bias, labels = exact_problem(19, 24, 100, torch.float32)
     whole = fast_gradnorm(x * 0.37, w, bias, target=labels, p=2.0, backend="triton")
     few = fast_gradnorm(x[7:9] * 0.37, w, bias, target=labels[7:9], p=2.0, backend="triton")

@@ -451,9 +451,8 @@ def test_autocast_casts_as_linear_does():
     assert all(torch.equal(a, b) for a, b in zip(found, token_statistics(*halves, labels), strict=True))
 
 
-def test_batch_invariance_on_request(monkeypatch):
+def test_batch_invariance_on_request(batch_invariant):
     x, w, bias, labels = problem(40, 100, 300, torch.float32)
-    monkeypatch.setenv("GRADNORM_FAST_BATCH_INVARIANT", "1")
     some = slice(17, 20)
     for target in TARGETS:
         whole = fast_gradnorm(x, w, bias, target=labels if target == "labels" else target, p=2.0)

@@ -8,7 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .._backends import on_cpu_without_float64
 from .._targets import IGNORE
+from .._torch_forward import deviations, shifted
 from .norms import norm_dtype
 
 
@@ -16,16 +18,18 @@ def target_gradient(logits: Tensor, target: str | Tensor, temperature: float, sc
     """scale·(softmax(z/T) − target)/T of logits z (B, C), in float32 or float64.
 
     The gradient of the cross entropy to the target distribution: uniform, one-hot at a label, or one-hot at the
-    predicted class. No step subtracts nearly equal numbers: the deviation from uniform comes from expm1((z − r)/T) with
-    the log-mean-exp r, and 1 − p_y is a sigmoid of the other classes' logsumexp.
+    predicted class. No step subtracts nearly equal numbers: p − 1/C comes from the score's own formula, in float64, and
+    1 − p_y is a sigmoid of the other classes' logsumexp.
     """
-    z = logits.detach().to(norm_dtype(logits.dtype))
+    dtype = norm_dtype(logits.dtype)
+    if isinstance(target, str) and target == "uniform":
+        (gradient,) = _uniform_gradient(logits.detach(), 1.0 / temperature, scale / temperature, dtype)
+        return gradient
+    z = logits.detach().to(dtype)
     if isinstance(target, Tensor):
         gradient = _one_hot_gradient(z, target.to(z.device), temperature)
-    elif target == "predicted":
-        gradient = _one_hot_gradient(z, z.argmax(1), temperature)
     else:
-        gradient = _uniform_gradient(z, temperature)
+        gradient = _one_hot_gradient(z, z.argmax(1), temperature)
     return gradient * (scale / temperature)
 
 
@@ -42,16 +46,11 @@ def loss_gradient(logits: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
     return gradient.to(norm_dtype(z.dtype))
 
 
-def _uniform_gradient(z: Tensor, temperature: float) -> Tensor:
-    """p − 1/C. Centred twice, because the first log-mean-exp has a rounding error relative to the maximum."""
-    classes = z.shape[1]
-    d = z - z.amax(1, keepdim=True)
-    r = temperature * (torch.exp(d / temperature).sum(1, keepdim=True) / classes).log()
-    off = torch.expm1((d - r) / temperature).sum(1, keepdim=True) / classes
-    r = torch.where(off.abs() < 0.5, r + temperature * torch.log1p(off), r)
-    q = torch.expm1((d - r) / temperature)
-    total = q.sum(1, keepdim=True)
-    return (q - total / classes) / (classes + total)
+@on_cpu_without_float64
+def _uniform_gradient(z: Tensor, inv_temperature: float, factor: float, dtype: torch.dtype) -> tuple[Tensor]:
+    """factor·(p − 1/C), computed in float64 and rounded once."""
+    u, t = deviations(shifted(z, inv_temperature))
+    return (u.div_(t).mul_(factor).to(dtype),)
 
 
 def _one_hot_gradient(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
