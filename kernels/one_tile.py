@@ -124,6 +124,13 @@ TABLE: Table = {
         Line("half", 8192, 256, Config(32, 256, 64, 8, 3)),
         Line("half", ANY, 256, Config(64, 256, 64, 8, 3)),
     ],
+    "gfx942": [
+        Line("float32", 1024, 16, Config(16, 16, 32, 4, 2)),
+        Line("float32", ANY, 16, Config(32, 16, 64, 4, 2)),
+        Line("float32", 1024, 128, Config(16, 128, 32, 8, 2)),
+        Line("float32", ANY, 128, Config(32, 128, 32, 4, 2)),  # 8 waves would hold each logit twice and spill
+        Line("float32", ANY, 256, Config(16, 256, 32, 4, 2)),
+    ],
 }
 
 

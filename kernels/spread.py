@@ -11,8 +11,9 @@ q − (z − r)/T is negative: near-uniform rows keep their digits.
 import triton
 import triton.language as tl
 
-from .deviation import centred_again, first_at, log_mean_exp
+from .deviation import centred_again, finite_max, first_at, log_mean_exp
 from .exponential import expm1, expm1_excess, log1p, log1p_excess
+from .norm import positive
 
 
 @triton.jit
@@ -21,7 +22,7 @@ def spread_terms(z, valid, classes, index, m, r, inv_temperature):
 
     z, valid: logits (B, C') of `classes` (1, C'), −inf where not valid; index, m, r: (B,).  # -> 5 x (B, C')
     """
-    d = (z - m[:, None]) * inv_temperature
+    d = (z - finite_max(m)[:, None]) * inv_temperature
     t = tl.where(classes == index[:, None], 0.0, tl.exp(d))
     e = (z - r[:, None]) * inv_temperature
     q = tl.where(valid, expm1(e), 0.0)
@@ -45,7 +46,7 @@ def spread_of_rows(z, valid, m, s, C, inv_temperature, WANTED: tl.constexpr):
     if WANTED:
         classes = tl.arange(0, z.shape[1])[None, :]
         index = first_at(z, m, classes)
-        r = log_mean_exp(m, s, C, inv_temperature)
+        r = log_mean_exp(m, positive(s), C, inv_temperature)
         q = tl.sum(tl.where(valid, expm1((z - r[:, None]) * inv_temperature), 0.0), 1)
         r = centred_again(r, q, C, inv_temperature)
         t, squares, products, q, excess = spread_terms(z, valid, classes, index, m, r, inv_temperature)

@@ -34,3 +34,13 @@ def end_to_end_tolerance(x, w, bias, temperature, dtype):
     epsilon = min(n, 4 * n**0.5) * 2.0**-24 * size
     score = deviation(x @ w.T + bias, temperature) * temperature
     return 2e-6 + (torch.expm1(2 * epsilon / temperature) / score).max().item()
+
+
+def exact_problem(b, d, c, dtype):
+    """Features, weight, bias and labels whose logits float32 holds exactly; one label ignored, two of no class."""
+    g = torch.Generator().manual_seed(b + d + c)
+    x, w, bias = (torch.randint(-8, 9, shape, generator=g).to(dtype) / 4 for shape in ((b, d), (c, d), (c,)))
+    x[:, 12:] = 0.0
+    labels = torch.randint(0, c, (b,), generator=g)
+    labels[1::5] = -100
+    return x.to(DEVICE), w.to(DEVICE), bias.to(DEVICE), labels.to(DEVICE)

@@ -1,13 +1,14 @@
 """GradNorm scores of 256 < C <= 4096 in one launch by thread block clusters: several CTAs hold a row's logits together.
 
-    z = x·Wᵀ + b,   score = ‖(x, bias_norm)‖_p·‖softmax(z/T) − 1/C‖_p·scale/T
+    z = x·Wᵀ + b,   score = (‖x‖₁ + bias_norm)·Σ_c |p_c − 1/C|·scale/T,   p = softmax(z/T)
 
 The program of one_tile.py with a tile of up to 16 x 256 classes: the compiler gives each CTA of the cluster a slice of
 the classes, and the sums over classes cross them through distributed shared memory. Traffic: features and weight once
 per row block, no logits. Needs half precision, sm_90 or sm_100, TMA, and a compiler that reduces across CTAs (Triton
-3.8). Only tests and benchmarks reach it: it has not run on a GPU.
+3.8). Only tests and benchmarks reach it: it has not run on a GPU. It
+writes the score alone, for p = 1: the other fields would spill.
 
-The operands come by tensor descriptors, x for ‖x‖ by pointers once more: if one value fed both, the compiler would
+The operands come by tensor descriptors, x for ‖x‖₁ by pointers once more: if one value fed both, the compiler would
 split x over the CTAs by rows while it splits the classes, and the product would be silently wrong
 (`benchmarks/compile_matrix.py` checks the compiled layout).
 """
@@ -20,10 +21,9 @@ from ..config import ANY, Config, Line, Table, cdiv, choose
 from ..deviation import deviation_of_rows
 from ..device import INTERPRETED, TRITON, architecture, descriptor, tma_reads, tuned_as, upcast, vector
 from ..launch import launch
-from ..norm import compiled, norm_in_memory
+from ..norm import norm_in_memory
 from ..output import store_scores
 from ..problem import Problem, Scores
-from ..spread import spread_of_rows
 from ..tile import logits_tile
 
 # Whether the compiler reduces across the CTAs of a cluster. Triton 3.6 cannot.
@@ -37,12 +37,11 @@ def cluster_kernel(
     WT,  # weight (C, D): a descriptor of blocks (BLOCK_C, BLOCK_D)
     X,  # (B, D), row stride stride_xb * VEC
     BIAS,  # (C,)
-    OUT,  # (1, B), or (10, B) with ALL_FIELDS
-    PREDICTION,  # (B,) int64, with ALL_FIELDS
+    OUT,  # (1, B)
     B, C, D,
-    inv_temperature, scale, bias_norm, p,
+    inv_temperature, scale, bias_norm,
     stride_xb, stride_xd, stride_b, stride_o,
-    VEC: tl.constexpr, HAS_BIAS: tl.constexpr, ALL_FIELDS: tl.constexpr, NORM: tl.constexpr, UPCAST: tl.constexpr,
+    VEC: tl.constexpr, HAS_BIAS: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """D and stride_xb come divided by VEC."""
@@ -57,18 +56,17 @@ def cluster_kernel(
     )  # fmt: skip
     rows = row + tl.arange(0, BLOCK_B)
     norm = norm_in_memory(
-        X, rows, B, 0, D, BLOCK_D, stride_xb, stride_xd, p,
-        NORM, BLOCK_B, BLOCK_D, STAGES, tl.float32,
+        X, rows, B, 0, D, BLOCK_D, stride_xb, stride_xd, 1.0,
+        1, BLOCK_B, BLOCK_D, STAGES, tl.float32,
     )  # fmt: skip
     valid = classes < C
     z = tl.where((rows < B)[:, None] & valid, z, float("-inf"))  # rows beyond B must not ask for the careful form
-    m, s, deviation = deviation_of_rows(z, valid, C, p, inv_temperature, NORM)
-    index, entropy, sum_squares, gini, kl = spread_of_rows(z, valid, m, s, C, inv_temperature, ALL_FIELDS)
+    m, s, deviation = deviation_of_rows(z, valid, C, 1.0, inv_temperature, 1)
     store_scores(
-        OUT, PREDICTION, rows, B, stride_o,
-        norm, deviation, m, index, s, entropy, sum_squares, gini, kl,
-        inv_temperature, scale, bias_norm, p,
-        NORM, ALL_FIELDS,
+        OUT, OUT, rows, B, stride_o,
+        norm, deviation, m, m, s, m, m, m, m,
+        inv_temperature, scale, bias_norm, 1.0,
+        1, False,
     )  # fmt: skip
 
 
@@ -99,6 +97,8 @@ def why_not(problem: Problem, arch: str) -> str:
         return "takes a weight, not logits"
     if x.dtype.itemsize != 2:
         return f"takes halves, not {x.dtype}"
+    if problem.p != 1.0:
+        return f"takes p = 1, not p = {problem.p:g}"
     if len(w) > most:
         return f"takes at most {most} classes on {arch}, got {len(w)}"
     if not (CLUSTERS or INTERPRETED):
@@ -109,23 +109,25 @@ def why_not(problem: Problem, arch: str) -> str:
 
 
 def score_cluster(problem: Problem, scores: Scores, config: Config | None = None) -> None:
-    """Scores of features (B, D) under the head's weight (C, D) and bias (C,). ValueError where `why_not` says so."""
+    """Scores (1, B) of features (B, D) under the head's weight (C, D) and bias (C,). ValueError if `why_not` has a
+    reason, or if more than the score is asked for."""
     x, w, bias = problem.features, problem.weight, problem.bias
     arch = architecture(x.device)
     if reason := why_not(problem, arch):
         raise ValueError(f"cluster {reason}")
+    if scores.prediction is not None:
+        raise ValueError("cluster writes the score alone, not the other fields")
     assert w is not None
-    (b, d), c, (norm, p) = x.shape, len(w), compiled(problem.p)
+    (b, d), c = x.shape, len(w)
     cfg = config or configuration(b, c, d, x.dtype, arch)
     vec = vector(d, x.stride(0))
     launch(cluster_kernel, cdiv(b, cfg.block_b), cfg, (
         descriptor(x, cfg.block_b, cfg.block_d), descriptor(w, cfg.block_c, cfg.block_d),
-        x, x if bias is None else bias, scores.out, scores.out if scores.prediction is None else scores.prediction,
+        x, x if bias is None else bias, scores.out,
         b, c, d // vec,
-        1.0 / problem.temperature, problem.scale, problem.bias_norm, p,
+        1.0 / problem.temperature, problem.scale, problem.bias_norm,
         x.stride(0) // vec, x.stride(1), 0 if bias is None else bias.stride(0), scores.out.stride(0),
     ), dict(
-        VEC=vec, HAS_BIAS=bias is not None, ALL_FIELDS=scores.prediction is not None, NORM=norm,
-        UPCAST=upcast(x.dtype),
+        VEC=vec, HAS_BIAS=bias is not None, UPCAST=upcast(x.dtype),
         BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d, STAGES=cfg.num_stages,
     ))  # fmt: skip
