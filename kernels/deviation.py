@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .exponential import expm1, log1p
-from .norm import norm_in_registers
+from .norm import norm_in_registers, positive
 
 
 @triton.jit
@@ -47,8 +47,8 @@ def needs_careful_form(v):
 
 @triton.jit
 def log_mean_exp(m, s, C, inv_temperature):
-    """The first estimate of r, from a row's maximum m and S = s.  # (B,)"""
-    return finite_max(m) + tl.log(s / C) / inv_temperature
+    """The first estimate of r, from a row's maximum m and S = s; finite where S is 0.  # (B,)"""
+    return finite_max(m) + tl.log(positive(s) / C) / inv_temperature
 
 
 @triton.jit

@@ -192,7 +192,7 @@ def spread_of_long_rows(
     HAS_BIAS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, dtype,
 ):  # fmt: skip
     """`spread` of rows longer than a block.  # Z (B, 1), m, s, index (B,) -> 4 x (B,)"""
-    r = log_mean_exp(m, positive(s), C, inv_temperature)
+    r = log_mean_exp(m, s, C, inv_temperature)
     q, _lowest_q = _sums(
         Z, BIAS, r, C, width, live, inv_temperature, stride_zc, stride_b,
         True, HAS_BIAS, BLOCK_B, BLOCK_C, STAGES, dtype,

@@ -13,7 +13,6 @@ import triton.language as tl
 
 from .deviation import centred_again, finite_max, first_at, log_mean_exp
 from .exponential import expm1, expm1_excess, log1p, log1p_excess
-from .norm import positive
 
 
 @triton.jit
@@ -46,7 +45,7 @@ def spread_of_rows(z, valid, m, s, C, inv_temperature, WANTED: tl.constexpr):
     if WANTED:
         classes = tl.arange(0, z.shape[1])[None, :]
         index = first_at(z, m, classes)
-        r = log_mean_exp(m, positive(s), C, inv_temperature)
+        r = log_mean_exp(m, s, C, inv_temperature)
         q = tl.sum(tl.where(valid, expm1((z - r[:, None]) * inv_temperature), 0.0), 1)
         r = centred_again(r, q, C, inv_temperature)
         t, squares, products, q, excess = spread_terms(z, valid, classes, index, m, r, inv_temperature)

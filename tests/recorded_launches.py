@@ -85,7 +85,8 @@ def calls():
             (70, 64, 300, 0, tiled.score_tiled, wide), (70, 64, 300, 0, cluster.score_cluster, None),
         ):  # fmt: skip
             if score is not cluster.score_cluster or cluster.CLUSTERS:
-                prediction = torch.zeros(rows, dtype=torch.int64) if all_fields else None
+                fields = all_fields and score is not cluster.score_cluster
+                prediction = torch.zeros(rows, dtype=torch.int64) if fields else None
                 scores = Scores(torch.zeros(len(FIELDS), rows), prediction)
                 arguments = problem(rows, depth, classes, offset), scores, config
                 yield lambda f=score, a=arguments: f(*a)

@@ -24,6 +24,8 @@ from .memory import EmulatorError
 from families import deviation_norm
 from spread import spread
 
+TINY = 2.0**-126  # below this, float32 loses digits
+
 
 @dataclass(frozen=True)
 class Case:
@@ -232,9 +234,9 @@ def judge(case: Case, problem: Problem, scores: Scores, base: float) -> tuple[fl
         "max_logit": (m, base + zero, rounding),
         "msp": (torch.softmax((z - m[:, None]) / t, 1).amax(1), base + noise, zero),
         "energy": (m + t * torch.logsumexp((z - m[:, None]) / t, 1), base + zero, rounding + base * t),
-        "entropy": (entropy, 2 * base + 2 * noise, zero),
+        "entropy": (entropy, 2 * base + 2 * noise, zero + TINY),
         "sum_squares": (squares, 2 * base + 4 * noise, zero),
-        "exgrad": (2 * norm * gini / t, 2 * base + 4 * noise, zero),
+        "exgrad": (2 * norm * gini / t, 2 * base + 4 * noise, 2 * norm / t * TINY),
         "kl_uniform": (kl, 2 * base + zero, output_norm * t * noise),
     }
     bad, problems, worst = ~expected["gradnorm"][0].isfinite(), [], 0.0
