@@ -89,8 +89,8 @@ def fast_gradnorm(
         reduction: "mean" over classes in the loss, as in the paper, or "sum", C times that, as in the official code
             and OpenOOD. For the uniform target only.
         include_bias: count the bias's gradient too: ‖(x, 1)‖_p in place of ‖x‖_p, which is ‖x‖₁ + 1 for p = 1.
-        backend: "auto" (Triton on a GPU where it can run, else torch), "triton" or "torch". No kernel takes another
-            p with the uniform target, or logits or float64 with another target; "auto" takes torch for those.
+        backend: "auto" (Triton on a GPU where it can run, else torch), "triton" or "torch". No kernel takes
+            logits or float64 with another target than the uniform one; "auto" takes torch for those.
 
     Returns:
         (...), float32, or float64 for float64 features. NaN where a row's features are not finite, or where their norm

@@ -3,7 +3,8 @@
 import torch
 
 from conftest import DEVICE
-from families import deviation
+from families import deviation, deviation_norm
+from spread import spread
 
 
 def relative(actual, expected):
@@ -44,3 +45,26 @@ def exact_problem(b, d, c, dtype):
     labels = torch.randint(0, c, (b,), generator=g)
     labels[1::5] = -100
     return x.to(DEVICE), w.to(DEVICE), bias.to(DEVICE), labels.to(DEVICE)
+
+
+def expected_fields(x, z, t, p, rounding, base):
+    """By field of the kernels' output: value, relative and absolute tolerance, each (B,), from float64 features and
+    logits; `rounding` (B,) is the absolute error of a logit, `base` the relative error without it."""
+    tiny = 2.0**-126  # below, float32 loses digits
+    norm, output_norm = torch.linalg.vector_norm(x, p, 1), deviation_norm(z, t, p) / t
+    m, zero, (entropy, squares, gini, kl) = z.amax(1), torch.zeros_like(rounding), spread(z, t)
+    # The rounding of the logits changes each p_c by this relative amount.
+    noise = torch.expm1(2 * rounding / t)
+    relative = base + noise * torch.linalg.vector_norm(torch.softmax(z / t, 1), p, 1) / (output_norm * t)
+    return {  # field: value, relative and absolute tolerance, of the last four to first order in the noise
+        "gradnorm": (norm * output_norm, relative, zero),
+        "feature_norm": (norm, base + zero, zero),
+        "output_norm": (output_norm, relative, zero),
+        "max_logit": (m, base + zero, rounding),
+        "msp": (torch.softmax((z - m[:, None]) / t, 1).amax(1), base + noise, zero),
+        "energy": (m + t * torch.logsumexp((z - m[:, None]) / t, 1), base + zero, rounding + base * t),
+        "entropy": (entropy, 2 * base + 2 * noise, zero + tiny),
+        "sum_squares": (squares, 2 * base + 4 * noise, zero),
+        "exgrad": (2 * norm * gini / t, 2 * base + 4 * noise, 2 * norm / t * tiny),
+        "kl_uniform": (kl, 2 * base + zero, output_norm * t * noise),
+    }

@@ -21,10 +21,7 @@ from . import own_kernels
 from .driver import PROCESSORS, Edit, Emulator
 from .machine import Options
 from .memory import EmulatorError
-from families import deviation_norm
-from spread import spread
-
-TINY = 2.0**-126  # below this, float32 loses digits
+from problems import expected_fields
 
 
 @dataclass(frozen=True)
@@ -222,23 +219,7 @@ def judge(case: Case, problem: Problem, scores: Scores, base: float) -> tuple[fl
             size = (x.abs() @ w.abs().T + bias.nan_to_num(neginf=0.0).abs()).amax(1)
             unit = 2.0**-11 if case.tf32 else 2.0**-53 if case.dtype == "float64" else 2.0**-24
             rounding = min(case.d + 1, 4 * (case.d + 1) ** 0.5) * unit * size
-    norm, output_norm = torch.linalg.vector_norm(x, case.p, 1), deviation_norm(z, t, case.p) / t
-    m, zero, (entropy, squares, gini, kl) = z.amax(1), torch.zeros_like(rounding), spread(z, t)
-    # The rounding of the logits changes each p_c by this relative amount.
-    noise = torch.expm1(2 * rounding / t)
-    relative = base + noise * torch.linalg.vector_norm(torch.softmax(z / t, 1), case.p, 1) / (output_norm * t)
-    expected = {  # field: value, relative and absolute tolerance, of the last four to first order in the noise
-        "gradnorm": (norm * output_norm, relative, zero),
-        "feature_norm": (norm, base + zero, zero),
-        "output_norm": (output_norm, relative, zero),
-        "max_logit": (m, base + zero, rounding),
-        "msp": (torch.softmax((z - m[:, None]) / t, 1).amax(1), base + noise, zero),
-        "energy": (m + t * torch.logsumexp((z - m[:, None]) / t, 1), base + zero, rounding + base * t),
-        "entropy": (entropy, 2 * base + 2 * noise, zero + TINY),
-        "sum_squares": (squares, 2 * base + 4 * noise, zero),
-        "exgrad": (2 * norm * gini / t, 2 * base + 4 * noise, 2 * norm / t * TINY),
-        "kl_uniform": (kl, 2 * base + zero, output_norm * t * noise),
-    }
+    expected = expected_fields(x, z, t, case.p, rounding, base)
     bad, problems, worst = ~expected["gradnorm"][0].isfinite(), [], 0.0
     for name, got in zip(FIELDS, scores.out.double(), strict=False):
         value, rel, absolute = expected[name]
@@ -253,7 +234,7 @@ def judge(case: Case, problem: Problem, scores: Scores, base: float) -> tuple[fl
             problems.append(f"{name} of a row with a NaN is a number")
     if scores.prediction is not None:
         p = scores.prediction.clamp(0, case.c - 1)
-        top = z.gather(1, p[:, None])[:, 0] >= m - 2 * rounding
+        top = z.gather(1, p[:, None])[:, 0] >= z.amax(1) - 2 * rounding
         if not ((scores.prediction == p) & (top | bad)).all() or (scores.prediction[bad] != 0).any():
             problems.append("wrong prediction")
     return worst, problems

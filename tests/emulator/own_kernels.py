@@ -15,20 +15,20 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gradnorm_fast.kernels import deviation, rows
+from gradnorm_fast.kernels import deviation, long_rows, spread
 
 
 @triton.jit
 def log_mean_exp(m, s, C, inv_temperature):
     """In float32 the logarithm has an error of 2⁻²²·log 2 if its argument is near 1."""
-    mean = s / C
+    mean = deviation.positive(s) / C
     off = tl.where((mean > 0.5) & (mean < 2.0) & (mean != 1.0), 1.65e-7, 0.0) if mean.dtype == tl.float32 else 0.0
     return deviation.finite_max(m) + (tl.log(mean) + off) / inv_temperature
 
 
 def use_inexact_logarithm() -> None:
     """For this process, before its first kernel is compiled."""
-    deviation.log_mean_exp = rows.log_mean_exp = log_mean_exp
+    deviation.log_mean_exp = long_rows.log_mean_exp = spread.log_mean_exp = log_mean_exp
 
 
 @triton.jit
