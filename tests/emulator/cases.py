@@ -67,10 +67,10 @@ ROWS: tuple[dict[str, Any], ...] = (
 
 def quick_cases(arch: int) -> list[Case]:
     """Every kernel once."""
-    float32 = Case("one_tile", "float32", 18, 64, 12, rows="nan", bias="masked")
+    float32 = Case("one_tile", "float32", 18, 64, 12, rows="nan", bias="masked", fields=False, p=3.0)
     float64 = Case("library", "float64", 9, 40, 100, rows="bulk")
     wgmma = Case("one_tile", "float16", 65, 160, 200, as_if=50000)
-    vectors = Case("tiled", "float16", 6, 1000, 300, processors=30)
+    vectors = Case("tiled", "float16", 6, 1000, 300, processors=30, fields=False, p=2.0)
     return [
         Case("tiled", "float16", 9, 256, 258, processors=20, **ROWS[-1]),
         Case("library", "float16", 2, 40, 1025, rows="bulk"),
