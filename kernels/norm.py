@@ -18,9 +18,16 @@ def compiled(p: float) -> tuple[int, float]:
 
 
 @triton.jit
+def square(a):
+    """a² for a >= 0. The compiler would fuse a bare product into a sum across threads, fma(a, a, a shuffled a²), and
+    leave the threads with different last digits of the same sum."""
+    return tl.where(a > 0.0, a * a, a)
+
+
+@triton.jit
 def power(a, p, NORM: tl.constexpr):
     """a^p for a >= 0 and NORM 2 or GENERAL."""
-    return a * a if NORM == 2 else tl.exp(p * tl.log(a))
+    return square(a) if NORM == 2 else tl.exp(p * tl.log(a))
 
 
 @triton.jit

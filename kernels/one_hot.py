@@ -24,7 +24,7 @@ from .deviation import finite_max, first_at
 from .device import architecture, dot_precision, upcast, vector
 from .exponential import log1p
 from .launch import launch
-from .norm import compiled, norm_in_memory, with_bias
+from .norm import compiled, norm_in_memory, square, with_bias
 from .problem import IGNORE, Problem, Scores
 from .rows import MAX_RESIDENT, TILES, rows_per_chunk
 from .tile import logits_tile
@@ -92,7 +92,7 @@ def one_hot_kernel(
     tl.store(at, m, mask=live)
     tl.store(at + plane, tl.sum(others, 1), mask=live)
     if NORM > 1:
-        tl.store(at + 2 * plane, tl.sum(t * t if NORM == 2 else _power_of(d, p, NORM), 1), mask=live)
+        tl.store(at + 2 * plane, tl.sum(square(t) if NORM == 2 else _power_of(d, p, NORM), 1), mask=live)
     if ENTROPY:
         tl.store(at + 3 * plane, tl.sum(tl.where(t > 0.0, d * t, t), 1), mask=live)
 

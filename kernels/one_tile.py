@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import ANY, Config, Line, Table, cdiv, choose, for_vector
+from .config import ANY, Config, Line, Table, cdiv, choose, for_registers, for_vector
 from .deviation import deviation_of_rows
 from .device import TRITON, architecture, asynchronous_products, dot_precision, tuned_as, upcast, vector
 from .launch import launch
@@ -49,16 +49,16 @@ def one_tile_kernel(
     classes = tl.arange(0, BLOCK_C)
     columns = tl.arange(0, BLOCK_D)
 
-    # 1. logits and ‖x‖_p
+    # 1. ‖x‖_p and logits
     if READ_TWICE:
+        norm = norm_in_memory(
+            X, rows, B, 0, D, BLOCK_D, stride_xb, stride_xd, p,
+            NORM, BLOCK_B, BLOCK_D, STAGES, tl.float32,
+        )  # fmt: skip
         z = logits_tile(
             X, W, BIAS, row, tl.cast(0, tl.int64),
             B, C, 0, D, stride_xb, stride_xd, stride_wc, stride_wd, stride_b,
             HAS_BIAS, EVEN_D, False, PRECISION, UPCAST, BLOCK_B, BLOCK_C, BLOCK_D,
-        )  # fmt: skip
-        norm = norm_in_memory(
-            X, rows, B, 0, D, BLOCK_D, stride_xb, stride_xd, p,
-            NORM, BLOCK_B, BLOCK_D, STAGES, tl.float32,
         )  # fmt: skip
     else:
         x_rows = X + rows[:, None] * stride_xb
@@ -163,6 +163,8 @@ def score_one_tile(problem: Problem, scores: Scores, config: Config | None = Non
     (b, d), c, (norm, p) = x.shape, len(w), compiled(problem.p)
     vec = vector(d, x.stride(0), w.stride(0))
     cfg = for_vector(vec, config or configuration(b, c, d, x.dtype, arch))
+    if norm != 1 or scores.prediction is not None:
+        cfg = for_registers(cfg)
     launch(one_tile_kernel, cdiv(b, cfg.block_b), cfg, (
         x, w, x if bias is None else bias, scores.out, scores.out if scores.prediction is None else scores.prediction,
         b, c, d // vec,

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .deviation import centred_again, finite_max, first_at, log_mean_exp
 from .exponential import expm1, expm1_excess, log1p, log1p_excess
+from .norm import square
 
 
 @triton.jit
@@ -25,7 +26,7 @@ def spread_terms(z, valid, classes, index, m, r, inv_temperature):
     t = tl.where(classes == index[:, None], 0.0, tl.exp(d))
     e = (z - r[:, None]) * inv_temperature
     q = tl.where(valid, expm1(e), 0.0)
-    return t, t * t, tl.where(t > 0.0, d * t, t), q, tl.where(valid, expm1_excess(e), 0.0)
+    return t, square(t), tl.where(t > 0.0, d * t, t), q, tl.where(valid, expm1_excess(e), 0.0)
 
 
 @triton.jit

@@ -36,8 +36,8 @@ def active(q: Mask) -> Lanes:
 
 
 def close(a: Array, b: Array) -> Array:
-    """Whether float32 or float64 numbers, given by their bits, differ only in the last few digits."""
-    x, y = (np.ascontiguousarray(bits).view(f"f{bits.itemsize}") for bits in (a, b))
+    """Whether float32 numbers, given by their bits, differ only in the last few digits."""
+    x, y = (np.ascontiguousarray(bits).view(np.float32) for bits in (a, b))
     return np.abs(x - y) <= (4 + 16 * arithmetic.inexact) * np.spacing(np.maximum(np.abs(x), np.abs(y)))
 
 
@@ -89,12 +89,12 @@ def store_shared(batch: Batch, q: Mask, values: list[Array], address: Array, siz
     lanes, at = locate(batch, q, address, size * len(values))
     if at.size:
         view, where = batch.machine.shared[size], (at // size)[:, None] + np.arange(len(values))
-        floats = size == 8 or (size == 4 and len(values) == 1)
+        floats = size == 4 and len(values) == 1
         _write_shared(batch, lanes, at, view, where, elements(batch, values, lanes, view.dtype), floats)
 
 
 def _write_shared(batch: Batch, lanes: Lanes, at: Array, view: Array, where: Array, new: Array, floats: bool) -> None:
-    """view[where] = new, a row of elements for each lane; floats: they may be floating-point numbers."""
+    """view[where] = new, a row of elements for each lane; floats: they may be float32 numbers."""
     machine, old = batch.machine, view[where]
     same = (old == new).all(1)
     near = same | close(old, new).all(1) if floats else same
@@ -184,7 +184,7 @@ def store_global(batch: Batch, q: Mask, values: list[Array], address: Array, siz
         same = (view[where] == new).all(1)
         machine.races.access(batch, lanes, at, total, "write", same, same, region)
         view[where] = new
-        machine.races.check_equal(view[where], new, size >= 4)
+        machine.races.check_equal(view[where], new, size == 4)
         machine.events += 1
 
 
