@@ -161,7 +161,7 @@ def score_tiled(problem: Problem, scores: Scores, config: Config | None = None) 
     cfg = for_vector(vec, config or configuration(batch, c, d, features.dtype, arch, multiprocessors(device)))
     long = c > MAX_RESIDENT
     if cfg.slices > 1 and (long or cfg.tma):
-        raise ValueError(f"config: expected one slice for {c} classes or TMA, got {cfg}")
+        raise ValueError(f"config: slices of the features need at most {MAX_RESIDENT} classes and no TMA, got {cfg}")
     tiles = cdiv(c, cfg.block_c)
     width = cdiv(c, 16) * 16
     slice_d = cdiv(cdiv(d, cfg.slices), cfg.block_d) * cfg.block_d
