@@ -1,12 +1,12 @@
-"""GradNorm scores from logits in memory: each program reads its rows of logits and features once.
+"""GradNorm scores from logits in memory: each program reads its rows of logits and features.
 
     score = ‖(x, bias_norm)‖_p·‖softmax(z/T) − 1/C‖_p·scale/T
 
 Rows of up to MAX_RESIDENT classes stay in registers. A program reads longer rows twice, once for m and S and once for
-the deviations, three more times if they need the careful form (deviation.py), once more for p other
-than 1, and twice more for all fields. Traffic: B·C logits and B·D features.
-tiled.py and library.py launch this kernel after their matmul. Their `Workspace` may hold the logits in slices, which
-are summed here, and m and S of each tile of long rows, which saves the first read.
+the deviations; three more times if they need the careful form (deviation.py), once more for p other than 1, and twice
+more for all fields. Traffic: B·C logits and B·D features, which p other than 1 and ∞ reads twice. tiled.py and
+library.py launch this kernel after their matmul. Their `Workspace` may hold the logits in slices, which are summed
+here, and m and S of each tile of long rows, which saves the first read.
 """
 
 from __future__ import annotations
