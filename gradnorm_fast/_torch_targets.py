@@ -1,13 +1,16 @@
 """Label and predicted targets, and token statistics, in plain torch: one pass over the logits, in tiles of classes.
 
 For target y the gradient's factor is p − e_y. To avoid subtracting from 1, everything comes from sums over the classes
-other than y: their softmax p̃, m = max z_c, S = Σ exp((z_c − m)/T) and R_p = Σ exp(p·(z_c − m)/T). Then
+other than y, with m = max z_c, d_c = (z_c − m)/T and softmax p̃, and S leaves out the 1 of one class with z_c = m:
 
-    a = (m − z_y)/T + log S      ε = 1 − p_y = sigmoid(a)      log p_y = logsigmoid(−a)
-    ρ_p = Σ p̃_c^p = R_p/S^p      ‖p − e_y‖_p = ε (1 + ρ_p)^(1/p)      Σp² = p_y² + ε²ρ₂
-    entropy = −p_y log p_y − ε log ε + ε H      H = log S − Σ p̃_c (z_c − m)/T, the entropy of p̃
+    S = Σ exp(d_c) − 1      R_p = Σ exp(p·d_c)      Q = Σ d_c·exp(d_c)      a = (m − z_y)/T
+    1 + W = Σ exp((z − max z)/T) over all classes      W = S·exp(min(a, 0)) + exp(−|a|)
+    log p_y = min(−a, 0) − log1p(W)      log p_m = min(a, 0) − log1p(W), of a class with z_c = m
+    ε = 1 − p_y = (1 + S)·p_m      entropy = −p_y·log p_y − ε·(log p_m + Q/(1 + S))
+    ρ_p = Σ p̃_c^p = R_p/(1 + S)^p      ‖p − e_y‖_p = ε·(1 + ρ_p)^(1/p)      Σp² = p_y² + ε²·ρ₂
 
-Sums within a tile have the dtype of the scores; merging tiles and everything after it is in float64.
+Only log p_y and the entropy need S itself, not just 1 + S. Sums within a tile have the dtype of the scores; merging
+tiles and everything after it is in float64.
 """
 
 from __future__ import annotations
@@ -19,7 +22,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from ._targets import IGNORE
 from ._torch_backward import norm_gradient
@@ -46,49 +48,31 @@ class Others(NamedTuple):
     y: Tensor  #: the class, int64; −1 if there is none
     z_y: Tensor  #: its logit; −inf if there is none
     m: Tensor  #: max z_c
-    s: Tensor  #: Σ exp(d_c), d_c = (z_c − m)/T
+    s: Tensor  #: Σ exp(d_c) − 1, d_c = (z_c − m)/T; 0 if there are no other classes
     powers: Tensor  #: Σ exp(p·d_c)
     products: Tensor  #: Σ d_c·exp(d_c)
 
 
 class Probabilities:
-    """Of each row (R, 1) and its class y, from the sums over the other classes: computed when asked for."""
+    """Of each row (R, 1) and its class y, from the sums over the other classes; the cached ones when asked for."""
 
     def __init__(self, others: Others, inv_temperature: float, powers: float) -> None:
         _, z_y, m, self._s, self._r, self._q = others
-        self._powers, self._log_s = powers, self._s.log()
-        self._a = (m - z_y.masked_fill(z_y == torch.inf, torch.nan)) * inv_temperature + self._log_s
-
-    @cached_property
-    def p_y(self) -> Tensor:
-        return self._a.neg().sigmoid()
-
-    @cached_property
-    def log_p_y(self) -> Tensor:
-        return logsigmoid(-self._a)
-
-    @cached_property
-    def rest(self) -> Tensor:
-        """ε = 1 − p_y."""
-        return self._a.sigmoid()
-
-    @cached_property
-    def log_rest(self) -> Tensor:
-        return logsigmoid(self._a)
+        a = (m - z_y.masked_fill(z_y == torch.inf, torch.nan)) * inv_temperature
+        y, top, self._powers = -a.clamp_min(0.0), a.clamp_max(0.0), powers
+        w = self._s * top.exp() + a.abs().neg_().exp_()
+        self.p_y, self.rest = y.exp() / (1.0 + w), (1.0 + self._s) * top.exp() / (1.0 + w)
+        self.log_p_y, self.log_p_m = y - w.log1p(), top - w.log1p()
 
     @cached_property
     def rho(self) -> Tensor:
         """ρ_p."""
-        if self._powers == math.inf:
-            return torch.zeros_like(self._s)
-        if self._powers == 1.0:
-            return torch.ones_like(self._s)
-        return (self._r.log() - self._powers * self._log_s).exp().masked_fill_(self._s == 0, 0.0)
+        return (self._r.log() - self._powers * self._s.log1p()).exp()
 
     @cached_property
     def entropy(self) -> Tensor:
-        of_others = (self._log_s - self._q / self._s).masked_fill_(self._s == 0, 0.0)
-        return -_times(self.p_y, self.log_p_y) - _times(self.rest, self.log_rest) + self.rest * of_others
+        of_others = self.log_p_m + self._q / (1.0 + self._s)
+        return -_times(self.p_y, self.log_p_y) - _times(self.rest, of_others)
 
     @property
     def sum_squares(self) -> Tensor:
@@ -97,7 +81,9 @@ class Probabilities:
 
     def residual_norm(self, p: float) -> Tensor:
         """‖p − e_y‖_p, if ρ is ρ_p."""
-        return self.rest if p == math.inf else self.rest * (1.0 + self.rho) ** (1.0 / p)
+        if p in (1.0, math.inf):
+            return self.rest * (2.0 if p == 1.0 else 1.0)
+        return self.rest * (1.0 + self.rho) ** (1.0 / p)
 
 
 def _times(weight: Tensor, value: Tensor) -> Tensor:
@@ -172,11 +158,15 @@ def _sums(z: Tensor, inv_temperature: float, powers: float, entropy: bool) -> Te
             d.clamp_min_(FLOOR)
         p = torch.softmax(d, 1) if d.is_contiguous() else torch.softmax(d.t(), 0).t()
         scale = p.amax(1, keepdim=True).reciprocal_()
-        torch.mul(p.sum(1, keepdim=True), scale, out=s)
         if powers not in (1.0, 2.0, math.inf):
             torch.sum((d * powers).exp_(), 1, keepdim=True, out=r)
         if entropy:
+            lower = d.sign()  # −1, or 0 for the classes with logit m, of which all but one count
+            torch.add(lower.sum(1, keepdim=True), d.shape[1] - 1, out=s)
+            s.addcmul_(lower.mul_(p).sum(1, keepdim=True), scale, value=-1.0)
             torch.mul(d.mul_(p).sum(1, keepdim=True), scale, out=q)
+        else:
+            torch.mul(p.sum(1, keepdim=True), scale, out=s).sub_(1.0)
         if powers == 2.0:
             torch.mul(p.square_().sum(1, keepdim=True), scale.square_(), out=r)
     sums[1:].masked_fill_(sums[0] == -torch.inf, 0.0)  # NaN from a softmax of nothing but −inf
@@ -188,12 +178,13 @@ def merged(a: Sums, b: Sums, inv_temperature: float, powers: float) -> Sums:
     m = torch.maximum(a[0], b[0])
     shift = torch.where(m == -torch.inf, 0.0, m)
     s, r, q = torch.zeros_like(m), torch.zeros_like(m), torch.zeros_like(m)
-    for old_m, old_s, old_r, old_q in (a, b):
+    higher = (b[0] > a[0]).to(m.dtype)  # 1 where S leaves out a class of b, else 0
+    for (old_m, old_s, old_r, old_q), one in ((a, higher), (b, 1.0 - higher)):
         d = (old_m - shift) * inv_temperature
         e = d.exp()
-        s.addcmul_(old_s, e)
+        s.addcmul_(one + old_s, e)
         r.addcmul_(old_r, (d * powers).exp() if powers < math.inf else e)
-        q.addcmul_(old_q + old_s * d.clamp_min(FLOOR), e)
+        q.addcmul_(old_q + (1.0 + old_s) * d.clamp_min(FLOOR), e)
     return m, s, r, q
 
 
@@ -287,7 +278,7 @@ def _propagate(
         slope, of_x = slope_of(rows, some, Probabilities(others, inv_temperature, powers), others)
         constant, linear, log, own = (_for_labels(some, v).to(dtype) for v in slope)
         shift = torch.where(others.m == -torch.inf, 0.0, others.m).to(dtype)
-        inv_s = torch.where(others.s > 0, 1.0 / others.s, others.s).to(dtype)
+        inv_s = (1.0 + others.s).reciprocal_().to(dtype)
         if needed[0] and of_x is not None:
             grad_x[rows] = of_x
         for classes, w, z in tiles_of(some, dtype, columns):
@@ -336,14 +327,13 @@ def backward(grad: Tensor, problem: Problem, needed: list[bool]) -> tuple[Tensor
 def token_statistics_backward(grad: Tensor, problem: Problem, needed: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of features, weight and bias, empty if not needed, from those of log p_y and entropy (2, B).
 
-    ∂log p_y/∂z = (e_y − p)/T;  ∂entropy/∂z_c = −p_c (log p_c + entropy)/T, with p_c = ε p̃_c.
+    ∂log p_y/∂z = (e_y − p)/T;  ∂entropy/∂z_c = −p_c (log p_c + entropy)/T, with p_c = ε p̃_c = p_m exp(d_c).
     """
     inv_temperature = 1.0 / problem.temperature
 
     def slope_of(rows: slice, some: Problem, found: Probabilities, others: Others) -> tuple[_Slope, None]:
         g, h = (grad[:, rows, None] * inv_temperature).unbind(0)
-        log_s = torch.where(others.s > 0, others.s.log(), 0.0)
-        constant = -g * found.rest - h * _times(found.rest, found.log_rest - log_s + found.entropy)
+        constant = -g * found.rest - h * _times(found.rest, found.log_p_m + found.entropy)
         own = g * found.rest - h * _times(found.p_y, found.log_p_y + found.entropy)
         return _Slope(constant, torch.zeros_like(constant), -h * found.rest, own), None
 

@@ -276,7 +276,7 @@ def _one_hot(problem: Problem, offset: int, ranks: _Ranks, out: Tensor) -> None:
             continue
         better = ~(z <= z_y)  # NaN too
         z_y, lower = torch.where(better, z, z_y), torch.where(better, z_y, z)
-        sums = merged(sums, (lower, one, one, zero), inv_temperature, p)
+        sums = merged(sums, (lower, zero, one, zero), inv_temperature, p)
     m, s, r, q = sums
     found = Probabilities(Others(z_y.long(), z_y, m, s, r, q), inv_temperature, p)
     value = found.residual_norm(p) * inv_temperature * with_bias(norm[:, None], problem.bias_norm, p)

@@ -99,10 +99,12 @@ def test_token_statistics_are_exact_and_keep_their_bounds(row, data):
     truths = log_p[0, label], -(log_p.exp() * log_p).nansum(), log_p.exp().square().sum()
     truths = [t.item() for t in truths] + [residual_norm(z, labels, temperature, 2.0).item()]
     tolerance = 1e-6 + rounding(z, label, temperature)
-    for got, truth in zip((log_prob, entropy, sum_squares, norm), truths, strict=True):
-        absolute = 3e-7 if got is entropy and label != top.item() else 1e-37  # log S of the others, S near 1
-        relative = 2 * tolerance if got is sum_squares else tolerance  # a square has twice the error of S
-        assert abs(got - truth) <= relative * abs(truth) + absolute
+    # the sums round the other classes' z_c − m, and its product with 1/T: both count where m is the largest of all
+    of_sums = 0.0 if label == top.item() else 2 * rounding(z, top.item(), temperature)
+    # a square has twice the error of S
+    tolerances = tolerance, tolerance + of_sums, 2 * tolerance, tolerance
+    for got, truth, relative in zip((log_prob, entropy, sum_squares, norm), truths, tolerances, strict=True):
+        assert abs(got - truth) <= relative * abs(truth) + 1e-37
     assert log_prob <= 0 and 0 <= entropy <= math.log(classes) * (1 + 2e-6)
     assert 1 / classes * (1 - 2e-6) <= sum_squares <= 1 + 2e-6
 

@@ -17,6 +17,7 @@ from conftest import DEVICE
 from families import deviation_norm, hard_logits, residual_norm
 from measure import peak_extra_memory
 from problems import relative
+from spread import spread
 
 TARGETS = ["uniform", "predicted", "labels"]
 NORMS = [1.0, 2.0, math.inf, 0.5, 3.0, 4.0]
@@ -102,6 +103,23 @@ def test_the_statistics_of_a_saturated_row():
     assert math.isclose(found.entropy.item(), entropy, rel_tol=tolerance)
     assert found.sum_squares.item() == 1.0
     assert (1 - 2 * found.log_prob.exp() + found.sum_squares).item() == 0.0
+
+
+@pytest.mark.parametrize("tiles", ["torch", "torch in many tiles", "triton"])
+def test_the_entropy_where_another_class_has_nearly_all_the_probability(monkeypatch, tiles):
+    """From 1 − 1e-12 to 1 − 1e-30 of it: 2e-6 for float32 sums. Every (z_c − m)/T is exact, a multiple of 1/4."""
+    g = torch.Generator().manual_seed(0)
+    gaps, top = torch.tensor([35.0, 45.0, 60.0, 75.0]), torch.tensor([0, 299, 150, 7])
+    z = (torch.randint(-8, 9, (4, 300), generator=g) / 4 - gaps[:, None]).scatter_(1, top[:, None], 0.0)
+    truth = spread(z, 1.0)
+    assert (truth.gini / 2 > 1e-30).all() and (truth.gini / 2 < 1e-12).all()  # 1 − Σp² is 2(1 − p) near p = 1
+    if tiles == "torch in many tiles":
+        monkeypatch.setattr(_torch_targets, "budget_of", lambda device: Budget(4 * 4 * 14, 64, 4 * 3 * 4))
+    x, second = torch.eye(4, device=DEVICE), z.scatter(1, top[:, None], -torch.inf).argmax(1)
+    for labels, temperature in itertools.product((second, (top + 1) % 300, top), (1.0, 4.0)):
+        w, chosen = (z * temperature).T.contiguous().to(DEVICE), labels.to(DEVICE)
+        found = token_statistics(x, w, chosen, temperature=temperature, backend=tiles.split()[0])
+        assert relative(found.entropy, truth.entropy) <= 2e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
