@@ -23,6 +23,7 @@ from gradnorm_fast.kernels.problem import FIELDS, Problem, Scores
 from conftest import DEVICE
 from families import by_temperature, deviation, deviation_norm, families
 from problems import end_to_end_tolerance, exact_problem, problem, relative
+from spread import spread
 
 pytestmark = pytest.mark.skipif(
     not INTERPRETED and torch.cuda.get_device_capability() < (8, 0), reason="needs compute capability 8.0"
@@ -119,6 +120,21 @@ def test_hard_rows_by_every_norm(block, p):
         error[out[0] == expected] = 0.0  # 0 both
         limit = 5e-5 if p < 1 else 1e-6 if INTERPRETED else 2e-6
         assert (error <= (limit if p < 64 else 5e-6)).all(), [n for n, e in zip(names, error, strict=True) if e > limit]
+
+
+@pytest.mark.parametrize("block", [256, 64])
+def test_how_spread_out_hard_rows_are(block):
+    """Entropy, Σp², ExGrad and KL(uniform ‖ p), in registers and longer than a block."""
+    for temperature, names, z in by_temperature(families(150, most=400)):
+        out = torch.full((len(FIELDS), len(z)), torch.nan, device=DEVICE)
+        scores = Scores(out, torch.full((len(z),), -1, device=DEVICE))
+        given_ = Problem(torch.ones(len(z), 1, device=DEVICE), None, None, z.to(DEVICE), temperature)
+        rows.score_rows(given_, scores, Config(16 if DEVICE == "cuda" else 64, block, 32, 4, 2))
+        truth_ = spread(z, temperature)
+        expected = [truth_.entropy, truth_.sum_squares, 2 * truth_.gini / temperature, truth_.kl_uniform]
+        for field, got, value in zip(FIELDS[6:], out[6:].cpu().double(), expected, strict=True):
+            right = (got == value) | ((got - value).abs() <= (2e-6 if INTERPRETED else 4e-6) * value + 2.0**-126)
+            assert right.all(), (field, names[int(right.int().argmin())])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
