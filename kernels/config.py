@@ -61,7 +61,7 @@ def for_vector(vec: int, config: Config) -> Config:
 
 
 def for_registers(config: Config) -> Config:
-    """The configuration for what needs a second number in registers beside each logit: at most 32 logits per thread."""
+    """The configuration for what needs more registers per logit: half the rows where a thread has over 32 logits."""
     large = config.block_b * config.block_c > 32 * 32 * config.num_warps
     return config._replace(block_b=config.block_b // 2) if large else config
 

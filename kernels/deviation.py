@@ -59,6 +59,14 @@ def centred_again(r, q, C, inv_temperature):
 
 
 @triton.jit
+def log_mean_exp_of_rows(z, valid, m, s, C, inv_temperature):
+    """The corrected r of whole rows of logits z (B, C'), −inf where not valid, from their m and S = s.  # -> (B,)"""
+    r = log_mean_exp(m, s, C, inv_temperature)
+    q = tl.sum(tl.where(valid, expm1((z - r[:, None]) * inv_temperature), 0.0), 1)
+    return centred_again(r, q, C, inv_temperature)
+
+
+@triton.jit
 def _less_mean(t, mean, valid, C):
     """t − mean, centred once more, and 0 where not valid.  # (B, C'), (B,) -> (B, C')"""
     u = tl.where(valid, t - mean[:, None], 0.0)
@@ -79,14 +87,12 @@ def deviation_of_rows(z, valid, C, p, inv_temperature, NORM: tl.constexpr):
     t = tl.exp((z - finite_max(m)[:, None]) * inv_temperature)
     s = tl.sum(t, 1)
     u = _less_mean(t, s / C, valid, C)
-    deviation = norm_in_registers(u, p, NORM) / s
+    deviation = norm_in_registers(u, s, p, NORM)
     small = needs_careful_form(deviation if NORM == 1 else tl.sum(tl.abs(u), 1) / s)
     if any_row(small):
-        r = log_mean_exp(m, s, C, inv_temperature)
-        q = tl.sum(tl.where(valid, expm1((z - r[:, None]) * inv_temperature), 0.0), 1)
-        r = centred_again(r, q, C, inv_temperature)
+        r = log_mean_exp_of_rows(z, valid, m, s, C, inv_temperature)
         e = tl.where(valid, expm1((z - r[:, None]) * inv_temperature), 0.0)
         q = tl.sum(e, 1)
-        careful = norm_in_registers(_less_mean(e, q / C, valid, C), p, NORM) / (C + q)
+        careful = norm_in_registers(_less_mean(e, q / C, valid, C), C + q, p, NORM)
         deviation = tl.where(small, careful, deviation)
     return m, s, deviation

@@ -1,6 +1,6 @@
 """GradNorm scores from the vendor library's matmul: z = x·Wᵀ in float32 (or float64) to a workspace, then rows.py.
 
-Traffic: that of the matmul; 8·B·C bytes of logits, written and read; the features once more, for ‖x‖₁. Rows are
+Traffic: that of the matmul; 8·B·C bytes of logits, written and read; the features once more, for ‖x‖_p. Rows are
 processed in chunks: as many as fit a workspace of 64 MiB (`Config.workspace`), but at least 512. For half precision the
 library must return float32 from half operands (torch 2.8 on CUDA); this is tried once per device and dtype.
 """

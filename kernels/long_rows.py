@@ -98,14 +98,29 @@ def _sums(
 
 
 @triton.jit
+def _log_mean_exp(
+    Z, BIAS, m, s, C, width, live, inv_temperature, stride_zc, stride_b,
+    HAS_BIAS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, dtype,
+):  # fmt: skip
+    """The corrected r, from m and S = s.  # Z (B, 1), m, s (B,) -> (B,)"""
+    r = log_mean_exp(m, s, C, inv_temperature)
+    q, _lowest = _sums(
+        Z, BIAS, r, C, width, live, inv_temperature, stride_zc, stride_b,
+        True, HAS_BIAS, BLOCK_B, BLOCK_C, STAGES, dtype,
+    )  # fmt: skip
+    return centred_again(r, q, C, inv_temperature)
+
+
+@triton.jit
 def _deviations(
-    Z, BIAS, m, centre, mean, unit, p, C, width, live, inv_temperature, stride_zc, stride_b,
+    Z, BIAS, m, centre, mean, whole, unit, p, C, width, live, inv_temperature, stride_zc, stride_b,
     CAREFUL: tl.constexpr, FIND: tl.constexpr, NORM: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, dtype,
 ):  # fmt: skip
-    """‖u‖_p, Σ|u| and Σu of rows longer than a block, u = exp((z − centre)/T) − mean, with expm1 for exp if CAREFUL;
-    with FIND also the first class whose logit is m. For p = 1 the mean may be rounded: with δ = Σu, the norm of
-    u − δ/C is Σ|u| − δ·Σsign(u)/C. Powers are of |u|/unit.  # Z (B, 1), m, centre, mean, unit (B,) -> 4 x (B,)
+    """Of rows longer than a block: ‖u‖_p/w, Σ|u|/w and w, where u = exp((z − centre)/T) − mean, with expm1 for exp if
+    CAREFUL, and w = whole + Σu, which is without the rounding of the mean; with FIND also the first class whose logit
+    is m. For p = 1 the mean may be rounded: with δ = Σu, the norm of u − δ/C is Σ|u| − δ·Σsign(u)/C. Powers are of
+    |u|/unit.  # Z (B, 1), m, centre, mean, whole, unit (B,) -> 4 x (B,)
     """
     classes = tl.arange(0, BLOCK_C)[None, :]
     index = tl.full((BLOCK_B,), 2147483647, tl.int32)
@@ -134,11 +149,14 @@ def _deviations(
         total += tl.sum(totals, 1)
         delta += tl.sum(deltas, 1)
         norm = tl.maximum(norm, tl.max(norms, 1)) if NORM == 0 else norm + tl.sum(norms, 1)
+    whole += delta
     if NORM == 1:
-        norm = total - delta * norm / C
-    if NORM > 1:
-        norm = scaled_root(unit, norm, p, NORM)
-    return norm, total, delta, index
+        norm = (total - delta * norm / C) / whole
+    elif NORM == 0:
+        norm /= whole
+    else:
+        norm = scaled_root(unit / whole, norm, p, NORM)
+    return norm, total / whole, whole, index
 
 
 @triton.jit
@@ -157,32 +175,28 @@ def deviation_of_long_rows(
             False, HAS_BIAS, BLOCK_B, BLOCK_C, STAGES, dtype,
         )  # fmt: skip
     mean = s / C
-    unit = tl.maximum(1.0 - mean, 0.5 * mean)  # half of max|u| to four times that, where v >= 1/4
-    deviation, total, delta, index = _deviations(
-        Z, BIAS, m, finite_max(m), mean, unit, p, C, width, live, inv_temperature, stride_zc, stride_b,
+    unit = tl.maximum(1.0 - mean, 0.5 * mean)  # max|u| to half of it, where v >= 1/4
+    deviation, v, s, index = _deviations(
+        Z, BIAS, m, finite_max(m), mean, s, unit, p, C, width, live, inv_temperature, stride_zc, stride_b,
         False, FIND, NORM, HAS_BIAS, BLOCK_B, BLOCK_C, STAGES, dtype,
     )  # fmt: skip
-    s += delta  # Σt again, without the rounding of the merges
-    deviation = deviation / s
-    small = needs_careful_form(deviation if NORM == 1 else total / s)
+    small = needs_careful_form(v)
     if any_row(small):
-        r = log_mean_exp(m, s, C, inv_temperature)
-        q, _lowest_q = _sums(
-            Z, BIAS, r, C, width, live, inv_temperature, stride_zc, stride_b,
-            True, HAS_BIAS, BLOCK_B, BLOCK_C, STAGES, dtype,
+        r = _log_mean_exp(
+            Z, BIAS, m, s, C, width, live, inv_temperature, stride_zc, stride_b,
+            HAS_BIAS, BLOCK_B, BLOCK_C, STAGES, dtype,
         )  # fmt: skip
-        r = centred_again(r, q, C, inv_temperature)
         q, lowest = _sums(
             Z, BIAS, r, C, width, live, inv_temperature, stride_zc, stride_b,
             True, HAS_BIAS, BLOCK_B, BLOCK_C, STAGES, dtype,
         )  # fmt: skip
         mean = q / C
         unit = positive(tl.maximum(expm1((m - r) * inv_temperature) - mean, mean - lowest))  # max|u|
-        careful, _total, _delta, _index = _deviations(
-            Z, BIAS, m, r, mean, unit, p, C, width, live, inv_temperature, stride_zc, stride_b,
+        careful, _v, _s, _index = _deviations(
+            Z, BIAS, m, r, mean, C + q, unit, p, C, width, live, inv_temperature, stride_zc, stride_b,
             True, False, NORM, HAS_BIAS, BLOCK_B, BLOCK_C, STAGES, dtype,
         )  # fmt: skip
-        deviation = tl.where(small, careful / (C + q), deviation)
+        deviation = tl.where(small, careful, deviation)
     return s, deviation, index
 
 
@@ -192,12 +206,10 @@ def spread_of_long_rows(
     HAS_BIAS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, dtype,
 ):  # fmt: skip
     """`spread` of rows longer than a block.  # Z (B, 1), m, s, index (B,) -> 4 x (B,)"""
-    r = log_mean_exp(m, s, C, inv_temperature)
-    q, _lowest_q = _sums(
-        Z, BIAS, r, C, width, live, inv_temperature, stride_zc, stride_b,
-        True, HAS_BIAS, BLOCK_B, BLOCK_C, STAGES, dtype,
+    r = _log_mean_exp(
+        Z, BIAS, m, s, C, width, live, inv_temperature, stride_zc, stride_b,
+        HAS_BIAS, BLOCK_B, BLOCK_C, STAGES, dtype,
     )  # fmt: skip
-    r = centred_again(r, q, C, inv_temperature)
     classes = tl.arange(0, BLOCK_C)[None, :]
     s = tl.zeros((BLOCK_B,), dtype)
     squares = tl.zeros((BLOCK_B,), dtype)

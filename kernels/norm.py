@@ -46,15 +46,15 @@ def positive(x):
 
 
 @triton.jit
-def norm_in_registers(u, p, NORM: tl.constexpr):
-    """‖u‖_p over the columns; p = ∞ passes over NaN.  # (B, N) -> (B,)"""
+def norm_in_registers(u, whole, p, NORM: tl.constexpr):
+    """‖u‖_p/whole over the columns; whole (B,). p = ∞ ignores NaN.  # (B, N) -> (B,)"""
     a = tl.abs(u)
     if NORM == 1:
-        return tl.sum(a, 1)
+        return tl.sum(a, 1) / whole
     largest = tl.max(a, 1)
     if NORM == 0:
-        return largest
-    return scaled_root(largest, tl.sum(power(a / positive(largest)[:, None], p, NORM), 1), p, NORM)
+        return largest / whole
+    return scaled_root(largest / whole, tl.sum(power(a / positive(largest)[:, None], p, NORM), 1), p, NORM)
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def with_bias(norm, bias_norm, p, NORM: tl.constexpr):
     norm += norm - norm
     if NORM == 1:
         return norm + bias_norm
-    largest = tl.maximum(norm, bias_norm) + (norm - norm)  # a maximum passes over NaN
+    largest = tl.maximum(norm, bias_norm) + (norm - norm)  # a maximum ignores NaN
     if NORM == 0:
         return largest
     unit = positive(largest)
@@ -88,7 +88,7 @@ def norm_in_memory(
         if NORM == 1:
             sums += tl.abs(x)
         else:
-            sums += x - x  # a maximum passes over NaN
+            sums += x - x  # a maximum ignores NaN
             maxima = tl.maximum(maxima, tl.abs(x))
     if NORM == 1:
         return tl.sum(sums, 1)

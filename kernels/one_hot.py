@@ -11,8 +11,8 @@
                 is one of them; for the predicted class its maximum, and m, S, R, Q of its other classes
     launch 2    merges the tiles in their order; ‖x‖_p
 
-Traffic: C·D weights per chunk of rows, B·D features twice, 16 or 20 bytes per row and class tile. Chunks keep those at
-64 MiB (`Config.workspace`).
+Traffic: C·D weights per chunk of rows; B·D features twice, or three times for p other than 1 and ∞; up to 20 bytes per
+row and class tile, written and read. Chunks keep those at 64 MiB (`Config.workspace`).
 """
 
 import torch
@@ -213,7 +213,8 @@ def merge_kernel(
         rho = r / ((1.0 + s) * (1.0 + s))
         residual = rest * tl.sqrt(1.0 + rho)
     else:
-        residual = rest * tl.exp(log1p(tl.exp(tl.log(r) - p * log1p(s))) / p)
+        half = tl.exp(log1p(tl.exp(tl.log(r) - p * log1p(s))) * 0.5 / p)  # the root alone may overflow
+        residual = rest * half * half
     if ENTROPY:
         p_y = tl.where(below, e, 1.0) / whole
         log_p_y = tl.where(below, -a, 0.0) - log1p(w)

@@ -42,7 +42,7 @@ def store_scores(
         out += stride_o
         tl.store(out, sum_squares + poison, mask=live)
         out += stride_o
-        tl.store(out, 2.0 * whole_norm * (gini * inv_temperature) + poison, mask=live)
+        tl.store(out, whole_norm * (2.0 * gini * inv_temperature) + poison, mask=live)
         out += stride_o
         tl.store(out, kl + poison, mask=live)
         tl.store(PREDICTION + rows, tl.where(poison == 0.0, index, 0).to(tl.int64), mask=live)

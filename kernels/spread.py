@@ -11,7 +11,7 @@ q − (z − r)/T is negative: near-uniform rows keep their digits.
 import triton
 import triton.language as tl
 
-from .deviation import centred_again, finite_max, first_at, log_mean_exp
+from .deviation import finite_max, first_at, log_mean_exp_of_rows
 from .exponential import expm1, expm1_excess, log1p, log1p_excess
 from .norm import square
 
@@ -46,9 +46,7 @@ def spread_of_rows(z, valid, m, s, C, inv_temperature, WANTED: tl.constexpr):
     if WANTED:
         classes = tl.arange(0, z.shape[1])[None, :]
         index = first_at(z, m, classes)
-        r = log_mean_exp(m, s, C, inv_temperature)
-        q = tl.sum(tl.where(valid, expm1((z - r[:, None]) * inv_temperature), 0.0), 1)
-        r = centred_again(r, q, C, inv_temperature)
+        r = log_mean_exp_of_rows(z, valid, m, s, C, inv_temperature)
         t, squares, products, q, excess = spread_terms(z, valid, classes, index, m, r, inv_temperature)
         entropy, sum_squares, gini, kl = spread(
             tl.sum(t, 1), tl.sum(squares, 1), tl.sum(products, 1), tl.sum(q, 1), tl.sum(excess, 1), C

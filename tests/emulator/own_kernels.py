@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gradnorm_fast.kernels import deviation, long_rows, spread
+from gradnorm_fast.kernels import deviation, long_rows
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def log_mean_exp(m, s, C, inv_temperature):
 
 def use_inexact_logarithm() -> None:
     """For this process, before its first kernel is compiled."""
-    deviation.log_mean_exp = long_rows.log_mean_exp = spread.log_mean_exp = log_mean_exp
+    deviation.log_mean_exp = long_rows.log_mean_exp = log_mean_exp
 
 
 @triton.jit
