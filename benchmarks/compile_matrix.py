@@ -165,9 +165,8 @@ def score(arch: str, dtype: torch.dtype, b: int, d: int, c: int, head: bool) -> 
     for problem in problems + [problem._replace(p=p) for problem in problems for p in (2.0, 3.0, math.inf) if other]:
         default, config = dispatch.choose(problem)
         for kernel in (*dispatch.KERNELS.values(), dispatch.Kernel("cluster", cluster.score_cluster, cluster.why_not)):
-            if not kernel.why_not(problem, arch) and not (
-                head and kernel.name == "cluster"
-            ):  # which has the score alone
+            lacks_fields = head and kernel.name == "cluster"
+            if not (lacks_fields or kernel.why_not(problem, arch)):
                 kernel.score(problem, scores, config if kernel.name == default else None)
 
 

@@ -252,11 +252,12 @@ def warmup(
     batch_sizes: Iterable[int] = (1, 32, 256, 4096),
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Compile and load every kernel that `fast_gradnorm` and `head_scores` need for this head and these batch sizes.
+    """Compile and load every kernel that GradNorm and `head_scores` need for this head and these batch sizes.
 
     The first call of a kernel compiles it, which takes 1 to 3 seconds each unless Triton has it in its cache. Call this
     once at start-up, and before capturing a CUDA graph: it also tries the library's matmul, which cannot be tried
-    during a capture. Where no Triton kernel runs (a CPU), it only checks its arguments.
+    during a capture. Other targets and norms compile at their first call. Where no Triton kernel runs (a CPU), it only
+    checks its arguments.
 
     Args:
         weight: (C, D), on the device where the head will run.

@@ -6,7 +6,7 @@ A program owns BLOCK_B rows and keeps their logits in registers. Traffic: B·D f
 first program) + 4·B bytes of scores. For few classes, reading the features dominates. With synchronous matmul
 instructions, one read of x feeds both the product and ‖x‖₁. With asynchronous ones, ‖x‖ reads x again, from L2
 (`READ_TWICE`): if x also goes to registers, Triton gives it one buffer fewer than w, and refills a buffer that the last
-product may still be reading. Other norms than ‖x‖₁ always read x again.
+product may still be reading. p other than 1 reads x again too, and p other than 1 and ∞ twice.
 """
 
 import torch

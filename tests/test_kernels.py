@@ -153,6 +153,24 @@ def test_every_norm_by_the_default_kernel(shape, p, dtype):
         assert relative(got[kept], expected[kept]) <= limit
 
 
+@pytest.mark.parametrize("classes", [8192, 9000])
+def test_powers_that_overflow_on_the_way_to_a_finite_norm(classes):
+    """Σ|p − 1/C|^0.1 to the tenth power is up to C^10/C."""
+    x, w = torch.full((1, 1), 1e-3, device=DEVICE), torch.zeros(classes, 1, device=DEVICE)
+    bias = torch.zeros(classes, device=DEVICE)
+    bias[::2] = -torch.inf
+    options = dict(p=0.1, target="uniform")
+    got = fast_gradnorm(x, w, bias, backend="triton", **options)
+    assert relative(got, fast_gradnorm(x.double(), w.double(), bias.double(), backend="torch", **options)) <= 5e-5
+    bias.zero_()[0] = 70.0
+    options["target"] = "predicted"
+    got = fast_gradnorm(x, w, bias, backend="triton", **options)
+    assert relative(got, fast_gradnorm(x.double(), w.double(), bias.double(), backend="torch", **options)) <= 5e-5
+    huge = torch.full((1, 1), 3e38, device=DEVICE)
+    scores = head_scores(huge, w, bias, temperature=10.0, backend="triton")
+    assert relative(scores.exgrad, head_scores(huge, w, bias, temperature=10.0, backend="torch").exgrad) <= 2e-6
+
+
 @pytest.mark.parametrize("name", ["sliced", "tiled", "cluster"])
 def test_a_bad_row_poisons_itself_alone(name):
     x, w, _ = problem(20, 64, 300, torch.float16)

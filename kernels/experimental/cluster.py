@@ -5,8 +5,8 @@
 The program of one_tile.py with a tile of up to 16 x 256 classes: the compiler gives each CTA of the cluster a slice of
 the classes, and the sums over classes cross them through distributed shared memory. Traffic: features and weight once
 per row block, no logits. Needs half precision, sm_90 or sm_100, TMA, and a compiler that reduces across CTAs (Triton
-3.8). Only tests and benchmarks reach it: it has not run on a GPU. It
-writes the score alone, for p = 1: the other fields would spill.
+3.8). It writes the score alone, for p = 1: the other fields would spill. Only tests and benchmarks reach it: it has not
+run on a GPU.
 
 The operands come by tensor descriptors, x for ‖x‖₁ by pointers once more: if one value fed both, the compiler would
 split x over the CTAs by rows while it splits the classes, and the product would be silently wrong
