@@ -105,7 +105,7 @@ TABLE: Table = {
         Line("half", ANY, 16, Config(32, 16, 128, 4, 3)),
         Line("half", 1024, 128, Config(16, 128, 64, 8, 3)),
         Line("half", 8192, 128, Config(32, 128, 64, 4, 3)),
-        Line("half", ANY, 128, Config(64, 128, 64, 8, 3, registers=192)),
+        Line("half", ANY, 128, Config(64, 128, 64, 8, 3, registers=255)),
         Line("half", 1024, 256, Config(16, 256, 64, 8, 2)),
         Line("half", ANY, 256, Config(32, 256, 32, 8, 3)),
         Line("float32", 1024, 16, Config(16, 16, 32, 4, 2)),
