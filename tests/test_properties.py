@@ -105,6 +105,7 @@ def test_token_statistics_are_exact_and_keep_their_bounds(row, data):
     tolerances = tolerance, tolerance + of_sums, 2 * tolerance, tolerance
     for got, truth, relative in zip((log_prob, entropy, sum_squares, norm), truths, tolerances, strict=True):
         assert abs(got - truth) <= relative * abs(truth) + 1e-37
+    assert abs(entropy - truths[1]) <= tolerance * abs(truths[1]) + 3e-7
     assert log_prob <= 0 and 0 <= entropy <= math.log(classes) * (1 + 2e-6)
     assert 1 / classes * (1 - 2e-6) <= sum_squares <= 1 + 2e-6
 
