@@ -44,5 +44,9 @@ def check_labels(labels: object, shape: tuple[int, ...], name: str = "target") -
 
 def check_classes(labels: Tensor, classes: int, name: str = "target") -> None:
     """Refuse labels of classes that do not exist, on a CPU; on a GPU that would wait for the data."""
-    if labels.device.type == "cpu" and bool((((labels < 0) | (labels >= classes)) & (labels != IGNORE)).any()):
-        raise ValueError(f"{name}: expected labels 0 … {classes - 1}, or {IGNORE} to ignore a row, got others")
+    if labels.device.type != "cpu" or not labels.numel():
+        return
+    lowest, highest = map(int, labels.masked_fill(labels == IGNORE, 0).aminmax())
+    if lowest < 0 or highest >= classes:
+        got = lowest if lowest < 0 else highest
+        raise ValueError(f"{name}: expected labels 0 … {classes - 1}, or {IGNORE} to ignore a row, got {got}")

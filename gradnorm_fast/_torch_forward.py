@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 from torch.nn.functional import linear
 
-from ._torch_spread import BUFFERS, spread_of
+from ._torch_spread import BUFFERS, spread_of_sums, spread_sums
 from .kernels.problem import Problem, Scores, copies
 
 MIB = 2**20
@@ -34,7 +35,7 @@ CPU, GPU = Budget(22 * MIB, 4 * MIB, 4 * MIB), Budget(1792 * MIB, 256 * MIB, 256
 # are transposed in memory. The passes over 10 classes take 1.5 times as long if the classes of a row are contiguous.
 FEW = 128
 NARROW = 16
-FEWEST = 64  # count a row as at least this many classes: its sums or fields take as much memory
+STATISTICS = 512  # bytes that the statistics and fields of a row take
 FLOOR = -1000.0  # replaces −inf, which times 0 is NaN; its exp is 0 too
 
 
@@ -131,60 +132,90 @@ def row_norm(u: Tensor, p: float) -> Tensor:
 
 def with_bias(norm: Tensor, bias_norm: float, p: float) -> Tensor:
     """‖(x, bias_norm)‖_p, given ‖x‖_p.  # (R, 1) -> (R, 1)"""
-    return row_norm(torch.cat([norm, torch.full_like(norm, bias_norm)], 1), p) if bias_norm else norm
+    if not bias_norm:
+        return norm
+    bias = torch.full_like(norm, bias_norm)
+    return norm.hypot(bias) if p == 2.0 else row_norm(torch.cat([norm, bias], 1), p)
 
 
 def feature_norms(problem: Problem, dtype: torch.dtype) -> Tensor:
     """‖x‖_p of each row, NaN if it is not finite: such a row has no score.  # -> (R, 1)"""
     features, p = problem.features, problem.p
     rows, depth = features.shape
-    step, norms = max(1, budget_of(features.device).piece // max(1, depth * dtype.itemsize)), []
+    step, norms = max(1, budget_of(features.device).piece // max(1, depth * torch.float64.itemsize)), []
     for i in range(0, rows, step):
         x = part(features, i, i + step)
-        norms.append(x.abs().sum(1, keepdim=True, dtype=dtype) if p == 1.0 else row_norm(converted(x, dtype), p))
+        if p == 1.0:
+            norms.append(x.abs().sum(1, keepdim=True, dtype=dtype))
+        elif p == 2.0 and dtype == torch.float32:  # the squares neither overflow nor underflow in float64
+            norms.append(vector_norm(x, 2, 1, keepdim=True, dtype=torch.float64).to(dtype))
+        else:
+            norms.append(row_norm(converted(x, dtype), p))
     norm = norms[0] if len(norms) == 1 else torch.cat(norms)
     return norm.nan_to_num_(torch.nan, torch.nan)
 
 
-def _score(problem: Problem, z: Tensor, scores: Scores) -> None:
-    """Write the scores of the problem's rows, whose logits are z."""
-    out, prediction = scores
-    inv_temperature, norm = 1.0 / problem.temperature, feature_norms(problem, out.dtype)
-    d = shifted(z, inv_temperature)
-    if prediction is not None:
-        m, top = z.max(1, keepdim=True)
-        spread = spread_of(d, top, budget_of(d.device).piece // (BUFFERS * d.itemsize))
-    u, t = deviations(d)
-    v = row_norm(u, problem.p).div_(t)
-    for factor in (problem.scale, inv_temperature):  # in this order, or 0·inf gives NaN
+def _output_norm(v: Tensor, problem: Problem, dtype: torch.dtype) -> Tensor:
+    """output_norm in dtype, from ‖p − 1/C‖_p; overwrites v."""
+    for factor in (problem.scale, 1.0 / problem.temperature):  # in this order, or 0·inf gives NaN
         if factor != 1.0:
             v.mul_(factor)
-    v = v.to(out.dtype)
-    columns = out.t()  # (R, 1) or (R, fields)
-    if prediction is None:
-        torch.mul(with_bias(norm, problem.bias_norm, problem.p), v, out=columns)
-        return
-    poison = (norm + v).mul_(0.0)  # if the score is NaN, so are all other fields
-    augmented = norm + problem.bias_norm
-    exgrad = spread.gini * augmented * (2.0 * inv_temperature)
-    fields = [augmented * v, norm, v, m, t.reciprocal(), m + t.log() / inv_temperature]
+    return v.to(dtype)
+
+
+def _score(problem: Problem, z: Tensor, out: Tensor) -> None:
+    """Write the scores of the problem's rows, whose logits are z, to out (1, R)."""
+    norm = with_bias(feature_norms(problem, out.dtype), problem.bias_norm, problem.p)
+    u, t = deviations(shifted(z, 1.0 / problem.temperature))
+    torch.mul(norm, _output_norm(row_norm(u, problem.p).div_(t), problem, out.dtype), out=out.t())
+
+
+def _statistics(z: Tensor, problem: Problem, part: int) -> tuple[Tensor, Tensor]:
+    """Of rows of logits z: max z, t, ‖t·(p − 1/C)‖_p and the sums of `spread_of_sums`; and the class of max z. A single
+    row is read in parts of `part` classes.  # (R, C) -> (3 + 7, R, 1), (R, 1)"""
+    m, top = z.max(1, keepdim=True)
+    d = shifted(z, 1.0 / problem.temperature)
+    sums = spread_sums(d, top, part)
+    u, t = deviations(d)
+    return torch.stack([m.to(t.dtype), t, row_norm(u, problem.p), *sums]), top
+
+
+def _write_fields(problem: Problem, statistics: Tensor, top: Tensor, scores: Scores) -> None:
+    """Write all fields of the problem's rows, from their statistics."""
+    out, prediction = scores
+    m, t, v, *sums = statistics.unbind(0)
+    v, spread = v / t, spread_of_sums(sums, problem.classes)
+    norm = feature_norms(problem, out.dtype)
+    augmented = with_bias(norm, problem.bias_norm, problem.p)
+    poison = (norm + v) * 0.0  # if the score is NaN, so are all other fields
+    v = _output_norm(v, problem, out.dtype)
+    exgrad = spread.gini * augmented * (2.0 / problem.temperature)
+    fields = [augmented * v, norm, v, m, t.reciprocal(), m + t.log() * problem.temperature]
     fields += [spread.entropy, spread.sum_squares, exgrad, spread.kl_uniform]
-    torch.add(torch.cat(fields, 1), poison, out=columns)
+    torch.add(torch.cat(fields, 1), poison, out=out.t())
+    assert prediction is not None
     prediction.copy_(torch.where(poison == 0.0, top, 0)[:, 0])
 
 
 def forward(problem: Problem, scores: Scores) -> None:
     """Write the scores of the problem's rows, for the uniform target."""
-    out = scores.out
+    out, all_fields = scores.out, scores.prediction is not None
     batch, budget = problem.features.shape[0], budget_of(out.device)
     wide = problem.classes * torch.float64.itemsize
     piece = max(budget.piece, wide)
     step, rows = rows_at_once(problem, out.dtype, budget.chunk - piece - budget.piece), piece // wide
-    if scores.prediction is not None:  # more buffers in the same memory, and columns of fields
-        rows = max(1, 2 * budget.piece // (BUFFERS * max(wide, FEWEST * torch.float64.itemsize)))
+    if all_fields:  # more buffers in the same memory, and their statistics
+        step, rows = min(step, budget.piece // STATISTICS), max(1, 2 * budget.piece // (BUFFERS * wide))
     for i in range(0, batch, step):
         chunk, targets = problem.rows(i, i + step), scores.rows(i, i + step)
         z = logits_of(chunk, out.dtype)
-        for j in range(0, z.shape[0], rows):
-            _score(chunk.rows(j, j + rows), part(z, j, j + rows), targets.rows(j, j + rows))
+        pieces = range(0, z.shape[0], rows)
+        if all_fields:
+            at_once = budget.piece // (BUFFERS * torch.float64.itemsize)
+            found = [_statistics(part(z, j, j + rows), problem, at_once) for j in pieces]
+            statistics, top = found[0] if len(found) == 1 else (torch.cat(t, -2) for t in zip(*found, strict=True))
+            _write_fields(chunk, statistics, top, targets)
+        else:
+            for j in pieces:
+                _score(chunk.rows(j, j + rows), part(z, j, j + rows), part(targets.out, j, j + rows, 1))
         del z  # before the next chunk is allocated

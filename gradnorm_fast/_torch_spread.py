@@ -39,35 +39,57 @@ class Spread(NamedTuple):
     kl_uniform: Tensor  #: KL(uniform ‖ p); inf if a class is masked
 
 
-def spread_of(d: Tensor, top: Tensor, part: int | None = None) -> Spread:
+Sums = list[Tensor]  #: S, R, Q, Σd, and Σh², Σh³ and Σφ(h) of the small, small and other h; each (R, 1)
+
+
+def spread_of(d: Tensor, top: Tensor) -> Spread:
     """The statistics of rows d = (z − max z)/T, given a class `top` of the maximum, (R, 1).  # (R, C) -> (R, 1) each
+
+    d is written to and restored.
+    """
+    return spread_of_sums(spread_sums(d, top), d.shape[1])
+
+
+def spread_of_sums(sums: Sums, classes: int) -> Spread:
+    """The statistics of rows of so many classes, from `spread_sums`."""
+    s, r, q, total_d, squares, cubes, excess = sums
+    total = s + 1.0
+    mean, squared, centre = q / total, total.square(), total_d / classes
+    far = (total / classes).log() - centre
+    kl_uniform = torch.where(centre < -FAR, far, ((squares / 2.0 + cubes / 6.0 + excess) / classes).log1p())
+    return Spread(s.log1p() - mean, mean, (r + 1.0) / squared, ((s + 2.0) * s - r) / squared, kl_uniform)
+
+
+def spread_sums(d: Tensor, top: Tensor, part: int | None = None) -> Sums:
+    """The sums over rows d that the statistics are made of.  # (R, C), (R, 1) -> 7 x (R, 1)
 
     d is written to and restored. A single row is read in parts of `part` classes, to bound the memory; None: at once.
     """
     parts = (d,) if part is None or len(d) > 1 else d.split(part, 1)
     at_top = d.gather(1, top)  # 0, or NaN
     d.scatter_(1, top, -math.inf)
-    s, r, q = torch.stack([_sums(some) for some in parts]).sum(0)
+    sums = _added([_sums(some) for some in parts])
     d.scatter_(1, top, at_top)
-    centre = d.mean(1, keepdim=True)
-    excess = torch.stack([_excess(some - centre) for some in parts]).sum(0) / d.shape[1]
-    total = s + 1.0
-    mean, squared = q / total, total.square()
-    far = (total / d.shape[1]).log() - centre
-    kl_uniform = torch.where(centre < -FAR, far, excess.log1p())
-    return Spread(s.log1p() - mean, mean, (r + 1.0) / squared, ((s + 2.0) * s - r) / squared, kl_uniform)
+    total = d.sum(1, keepdim=True)
+    centre = total / d.shape[1]
+    return [*sums, total, *_added([_excess(some - centre) for some in parts])]
 
 
-def _sums(d: Tensor) -> Tensor:
-    """Σ exp d, Σ exp 2d and Σ d·exp d.  # (R, C) -> (3, R, 1)"""
+def _added(found: list[Sums]) -> Sums:
+    """The sums over all parts."""
+    return found[0] if len(found) == 1 else [torch.stack(terms).sum(0) for terms in zip(*found, strict=True)]
+
+
+def _sums(d: Tensor) -> Sums:
+    """Σ exp d, Σ exp 2d and Σ d·exp d.  # (R, C) -> 3 x (R, 1)"""
     e = d.exp()
     s, r = e.sum(1, keepdim=True), vector_norm(e, 2, 1, keepdim=True).square_()
-    return torch.stack([s, r, e.mul_(d).nansum(1, keepdim=True)])  # −inf·0 is NaN
+    return [s, r, e.mul_(d).nansum(1, keepdim=True)]  # −inf·0 is NaN
 
 
-def _excess(h: Tensor) -> Tensor:
-    """Σ φ(h); overwrites h.  # (R, C) -> (R, 1)"""
+def _excess(h: Tensor) -> Sums:
+    """Σh² and Σh³ of the small h, Σφ(h) of the others; overwrites h.  # (R, C) -> 3 x (R, 1)"""
     large = torch.nn.functional.hardshrink(h, SMALL)
     small = h.sub_(large)
-    series = vector_norm(small, 2, 1, keepdim=True).square_() / 2.0 + small.pow_(3).sum(1, keepdim=True) / 6.0
-    return series + torch.expm1(large, out=small).sub_(large).sum(1, keepdim=True)
+    squares, cubes = vector_norm(small, 2, 1, keepdim=True).square_(), small.pow_(3).sum(1, keepdim=True)
+    return [squares, cubes, torch.expm1(large, out=small).sub_(large).sum(1, keepdim=True)]

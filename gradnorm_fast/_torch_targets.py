@@ -26,7 +26,6 @@ from torch import Tensor
 from ._targets import IGNORE
 from ._torch_backward import norm_gradient
 from ._torch_forward import (
-    FEWEST,
     FLOOR,
     budget_of,
     converted,
@@ -40,6 +39,7 @@ from ._torch_forward import (
 from .kernels.problem import Problem, Scores
 
 BUFFERS = 4  # live at once, each the size of a tile
+FEWEST = 64  # count a row as at least this many classes: its sums take as much memory
 
 
 class Others(NamedTuple):
@@ -58,11 +58,23 @@ class Probabilities:
 
     def __init__(self, others: Others, inv_temperature: float, powers: float) -> None:
         _, z_y, m, self._s, self._r, self._q = others
-        a = (m - z_y.masked_fill(z_y == torch.inf, torch.nan)) * inv_temperature
-        y, top, self._powers = -a.clamp_min(0.0), a.clamp_max(0.0), powers
-        w = self._s * top.exp() + a.abs().neg_().exp_()
-        self.p_y, self.rest = y.exp() / (1.0 + w), (1.0 + self._s) * top.exp() / (1.0 + w)
-        self.log_p_y, self.log_p_m = y - w.log1p(), top - w.log1p()
+        self._a = (m - z_y.masked_fill(z_y == torch.inf, torch.nan)) * inv_temperature
+        self._top, self._powers = self._a.clamp_max(0.0), powers
+        e_top = self._top.exp()
+        self._w = self._a.abs().neg_().exp_().addcmul_(self._s, e_top)
+        self.rest = e_top.addcmul(self._s, e_top).div_(1.0 + self._w)  # ε
+
+    @cached_property
+    def p_y(self) -> Tensor:
+        return self._a.clamp_min(0.0).neg_().exp_().div_(1.0 + self._w)
+
+    @cached_property
+    def log_p_y(self) -> Tensor:
+        return -self._a.clamp_min(0.0) - self._w.log1p()
+
+    @cached_property
+    def log_p_m(self) -> Tensor:
+        return self._top - self._w.log1p()
 
     @cached_property
     def rho(self) -> Tensor:
@@ -131,9 +143,9 @@ def tiles_of(problem: Problem, dtype: torch.dtype, columns: int) -> Iterator[tup
 def _set_column(z: Tensor, classes: slice, y: Tensor, value: Tensor | float) -> tuple[Tensor, Tensor]:
     """Replace class y by `value` in rows whose y is in this tile; returns whether it is, and the old values."""
     at = y - classes.start
-    here, at = (at >= 0) & (at < z.shape[1]), at.clamp(0, z.shape[1] - 1)
-    old = z.gather(1, at)
-    z.scatter_(1, at, torch.where(here, value, old).to(z.dtype))
+    inside = at.clamp(0, z.shape[1] - 1)
+    here, old = at == inside, z.gather(1, inside)
+    z.scatter_(1, inside, torch.where(here, value, old).to(z.dtype))
     return here, old
 
 
@@ -145,32 +157,38 @@ def _sums(z: Tensor, inv_temperature: float, powers: float, entropy: bool) -> Te
 
     softmax(d) = exp(d)/S is faster than exp(d) alone (2/3 of its time), and its maximum is 1/S.
     """
-    sums = z.new_zeros(4, len(z), 1)
-    step = max(1, budget_of(z.device).piece // (z.shape[1] * z.itemsize)) if z.is_contiguous() else len(z)
+    squares = powers == 2.0
+    found = z.new_zeros(6, len(z), 1)
+    step = max(1, budget_of(z.device).piece // 2 // (z.shape[1] * z.itemsize)) if z.is_contiguous() else len(z)
     for i in range(0, len(z), step):
         d = part(z, i, i + step)
-        m, s, r, q = part(sums, i, i + step, 1).unbind(0)
-        torch.amax(d, 1, keepdim=True, out=m)
-        d.sub_(m.masked_fill(m == -torch.inf, 0.0))
+        m, top, s, r, q, ties = part(found, i, i + step, 1).unbind(0)
+        d.sub_(torch.amax(d, 1, keepdim=True, out=m))
         if inv_temperature != 1.0:
             d.mul_(inv_temperature)
         if entropy:
             d.clamp_min_(FLOOR)
         p = torch.softmax(d, 1) if d.is_contiguous() else torch.softmax(d.t(), 0).t()
-        scale = p.amax(1, keepdim=True).reciprocal_()
-        if powers not in (1.0, 2.0, math.inf):
+        torch.amax(p, 1, keepdim=True, out=top)
+        if not squares and powers not in (1.0, math.inf):
             torch.sum((d * powers).exp_(), 1, keepdim=True, out=r)
         if entropy:
-            lower = d.sign()  # −1, or 0 for the classes with logit m, of which all but one count
-            torch.add(lower.sum(1, keepdim=True), d.shape[1] - 1, out=s)
-            s.addcmul_(lower.mul_(p).sum(1, keepdim=True), scale, value=-1.0)
-            torch.mul(d.mul_(p).sum(1, keepdim=True), scale, out=q)
+            lower = d.sign()  # −1, or 0 for the classes with logit m
+            torch.sum(lower, 1, keepdim=True, out=ties).add_(d.shape[1])  # classes with logit m
+            torch.sum(lower.mul_(p), 1, keepdim=True, out=s).neg_()
+            torch.sum(d.mul_(p), 1, keepdim=True, out=q)
         else:
-            torch.mul(p.sum(1, keepdim=True), scale, out=s).sub_(1.0)
-        if powers == 2.0:
-            torch.mul(p.square_().sum(1, keepdim=True), scale.square_(), out=r)
-    sums[1:].masked_fill_(sums[0] == -torch.inf, 0.0)  # NaN from a softmax of nothing but −inf
-    return sums
+            torch.sum(p, 1, keepdim=True, out=s)
+        if squares:
+            torch.sum(p.square_(), 1, keepdim=True, out=r)
+    m, top, s, r, q, ties = found.unbind(0)
+    scale = top.reciprocal_()
+    s.mul_(scale).add_(ties.sub_(1.0))  # all but one of the ties count
+    q.mul_(scale)
+    if squares:
+        r.mul_(scale.square_())
+    found[1:].masked_fill_(m == -torch.inf, 0.0)  # NaN from a softmax of nothing but −inf
+    return torch.stack([m, s, r, q])
 
 
 def merged(a: Sums, b: Sums, inv_temperature: float, powers: float) -> Sums:
@@ -216,13 +234,11 @@ def others_of(
     return Others(y, z_y, *sums)
 
 
-def _for_labels(problem: Problem, values: Tensor) -> Tensor:
-    """The values (R, 1) of the problem's rows: 0 if the label is IGNORE, NaN if it is no class."""
+def _for_labels(problem: Problem, y: Tensor, values: Tensor) -> Tensor:
+    """The values (R, 1) of the problem's rows and their `Others.y`: 0 if the label is IGNORE, NaN if it is no class."""
     if isinstance(problem.target, str):
         return values
-    labels = problem.target[:, None]
-    values = values.masked_fill((labels < 0) | (labels >= problem.classes), torch.nan)
-    return values.masked_fill_(labels == IGNORE, 0.0)
+    return values.masked_fill(y < 0, torch.nan).masked_fill_(problem.target[:, None] == IGNORE, 0.0)
 
 
 def forward(problem: Problem, scores: Scores) -> None:
@@ -232,7 +248,7 @@ def forward(problem: Problem, scores: Scores) -> None:
         others = others_of(some, tiles_of(some, out.dtype, columns), p, False)
         norm = Probabilities(others, inv_temperature, p).residual_norm(p) * inv_temperature
         norm *= with_bias(feature_norms(some, out.dtype), problem.bias_norm, p)
-        out[rows] = _for_labels(some, norm)[:, 0]
+        out[rows] = _for_labels(some, others.y, norm)[:, 0]
 
 
 def token_statistics(problem: Problem, out: Tensor) -> None:
@@ -243,7 +259,7 @@ def token_statistics(problem: Problem, out: Tensor) -> None:
         poison = feature_norms(some, out.dtype) * 0.0
         fields = found.log_p_y, found.entropy, found.sum_squares, found.residual_norm(2.0)
         for k, value in enumerate(fields):
-            out[k, rows] = _for_labels(some, value + poison)[:, 0]
+            out[k, rows] = _for_labels(some, others.y, value + poison)[:, 0]
 
 
 class _Slope(NamedTuple):
@@ -276,7 +292,7 @@ def _propagate(
         x = some.features
         others = others_of(some, tiles_of(some, dtype, columns), powers, entropy)
         slope, of_x = slope_of(rows, some, Probabilities(others, inv_temperature, powers), others)
-        constant, linear, log, own = (_for_labels(some, v).to(dtype) for v in slope)
+        constant, linear, log, own = (_for_labels(some, others.y, v).to(dtype) for v in slope)
         shift = torch.where(others.m == -torch.inf, 0.0, others.m).to(dtype)
         inv_s = (1.0 + others.s).reciprocal_().to(dtype)
         if needed[0] and of_x is not None:
@@ -318,7 +334,7 @@ def backward(grad: Tensor, problem: Problem, needed: list[bool]) -> tuple[Tensor
             root = (1.0 + found.rho).sqrt()
             constant = to_z * found.rest * (found.p_y - found.rest * found.rho) / root
             slope = _Slope(constant, to_z * found.rest / root, zero, -to_z * found.p_y * n)
-        of_x = _for_labels(some, g * n * inv_temperature).to(dtype)
+        of_x = _for_labels(some, others.y, g * n * inv_temperature).to(dtype)
         return slope, norm_gradient(x, norm, problem.p) * of_x
 
     return _propagate(problem, dtype, needed, problem.p, False, slope_of)

@@ -258,6 +258,9 @@ def test_extreme_temperatures_and_overflow(backend, classes):
     assert not equal.any()  # 0, though C/T overflows
     scores = head_scores(1e38 * torch.ones_like(x) / 4, 1e-38 * w, temperature=0.01, backend=backend)
     assert scores.gradnorm.isinf().all() and scores.feature_norm.isfinite().all() and scores.msp.isfinite().all()
+    scores = head_scores(x, w, temperature=3e-39, backend=backend)
+    assert scores.output_norm.isinf().all() and scores.msp.isfinite().all() and scores.entropy.isfinite().all()
+    assert torch.equal(scores.prediction, (x @ w.T).argmax(1))
     if backend == "torch":
         tiny = x.clone().requires_grad_()
         fast_gradnorm(tiny, torch.eye(4, device=DEVICE), temperature=1e-20, backend=backend).sum().backward()
