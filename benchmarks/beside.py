@@ -1,6 +1,7 @@
 """The rest of the package side by side with what others use: processor time of one CPU thread, medians of rounds.
 
-    python benchmarks/beside.py                  all of it, or some of the subjects: --help names them
+    python benchmarks/beside.py                       all of it, or some of the subjects: --help names them
+    python benchmarks/beside.py layers --threads 2    wall time of two threads
 
 The first row of a table is its unit, and what results of the same shape are compared with. Nothing is downloaded: heads
 and networks have random weights.
@@ -179,7 +180,7 @@ def layers() -> Calls:
         "layer_gradnorms": ours,
         "forward and backward of the batch": bound,
         "per-sample loop": loop,
-        "pytorch-ood": lambda: theirs.predict(images),
+        "pytorch-ood": lambda: -theirs.predict(images),
     }
 
 
@@ -207,14 +208,14 @@ def difference(a: object, b: object) -> str:
     return f"{max(((t - u).abs() / u.abs()).max().item() for t, u in zip(left, right, strict=True)):.1g}"
 
 
-def show(calls: Calls) -> None:
+def show(calls: Calls, clock: Callable[[], float]) -> None:
     times: dict[str, list[float]] = {name: [] for name in calls}
     for k in range(ROUNDS + 1):
         for name, call in calls.items():
-            start = time.process_time()
+            start = clock()
             call()
             if k:  # the first warms up
-                times[name].append(1e3 * (time.process_time() - start))
+                times[name].append(1e3 * (clock() - start))
     unit, first = next(iter(times.values())), next(iter(calls.values()))()
     print("| | ms | ratio | extra memory | difference |\n|---|---:|---:|---:|---:|")
     for name, found in times.items():
@@ -231,10 +232,12 @@ if __name__ == "__main__":
     }
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help=f"some of: {', '.join(subjects)} (all)")
-    chosen = parser.parse_args().subjects or list(subjects)
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU; wall time for more than one")
+    args = parser.parse_args()
+    chosen = args.subjects or list(subjects)
     if unknown := set(chosen) - set(subjects):
         parser.error(f"expected some of {', '.join(subjects)}, got {', '.join(sorted(unknown))}")
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     for name in chosen:
         print(f"\n{subjects[name].__doc__}\n")
-        show(subjects[name]())
+        show(subjects[name](), time.process_time if args.threads == 1 else time.perf_counter)

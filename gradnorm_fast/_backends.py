@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _torch_backward, _torch_forward, _torch_targets
+from ._autocast import without_autocast
 from ._switches import switch
 from ._targets import check_classes
 from .kernels.problem import FIELDS, Problem, Scores
@@ -162,7 +163,7 @@ def run_backward(
     check_differentiable(p)
     problem = _problem(features, logits, weight, bias, labels, target, p, temperature, reduction, include_bias)
     backward = _torch_backward.backward if target == "uniform" else _torch_targets.backward
-    with torch.autocast(features.device.type, enabled=False):
+    with without_autocast(features.device):
         return backward(grad, problem, needed)
 
 
@@ -207,7 +208,7 @@ def run_token_statistics_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for features, weight and bias, empty where not needed, given that of log p_y and entropy."""
     problem = Problem(features, weight, bias, None, temperature, target=labels, p=2.0)
-    with torch.autocast(features.device.type, enabled=False):
+    with without_autocast(features.device):
         return _torch_targets.token_statistics_backward(grad, problem, needed)
 
 

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._autocast import without_autocast
 from ._targets import IGNORE
 from ._torch_backward import norm_gradient
 from ._torch_forward import (
@@ -135,7 +136,7 @@ def tiles_of(problem: Problem, dtype: torch.dtype, columns: int) -> Iterator[tup
             w, b = part(weight, i, stop), None if bias is None else part(bias, i, stop)
             if not usable(w, dtype):
                 w = converted(w, dtype)
-            with torch.autocast(w.device.type, enabled=False):  # it would undo the conversion
+            with without_autocast(w.device):  # it would undo the conversion
                 z = logits_of(problem._replace(weight=w, bias=b), dtype)
             yield slice(i, stop), w, z
 
@@ -162,7 +163,7 @@ def _sums(z: Tensor, inv_temperature: float, powers: float, entropy: bool) -> Te
     step = max(1, budget_of(z.device).piece // 2 // (z.shape[1] * z.itemsize)) if z.is_contiguous() else len(z)
     for i in range(0, len(z), step):
         d = part(z, i, i + step)
-        m, top, s, r, q, ties = part(found, i, i + step, 1).unbind(0)
+        m, s, r, q, top, ties = part(found, i, i + step, 1).unbind(0)
         d.sub_(torch.amax(d, 1, keepdim=True, out=m))
         if inv_temperature != 1.0:
             d.mul_(inv_temperature)
@@ -181,14 +182,14 @@ def _sums(z: Tensor, inv_temperature: float, powers: float, entropy: bool) -> Te
             torch.sum(p, 1, keepdim=True, out=s)
         if squares:
             torch.sum(p.square_(), 1, keepdim=True, out=r)
-    m, top, s, r, q, ties = found.unbind(0)
-    scale = top.reciprocal_()
-    s.mul_(scale).add_(ties.sub_(1.0))  # all but one of the ties count
-    q.mul_(scale)
+    scale, ties = found[4].reciprocal_(), found[5]
+    found[1].mul_(scale).add_(ties.sub_(1.0))  # all but one of the ties count
+    if entropy:
+        found[3].mul_(scale)
     if squares:
-        r.mul_(scale.square_())
-    found[1:].masked_fill_(m == -torch.inf, 0.0)  # NaN from a softmax of nothing but −inf
-    return torch.stack([m, s, r, q])
+        found[2].mul_(scale.square_())
+    found[1:4].masked_fill_(found[0] == -torch.inf, 0.0)  # NaN from a softmax of nothing but −inf
+    return found[:4]
 
 
 def merged(a: Sums, b: Sums, inv_temperature: float, powers: float) -> Sums:
@@ -213,7 +214,7 @@ def others_of(
     n, device, inv_temperature = len(problem.features), problem.features.device, 1.0 / problem.temperature
     dtype = torch.float64
     m = z_y = torch.full((n, 1), -torch.inf, dtype=dtype, device=device)
-    sums: Sums = m, *(torch.zeros_like(m),) * 3
+    sums: Sums = m, *(torch.zeros_like(m),) * 3  # a shard may have no classes
     given = isinstance(problem.target, Tensor)
     if isinstance(problem.target, Tensor):
         labels = problem.target[:, None]

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from . import gate, heads
+from ._autocast import autocast_in_force, without_autocast
 from .batches import batches
 from .capture import Inputs
 from .functional import HeadScores, _check_options, fast_gradnorm, head_scores
 from .layers.scores import layer_scores
 from .layers.selection import Layers, check_layers
 from .serving import Prediction, ServedModel
-from .verification import Verdicts, autocast_in_force, without_autocast
+from .verification import Verdicts
 
 
 class GradNorm:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ._autocast import without_autocast
 from ._backends import score_dtype
 from ._targets import IGNORE
 from ._torch_forward import budget_of, feature_norms, logits_of, with_bias
@@ -91,7 +92,7 @@ def sharded_gradnorm(
     ranks, x = _Ranks(group, classes), problem.features
     out = torch.empty(len(x), dtype=score_dtype(x, None), device=x.device)
     if len(out):
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(x.device):
             if isinstance(problem.target, str) and problem.target == "uniform":
                 _uniform(problem, ranks, out)
             else:

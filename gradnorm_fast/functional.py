@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from . import _ops
+from ._autocast import autocasting
 from ._backends import BACKENDS, check_differentiable, why_not_triton
 from ._targets import check_labels, check_p, check_target
 from .kernels.problem import FIELDS
@@ -192,7 +193,7 @@ def gradnorm_from_logits(
     if logits.dim() == 0 or logits.shape[:-1] != features.shape[:-1] or logits.shape[-1] == 0:
         lead = "".join(f"{n}, " for n in features.shape[:-1])
         raise ValueError(f"logits: expected shape ({lead}C) with C >= 1, got {tuple(logits.shape)}")
-    _check_like("logits", logits, features, mixed=_autocasting(features.device))
+    _check_like("logits", logits, features, mixed=autocasting(features.device))
     temperature = _check_options(features, temperature, reduction, backend, include_bias)
     gradient = _check_gradient(features, target, p, reduction, (features, logits))
     out, _ = _ops.scores(
@@ -306,14 +307,9 @@ def _shaped(row: Tensor, features: Tensor) -> Tensor:
     return row if features.dim() == 2 else row.reshape(features.shape[:-1])
 
 
-def _autocasting(device: torch.device) -> bool:
-    kind = device.type
-    return kind != "meta" and torch.is_autocast_enabled(kind)
-
-
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
     """Under torch.autocast, what torch.nn.functional.linear does: all but float64 to the autocast dtype."""
-    if not isinstance(tensors[0], Tensor) or not _autocasting(tensors[0].device):
+    if not isinstance(tensors[0], Tensor) or not autocasting(tensors[0].device):
         return tensors
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(

@@ -5,11 +5,10 @@ Slow on purpose. Tests and benchmarks hold every kernel against it in float64.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
+from ._autocast import without_autocast
 from ._targets import IGNORE, check_classes
 from .functional import _check_gradient, _check_head, _check_options
 
@@ -60,7 +59,7 @@ def autograd_gradnorm(
     if labels is not None:
         check_classes(labels, classes)
     scores = []
-    with torch.inference_mode(False), torch.enable_grad(), _no_autocast(features.device):
+    with torch.inference_mode(False), torch.enable_grad(), without_autocast(features.device):
         layer = torch.nn.Linear(depth, classes, bias=bias is not None, device="meta")  # nothing to initialise
         layer.weight = torch.nn.Parameter(weight.detach().clone())
         if bias is not None:
@@ -78,7 +77,3 @@ def autograd_gradnorm(
             scores.append(torch.linalg.vector_norm(torch.cat([g.flatten() for g in gradients]), p))
         empty = torch.zeros(features.shape[:-1], dtype=features.dtype, device=features.device)
         return torch.stack(scores).reshape(features.shape[:-1]) if scores else empty
-
-
-def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -19,25 +19,14 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ._autocast import autocasting, without_autocast
+
 _PIECE = 1 << 22  # elements of the weight taken at a time: 16 MiB of scratch
-
-
-def without_autocast(device: torch.device) -> Any:
-    """A context in which torch.autocast is off for this device."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
-
-
-def autocast_in_force(device: torch.device) -> str:
-    """The dtype that torch.autocast has this device compute in, as "bfloat16", or "off"."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return "off"
-    return str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
 
 
 class Verification:
@@ -140,7 +129,7 @@ def epsilon(head: nn.Module, *tensors: Tensor) -> float:
     weight: Any = head.weight
     device, formats = tensors[0].device, [weight.dtype, *(t.dtype for t in tensors)]
     eps = max((torch.finfo(dtype).eps for dtype in formats if dtype.is_floating_point), default=0.0)
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+    if autocasting(device):
         eps = max(eps, torch.finfo(torch.get_autocast_dtype(device.type)).eps)
     if torch.float64 not in formats:
         eps = max(eps, _FLOAT32_PRODUCTS[_float32_products(device, isinstance(head, nn.Conv2d))])

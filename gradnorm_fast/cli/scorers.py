@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .. import gate, heads
+from .._autocast import autocast_in_force
 from ..baselines import odin
 from ..detector import GradNorm
 from ..evaluation import fields_of
@@ -22,7 +23,6 @@ from ..layers import LayerNorms, layer_gradnorms
 from ..layers.groups import layer_groups
 from ..layers.norms import combined
 from ..models import class_names, default_transform, device_of, load_model, normalisation_of
-from ..verification import autocast_in_force
 from .features import load_array, score_features
 from .images import Preprocessing, Scores, first_readable, score_images, transformed
 from .inputs import class_folders, evenly_spaced, find_inputs, labelled_if_in_folders, with_folder_labels
