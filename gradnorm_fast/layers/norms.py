@@ -18,7 +18,7 @@ def p_norm(values: Tensor, p: float, dim: int = 1) -> Tensor:
     dtype = norm_dtype(values.dtype)
     if p in (1.0, math.inf):
         return _norm(values, p, dim, dtype)
-    if p == 2.0:  # squares of float32 numbers are in the range of float64
+    if p == 2.0 and not values.is_mps:  # float64, which Apple lacks, holds the squares of float32
         return torch.linalg.vector_norm(values, p, dim=dim, dtype=torch.float64).to(dtype)
     largest = torch.linalg.vector_norm(values, math.inf, dim=dim, keepdim=True, dtype=dtype)
     # 0/0 and inf/inf would be NaN
