@@ -1,6 +1,7 @@
 """Compile what real heads launch, for every architecture, without a GPU, and check what the compiler made of it.
 
-    make kernels                                          every specialisation
+    make kernels                                          a selection with every configuration and constant: --quick
+    python benchmarks/compile_matrix.py                   every specialisation, in about two hours
     python benchmarks/compile_matrix.py --arch sm_90 --kernel one_tile --keep out/      and keep the TTGIR, PTX, ...
 
 The launchers run on meta tensors, under a driver that compiles nothing but writes down what Triton would compile. So
@@ -357,7 +358,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--kernel", nargs="+", help="these alone")
-    parser.add_argument("--quick", action="store_true", help="one specialisation of each configuration")
+    parser.add_argument("--quick", action="store_true", help="a few that have every configuration, dtype and constant")
     parser.add_argument("--list", action="store_true", help="compile nothing")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="also write the table as JSON")
