@@ -42,7 +42,7 @@ def _pooled(calls: dict[str, tuple[nn.Module, Call]]) -> str:
     return (
         f"{name!r} is a convolution whose output, shape {last.shape}, is pooled afterwards, as in SqueezeNet. Its "
         "gradient is a sum of outer products over positions, for which the closed form does not hold. "
-        'GradNorm(model, layers="head") scores it, by a backward pass'
+        'GradNorm(model, layers="head") or `gradnorm-fast eval --layers head` scores it, by a backward pass'
     )
 
 

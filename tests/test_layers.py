@@ -623,6 +623,8 @@ def test_layouts():
         ({"loss": 3}, TypeError, "loss: expected a callable"),
         ({"loss": lambda z: z.sum()}, ValueError, r"loss: expected it to return one loss per image, shape \(3,\)"),
         ({"loss": lambda z: z.argmax(1)}, ValueError, "differentiable"),
+        ({"loss": lambda z: torch.ones(3, requires_grad=True)}, ValueError, "does not depend on them"),
+        ({"loss": lambda z: z[:, 0], "temperature": torch.ones(2)}, ValueError, "loss: expected it alone"),
     ],
 )
 def test_arguments_that_do_not_fit(small, options, error, message):
@@ -653,6 +655,15 @@ def test_batch_statistics_and_dropout_are_refused_by_name(small):
         layer_gradnorms(untracked.eval(), x)
     with pytest.raises(ValueError, match="'1' is dropout in training mode"):
         layer_gradnorms(nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(192, 3)), x)
+
+    class StochasticDepth(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * (torch.rand(len(x), 1).to(x) < 0.5) if self.training else super().forward(x)
+
+    stochastic = nn.Sequential(nn.Flatten(), StochasticDepth(192, 3)).double()
+    with pytest.raises(ValueError, match="draws random numbers in training mode"):
+        layer_gradnorms(stochastic, x)
+    assert not layer_gradnorms(stochastic.eval(), x, per_layer=True).one_by_one
     functional = Called(lambda m, x: F.batch_norm(m.a(x), None, None, m.w, training=True), a=nn.Linear(8, 3), w=(3,))
     with pytest.raises(ValueError, match="statistics of the batch"):
         layer_gradnorms(functional, images(3, 8))

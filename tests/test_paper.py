@@ -78,6 +78,9 @@ def test_baselines(place, truth, capsys):
     again = results("s")
     assert all(of(again["results"], m) == of(found, m) for m in found["a"])
     assert list(again["ablation"]) == ["norm"]
+    sets = ("--imagenet", "r/features-id.npy", "--sun", "r/features-a.npy")
+    assert run("paper", *FEATURES_RUN, *sets, "--out", "p") == 0
+    assert list(results("p")["ablation"]) == ["norm", "temperature", "factors"]  # not layers
 
 
 def test_mahalanobis_of_training_images(place, truth):

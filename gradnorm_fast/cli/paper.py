@@ -39,8 +39,8 @@ def add_parser(subparsers: Subparsers, common: Parser) -> None:
         parents=[common],
         help="Table 1 and the ablations of the GradNorm paper",
         description="Score ImageNet and the four OOD sets of the GradNorm paper. Lays the results out as its Table 1, "
-        "the published figures beside them, with the ablations over norms, temperatures, factors and layers. It is "
-        "`eval` with the paper's settings and the official code's metrics; --limit N takes a first look.",
+        "the published figures beside them, with the ablations over norms, temperatures, factors and, for images, "
+        "layers. It is `eval` with the paper's settings and the official code's metrics; --limit N takes a first look.",
         epilog="examples:\n"
         f"  {PROG} paper --checkpoint BiT-S-R101x1.npz --imagenet imagenet/val --inaturalist iNaturalist/ \\\n"
         "    --sun SUN/ --places Places/ --textures dtd/images --train imagenet/train --out paper/\n"
@@ -55,7 +55,7 @@ def add_parser(subparsers: Subparsers, common: Parser) -> None:
     report.add_option(parser)
     plan.add_options(parser)
     options.add_options(parser)
-    parser.set_defaults(command=run, methods=None, baselines=list(plan.BASELINES), ablation=list(plan.PARTS))
+    parser.set_defaults(command=run, methods=None, baselines=list(plan.BASELINES))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
     args.ood = [f"{shown}={path}" for name, shown in SETS.items() if (path := getattr(args, name)) is not None]
     if not args.ood:
         raise ValueError(f"paper: expected at least one OOD set, by {', '.join(f'--{name}' for name in SETS)}")
+    if args.ablation is None:  # features have no gradients of other layers
+        args.ablation = [part for part in plan.PARTS if part != "layers" or args.weight is None]
     args.folder_labels = _in_class_folders(args.imagenet)
     outcome = eval.evaluate_sets(args)
     if outcome is None:  # another process writes

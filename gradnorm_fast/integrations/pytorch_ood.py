@@ -107,9 +107,10 @@ class GradNorm(_Base):
         selected = {id(p) for name, p in self.model.named_parameters() if self.param_filter(name)}
         if not selected:
             raise ValueError("param_filter: expected it to select a parameter of the model, it selects none")
-        x = x.to(next(self.model.parameters()).device)
+        parameter = next(self.model.parameters())
+        x = x.to(parameter.device)
         if len(x) == 0:
-            return torch.empty(0, device=x.device)
+            return parameter.new_empty(0, dtype=torch.promote_types(parameter.dtype, torch.float32))
         model = heads.unwrap(self.model)
         norms = self._head_norms(model, selected, x)
         if norms is None:

@@ -23,7 +23,7 @@ from .trace import Names, Stale, Trace, Use, forget_derived
 
 GRADIENT_BYTES = 8 * 2**20  #: of gradients computed at a time; at least one sample's
 
-#: Layouts of a model's operations, by selected parameters and by shape and dtype of the input.
+#: Layouts of a model's operations, by selected parameters, shape and dtype of the input, and modes of the modules.
 _layouts: weakref.WeakKeyDictionary[nn.Module, dict[Any, list[Layout | None]]] = weakref.WeakKeyDictionary()
 #: One per model: a pass replaces the model's parameters, so no other thread may run one at the same time.
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
@@ -58,7 +58,9 @@ def layer_gradnorms(
 
     layers="all" gives GradNorm (Huang, Geng & Li, NeurIPS 2021) of all layers, as in the paper's ablation. For the last
     layer alone use `fast_gradnorm`, which needs no backward pass. The call does not change the model's mode, gradients,
-    flags or hooks. Threads may share a model; their calls run one after another.
+    flags or hooks. Threads may share a model; their calls run one after another. The first call with a selection of
+    parameters, a shape of images and a mode also runs the model on one image and on two, to learn where its operations
+    keep the samples.
 
     Args:
         model: a classifier; its output is logits (B, C), or an object with `.logits`. It runs in its current mode.
@@ -79,7 +81,8 @@ def layer_gradnorms(
         use of a parameter, the model runs once per sample for it; a warning and the dict's `one_by_one` name it.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit; a model with dropout or batch statistics in training mode.
+        TypeError, ValueError: an argument that does not fit; a model in training mode that takes the statistics of the
+            batch or draws random numbers, by dropout, say.
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 5))
@@ -100,7 +103,7 @@ def layer_gradnorms(
     if loss is None:
         temperature = _check_options(torch.empty(0), temperature, reduction, "auto")
         check_target(target, (len(images),), reduction)
-    elif not (isinstance(target, str) and target == "uniform" and temperature == 1.0 and reduction == "mean"):
+    elif isinstance(temperature, Tensor) or (str(target), temperature, reduction) != ("uniform", 1.0, "mean"):
         raise ValueError("loss: expected it alone, got target, temperature or reduction beside it")
     elif not callable(loss):
         raise TypeError(f"loss: expected a callable, got {type(loss).__name__}")
@@ -156,7 +159,8 @@ class _Pass:
         self.one_by_one: set[str] = set()
 
     def norms(self, logit_gradient: Callable[[Tensor, slice], Tensor]) -> LayerNorms:
-        key = (tuple(self.parameters), self.images.shape[1:], self.images.dtype)
+        modes = tuple(module.training for module in self.model.modules())
+        key = (tuple(self.parameters), self.images.shape[1:], self.images.dtype, modes)
         known = _layouts.setdefault(self.model, {})
         if key in known:
             try:
@@ -191,11 +195,17 @@ class _Pass:
         one = self.images[-1:]
         other = torch.randn(one.shape, generator=torch.Generator().manual_seed(0)) if one.is_floating_point() else None
         other = one.flip(-1) if other is None else other.to(one)
-        seen = []
+        seen, random = [], _random_state(one.device)
         for batch in (torch.cat([one, other]), other):
             with self._trace(len(batch)) as trace:
                 self._call(batch)
             seen.append(trace.seen)
+        in_training = any(module.training for module in self.model.modules())
+        if in_training and not torch.equal(random, _random_state(one.device)):
+            raise ValueError(
+                "model: it draws random numbers in training mode (dropout, stochastic depth, ...), and so would its "
+                "gradients; call model.eval()"
+            )
         two, one_alone = seen
         if [s.operation for s in two] != [s.operation for s in one_alone]:
             return []
@@ -291,6 +301,12 @@ def _pulled_back(use: Use, parameter: Tensor, samples: slice) -> Tensor:
     return torch.stack(
         [torch.autograd.grad(use.tensor, parameter, g.to(use.tensor.dtype), retain_graph=True)[0] for g in gradients]
     )
+
+
+def _random_state(device: torch.device) -> Tensor:
+    """Changes when a random number is drawn on the CPU or the device."""
+    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+    return torch.cat(states)
 
 
 def _placed(model: nn.Module, images: Tensor) -> Tensor:

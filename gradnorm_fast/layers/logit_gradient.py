@@ -42,7 +42,9 @@ def loss_gradient(logits: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
         raise ValueError(f"loss: expected it to return one loss per image, shape ({len(z)},), got {got}")
     if not losses.requires_grad:
         raise ValueError("loss: expected a differentiable function of the logits, its result does not require grad")
-    (gradient,) = torch.autograd.grad(losses.sum(), z)
+    (gradient,) = torch.autograd.grad(losses.sum(), z, allow_unused=True)
+    if gradient is None:
+        raise ValueError("loss: expected a function of the logits, its result does not depend on them")
     return gradient.to(norm_dtype(z.dtype))
 
 
