@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import heads
+from .functional import _check_options
 from .layers.logit_gradient import target_gradient
 
 CHUNK_BYTES = 64 * 2**20  #: of distances at a time
@@ -35,7 +36,7 @@ def odin_from_logits(logits: Tensor, temperature: float = 1000.0) -> Tensor:
         >>> odin_from_logits(torch.tensor([[0.0, 0.0], [1.0, 0.0]])).tolist()[0]
         0.0
     """
-    _check_number("temperature", temperature, above=0.0)
+    temperature = _check_options(torch.empty(0), temperature, "mean", "auto")
     if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.dim() < 1 or not logits.shape[-1]:
         got = f"{tuple(logits.shape)} {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__
         raise TypeError(f"logits: expected a floating-point tensor of shape (..., C), got {got}")
@@ -71,12 +72,12 @@ def odin(
     Examples:
         >>> scores = odin(model, images, temperature=1000.0, epsilon=0.0014)
     """
-    _check_number("epsilon", epsilon, above=-1e-300)
-    _check_number("temperature", temperature, above=0.0)
+    _check_epsilon(epsilon)
+    temperature = _check_options(torch.empty(0), temperature, "mean", "auto")
     if not isinstance(images, Tensor) or images.dim() < 2:
         got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(f"images: expected a batch of shape (B, ...), got {got}")
-    if std is not None and (len(std) != images.shape[1] or not all(s > 0 for s in std)):
+    if std is not None and (np.shape(std) != images.shape[1:2] or not all(s > 0 for s in std)):
         raise ValueError(f"std: expected a positive number for each of the {images.shape[1]} channels, got {std!r}")
     model = heads.unwrap(model)
     with heads.evaluating(model):
@@ -127,11 +128,15 @@ class Mahalanobis:
             labels: (N,), integer.
 
         Raises:
+            TypeError: features or labels that are not numbers.
             ValueError: shapes that do not fit, features that are not finite, fewer than two images.
             ImportError: without scikit-learn.
         """
         x = _matrix("features", features)
-        y = torch.as_tensor(labels).detach().cpu()
+        try:
+            y = torch.as_tensor(labels).detach().cpu()
+        except (TypeError, ValueError, RuntimeError):  # not numbers
+            raise TypeError(f"labels: expected a tensor or an array, got {type(labels).__name__}") from None
         if y.shape != (len(x),) or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
             raise ValueError(f"labels: expected integers of shape ({len(x)},), got {tuple(y.shape)} {y.dtype}")
         bad = int((~x.isfinite().all(1)).sum())
@@ -178,8 +183,8 @@ def _matrix(name: str, value: Tensor | np.ndarray[Any, Any]) -> Tensor:
     return x.cpu().double()
 
 
-def _check_number(name: str, value: object, above: float) -> None:
+def _check_epsilon(value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not above < value < float("inf"):
-        raise ValueError(f"{name}: expected a finite number {'> 0' if above == 0.0 else '>= 0'}, got {value!r}")
+        raise TypeError(f"epsilon: expected a number, got {type(value).__name__}")
+    if not 0.0 <= value < float("inf"):
+        raise ValueError(f"epsilon: expected a finite number >= 0, got {value!r}")

@@ -91,11 +91,12 @@ def test_odin_leaves_the_model_and_the_images():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"temperature": 0}, ValueError, "temperature: expected a finite number > 0"),
+        ({"temperature": 0}, ValueError, "temperature: expected a finite positive number"),
         ({"temperature": "1"}, TypeError, "temperature: expected a number"),
         ({"epsilon": -0.1}, ValueError, "epsilon: expected a finite number >= 0"),
         ({"epsilon": float("nan")}, ValueError, "epsilon"),
         ({"epsilon": 0.1, "std": [1.0]}, ValueError, "std: expected a positive number for each of the 3 channels"),
+        ({"epsilon": 0.1, "std": 3}, ValueError, "std: expected a positive number for each of the 3 channels"),
         ({"images": images()[0, 0, 0]}, TypeError, "images: expected a batch"),
     ],
 )
@@ -159,6 +160,7 @@ def test_mahalanobis_refuses_what_does_not_fit():
         ("x", y, TypeError, "features: expected a tensor"),
         (x, y[:5], ValueError, r"labels: expected integers of shape \(300,\)"),
         (x, y.float(), ValueError, "labels: expected integers"),
+        (x, "abc", TypeError, "labels: expected a tensor"),
         (x * torch.nan, y, ValueError, "300 not finite"),
         (x[:1], y[:1], ValueError, "at least two finite rows"),
     ):
