@@ -91,6 +91,8 @@ def _by_kernel(problem: Problem, backend: str) -> bool:
 
 def on_cpu_without_float64(call: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
     """Apple's GPUs have no float64, which the torch path computes in: there, copy to the CPU and back."""
+    if not torch.backends.mps.is_built():
+        return call
 
     @wraps(call)
     def wrapped(*args: Any) -> tuple[Tensor | None, ...]:
@@ -138,9 +140,11 @@ def run(
             dispatch.score(problem, scores, invariant)
         return out, prediction
     forward = _torch_forward.forward if target == "uniform" else _torch_targets.forward
-    step = 1 if invariant else batch  # a row by itself: how a matmul rounds depends on how many rows it has
-    for i in range(0, batch, step):
-        forward(problem.rows(i, i + step), scores.rows(i, i + step))
+    if not invariant:
+        forward(problem, scores)
+        return out, prediction
+    for i in range(batch):  # a row by itself: how a matmul rounds depends on how many rows it has
+        forward(problem.rows(i, i + 1), scores.rows(i, i + 1))
     return out, prediction
 
 

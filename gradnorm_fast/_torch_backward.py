@@ -82,7 +82,7 @@ def backward(grad: Tensor, problem: Problem, needed: list[bool]) -> tuple[Tensor
     w = problem.weight
     if w is not None and not usable(w, dtype):
         problem = problem._replace(weight=converted(w, dtype))
-    head, chunk = len(grad) > 1, budget_of(grad.device).chunk
+    head, chunk = len(grad) > 1, budget_of(grad).chunk
     step = rows_at_once(problem, torch.float64, chunk // (HEAD_BUFFERS if head else BUFFERS))
     for i in range(0, len(problem.features), step):
         rows, z = slice(i, i + step), logits_of(problem.rows(i, i + step), dtype)

@@ -39,8 +39,9 @@ STATISTICS = 512  # bytes that the statistics and fields of a row take
 FLOOR = -1000.0  # replaces −inf, which times 0 is NaN; its exp is 0 too
 
 
-def budget_of(device: torch.device) -> Budget:
-    return CPU if device.type == "cpu" else GPU
+def budget_of(t: Tensor) -> Budget:
+    """The budget on its device."""
+    return CPU if t.is_cpu else GPU
 
 
 def part(t: Tensor, start: int, stop: int, dim: int = 0) -> Tensor:
@@ -62,7 +63,7 @@ def rows_at_once(problem: Problem, dtype: torch.dtype, size: int) -> int:
     """How many rows to process at a time, so that their logits and converted features fit."""
     step = size // (problem.classes * dtype.itemsize)
     if problem.weight is not None and not usable(problem.features, dtype):
-        operand = budget_of(problem.features.device).operand
+        operand = budget_of(problem.features).operand
         step = min(step, operand // max(1, problem.features.shape[1] * dtype.itemsize))
     return max(1, step)
 
@@ -84,7 +85,7 @@ def logits_of(problem: Problem, dtype: torch.dtype) -> Tensor:
     z = x.new_empty((classes, rows)).t() if transposed else x.new_empty((rows, classes))
     step = classes
     if not usable(weight, dtype):
-        step = max(1, budget_of(x.device).operand // max(1, x.shape[1] * dtype.itemsize))
+        step = max(1, budget_of(x).operand // max(1, x.shape[1] * dtype.itemsize))
     for i in range(0, classes, step):
         w, out = part(weight, i, i + step), part(z, i, i + step, 1)
         if step < classes or not usable(w, dtype):
@@ -140,18 +141,17 @@ def with_bias(norm: Tensor, bias_norm: float, p: float) -> Tensor:
 
 def feature_norms(problem: Problem, dtype: torch.dtype) -> Tensor:
     """‖x‖_p of each row, NaN if it is not finite: such a row has no score.  # -> (R, 1)"""
-    features, p = problem.features, problem.p
-    rows, depth = features.shape
-    step, norms = max(1, budget_of(features.device).piece // max(1, depth * torch.float64.itemsize)), []
-    for i in range(0, rows, step):
-        x = part(features, i, i + step)
-        if p == 1.0:
-            norms.append(x.abs().sum(1, keepdim=True, dtype=dtype))
-        elif p == 2.0 and dtype == torch.float32:  # the squares neither overflow nor underflow in float64
-            norms.append(vector_norm(x, 2, 1, keepdim=True, dtype=torch.float64).to(dtype))
-        else:
-            norms.append(row_norm(converted(x, dtype), p))
-    norm = norms[0] if len(norms) == 1 else torch.cat(norms)
+    x, p = problem.features, problem.p
+    rows, depth = x.shape
+    step = max(1, budget_of(x).piece // max(1, depth * torch.float64.itemsize))
+    if rows > step:
+        return torch.cat([feature_norms(problem._replace(features=some), dtype) for some in x.split(step)])
+    if p == 1.0:
+        norm = x.abs().sum(1, keepdim=True, dtype=dtype)
+    elif p == 2.0 and dtype == torch.float32:  # the squares neither overflow nor underflow in float64
+        norm = vector_norm(x, 2, 1, keepdim=True, dtype=torch.float64).to(dtype)
+    else:
+        norm = row_norm(converted(x, dtype), p)
     return norm.nan_to_num_(torch.nan, torch.nan)
 
 
@@ -200,7 +200,7 @@ def _write_fields(problem: Problem, statistics: Tensor, top: Tensor, scores: Sco
 def forward(problem: Problem, scores: Scores) -> None:
     """Write the scores of the problem's rows, for the uniform target."""
     out, all_fields = scores.out, scores.prediction is not None
-    batch, budget = problem.features.shape[0], budget_of(out.device)
+    batch, budget = problem.features.shape[0], budget_of(out)
     wide = problem.classes * torch.float64.itemsize
     piece = max(budget.piece, wide)
     step, rows = rows_at_once(problem, out.dtype, budget.chunk - piece - budget.piece), piece // wide

@@ -106,7 +106,7 @@ def _times(weight: Tensor, value: Tensor) -> Tensor:
 
 def blocks(problem: Problem, dtype: torch.dtype) -> Iterator[tuple[slice, Problem, int]]:
     """Blocks of rows: their slice, their problem with features converted for the matmul, and the classes per tile."""
-    budget, size = budget_of(problem.features.device), dtype.itemsize
+    budget, size = budget_of(problem.features), dtype.itemsize
     (batch, depth), classes = problem.features.shape, problem.classes
     elements = budget.chunk // BUFFERS // size
     rows, columns = max(elements // max(classes, FEWEST), math.isqrt(elements)), max(1, classes)
@@ -160,7 +160,7 @@ def _sums(z: Tensor, inv_temperature: float, powers: float, entropy: bool) -> Te
     """
     squares = powers == 2.0
     found = z.new_zeros(6, len(z), 1)
-    step = max(1, budget_of(z.device).piece // 2 // (z.shape[1] * z.itemsize)) if z.is_contiguous() else len(z)
+    step = max(1, budget_of(z).piece // 2 // (z.shape[1] * z.itemsize)) if z.is_contiguous() else len(z)
     for i in range(0, len(z), step):
         d = part(z, i, i + step)
         m, s, r, q, top, ties = part(found, i, i + step, 1).unbind(0)

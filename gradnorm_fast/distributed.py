@@ -290,7 +290,7 @@ def _uniform(problem: Problem, ranks: _Ranks, out: Tensor) -> None:
     """The uniform target, in chunks of as many rows as fit: the mean of expm1, then the deviations from it."""
     norms = feature_norms(problem, out.dtype)[:, 0]
     row = max(1, max(ranks.classes)) * out.itemsize
-    step = max(1, budget_of(out.device).chunk // LIVE // row)
+    step = max(1, budget_of(out).chunk // LIVE // row)
     for i in range(0, len(out), step):
         chunk = problem.rows(i, i + step)
         norm, v = _deviations(chunk, norms[i : i + step], ranks)

@@ -59,5 +59,7 @@ class Scores(NamedTuple):
 
 def copies(matrix: Tensor) -> bool:
     """Whether BLAS would copy this matrix because neither its rows nor its columns are contiguous."""
+    if matrix.is_contiguous():
+        return False
     (m, n), (a, b) = matrix.shape, matrix.stride()
     return not ((b == 1 and a >= max(1, n)) or (a == 1 and b >= max(1, m)))
