@@ -358,6 +358,19 @@ def test_a_function_that_torch_does_not_see():
         torch.testing.assert_close(dict(found), expected, rtol=1e-9, atol=0.0)
 
 
+def test_a_layer_that_was_zero_is_learned_again():
+    """Zeros fit every layout; a fine-tuned layer often starts so."""
+    model = Called(
+        lambda m, x: m.b(m.a(x.flatten(0, 1)).unflatten(0, (-1, 5)).mean(1)), a=nn.Linear(8, 6), b=nn.Linear(6, 3)
+    )
+    nn.init.zeros_(model.a.weight)
+    x = images(3, 5, 8)
+    with pytest.warns(UserWarning, match="no rule"):
+        layer_gradnorms(model, x)
+    nn.init.normal_(model.a.weight, generator=torch.Generator().manual_seed(0))
+    assert layer_gradnorms(model, x, per_layer=True).one_by_one == ()
+
+
 def test_samples_that_depend_on_each_other_are_run_one_by_one():
     model = Called(
         lambda m, x: m.b((m.a(x) - m.a(x).mean(0)).tanh()).mean(1) + m.a(x)[:, 0, :3],

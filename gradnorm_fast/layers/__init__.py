@@ -173,7 +173,8 @@ class _Pass:
             layouts = self._learn_layouts()
             try:
                 scale = self._run(layouts, logit_gradient)
-                known[key] = layouts
+                if None not in layouts:  # a layer that is still zero gives all samples the same values
+                    known[key] = layouts
             except Stale:  # the operations depend on the values of the images
                 self.one_by_one |= self.parameters.keys()
                 scale = self.images.new_ones(len(self.images))
