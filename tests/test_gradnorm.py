@@ -75,7 +75,7 @@ def test_hard_rows_of_given_float64_logits(classes, most):
         assert relative(score, deviation(logits, temperature)) <= classes * 2.0**-51 + 1e-14, name  # 1e-14: the oracle
 
 
-@pytest.mark.parametrize("classes", [2, 10, 1000, 21843, 128256])
+@pytest.mark.parametrize("classes", [2, 10, 1000, 2000, 3500, 21843, 128256])
 def test_hard_rows_of_given_logits_by_kernels(classes):
     """A selection: test_kernels.py has more. In the interpreter a program costs its operations, however many rows it
     has: they go together there, each computed as if alone."""
