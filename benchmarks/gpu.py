@@ -27,7 +27,7 @@ SECONDS = {"compile": 60, "tests": 150, "sanitizer": 150, "bench": 110, "tune": 
 SLOW_FIRST = ["test_gradnorm.py", "test_compile_matrix.py", "test_kernels.py", "test_operator.py"]
 SMALL_CASES = """
 import torch
-from gradnorm_fast import gradnorm_from_logits, head_scores
+from gradnorm_fast import fast_gradnorm, gradnorm_from_logits, head_scores, token_statistics
 from gradnorm_fast.kernels.device import architecture
 from gradnorm_fast.kernels.dispatch import KERNELS
 from gradnorm_fast.kernels.problem import Problem, Scores
@@ -36,6 +36,10 @@ for dtype in (torch.bfloat16, torch.float32):
         x, w, bias = (torch.randn(*s, device="cuda").to(dtype) for s in ((b, d), (c, d), (c,)))
         head_scores(x, w, bias)
         gradnorm_from_logits(x, x @ w.T)
+        labels = torch.arange(b, device="cuda") % c
+        token_statistics(x, w, labels, bias)
+        for target, p in ((labels, 2.0), ("predicted", 1.0), ("uniform", 2.0), ("uniform", 3.0)):
+            fast_gradnorm(x, w, bias, target=target, p=p)
         problem, scores = Problem(x, w, bias), Scores(torch.empty(1, b, device="cuda"), None)
         for kernel in KERNELS.values():
             if not kernel.why_not(problem, architecture(x.device)):
@@ -102,6 +106,15 @@ def script(name: str, *options: str, dry: tuple[str, ...], seconds: bool = True)
     return step
 
 
+def compile_(out: Path, limit: float, dry_run: bool) -> tuple[bool, str]:
+    """What the later steps launch, into Triton's cache on disk: compiling takes most of a first call."""
+    deadline = time.monotonic() + limit
+    code, output = (0, "") if dry_run else run([sys.executable, "-c", SMALL_CASES], limit / 2)
+    complete, summary = script("tune.py", "--compile", dry=("--dry-run",))(out, deadline - time.monotonic(), dry_run)
+    (out / "compile.txt").write_text(output)
+    return complete and code == 0, summary + ("" if code == 0 else f"; small cases: exit code {code}")
+
+
 def tests(out: Path, limit: float, dry_run: bool) -> tuple[bool, str]:
     """Every test file in a process of its own, the slow ones first, as many at a time as there are cores to compile."""
     files = [p.name for p in sorted((ROOT / "tests").glob("test_*.py"))]
@@ -139,8 +152,7 @@ def sanitizer(out: Path, limit: float, dry_run: bool) -> tuple[bool, str]:
 
 
 STEPS: dict[str, Step] = {
-    # What the later steps launch, into Triton's cache on disk: compiling takes most of a first call.
-    "compile": script("tune.py", "--compile", dry=("--dry-run",)),
+    "compile": compile_,
     "tests": tests,
     "sanitizer": sanitizer,
     "bench": script("compare.py", dry=("--workload", "256x768x1000", "--rounds", "2"), seconds=False),

@@ -75,7 +75,7 @@ def _candidates(problem: Problem) -> Iterator[Choice]:
             yield Choice(kernel, Config(rows, classes, step, warps, n, t, float32=e))
 
     if c <= one_tile.MAX_CLASSES:
-        width = one_tile.configuration(b, c, d, x.dtype, arch).block_c
+        width = one_tile.configuration(b, c, x.dtype, arch).block_c
         shapes = product((16, 32, 64, 128), (width,), (64, 128) if half else (32, 64), (4, 8))
         yield from tiles("one_tile", *(s for s in shapes if s[0] * width <= 64 * 32 * s[3] and s[0] <= max(16, b)))
         return

@@ -207,15 +207,15 @@ def forward(problem: Problem, scores: Scores) -> None:
     if all_fields:  # more buffers in the same memory, and their statistics
         step, rows = min(step, budget.piece // STATISTICS), max(1, 2 * budget.piece // (BUFFERS * wide))
     for i in range(0, batch, step):
-        chunk, targets = problem.rows(i, i + step), scores.rows(i, i + step)
+        chunk, results = problem.rows(i, i + step), scores.rows(i, i + step)
         z = logits_of(chunk, out.dtype)
         pieces = range(0, z.shape[0], rows)
         if all_fields:
             at_once = budget.piece // (BUFFERS * torch.float64.itemsize)
             found = [_statistics(part(z, j, j + rows), problem, at_once) for j in pieces]
             statistics, top = found[0] if len(found) == 1 else (torch.cat(t, -2) for t in zip(*found, strict=True))
-            _write_fields(chunk, statistics, top, targets)
+            _write_fields(chunk, statistics, top, results)
         else:
             for j in pieces:
-                _score(chunk.rows(j, j + rows), part(z, j, j + rows), part(targets.out, j, j + rows, 1))
+                _score(chunk.rows(j, j + rows), part(z, j, j + rows), part(results.out, j, j + rows, 1))
         del z  # before the next chunk is allocated

@@ -286,11 +286,13 @@ def warmup(
     _check_tensor("weight", weight)
     if bias is not None:
         _check_tensor("bias", bias)
+    if weight.dim() not in (2, 4):
+        raise ValueError(f"weight: expected shape (C, D) or (C, D, 1, 1), got {tuple(weight.shape)}")
     weight = weight.detach() if dtype is None else weight.detach().to(dtype)
     bias = bias if bias is None else bias.detach().to(weight.dtype)
     cuda = weight.device.type == "cuda"
     for size in sizes if cuda else [1]:
-        features = weight.new_zeros((size, weight.shape[1])) if weight.dim() > 1 else weight
+        features = weight.new_zeros((size, weight.shape[1]))
         fast_gradnorm(features, weight, bias)
         head_scores(features, weight, bias)
     if cuda:

@@ -7,7 +7,7 @@
 
 If v is small, most classes lie near 1/C, and t − S/C subtracts nearly equal numbers. The log-mean-exp r lies among
 these classes' logits, so their q is small and keeps its digits. The rounding of S/C, 6e-8, shifts r by T·6e-8; the
-second step corrects that. Σu would be 0 without the rounding of S and S/C: u is centred once more, and S corrected by Σu.
+second step corrects that. Σu is the rounding of S and S/C: u is centred once more, and Σu added to S.
 
 For a row in tiles only m and S need merging: with m_j and S_j of tile j, S = Σ S_j·exp((m_j − m)/T).
 
@@ -68,7 +68,7 @@ def log_mean_exp_of_rows(z, valid, m, s, C, inv_temperature):
 
 @triton.jit
 def _centred(t, total, valid, C):
-    """u = t − mean t, 0 where not valid, from a rounded total of t; and Σt − total.  # (B, C'), (B,) -> (B, C'), (B,)"""
+    """u = t − mean t, 0 where not valid, from a rounded total; and Σt − total.  # (B, C'), (B,) -> (B, C'), (B,)"""
     u = tl.where(valid, t - (total / C)[:, None], 0.0)
     lacking = tl.sum(u, 1)
     return tl.where(valid, u - (lacking / C)[:, None], 0.0), lacking

@@ -120,7 +120,7 @@ def _configuration(kernel: str, b: int, c: int, d: int, dtype: torch.dtype, devi
     """The configuration in the kernel's table: a pure function of shape, dtype and device."""
     arch = architecture(device)
     if kernel == "one_tile":
-        return one_tile.configuration(b, c, d, dtype, arch)
+        return one_tile.configuration(b, c, dtype, arch)
     if kernel == "tiled":
         return tiled.configuration(b, c, d, dtype, arch, multiprocessors(device))
     return rows.configuration(b, c, dtype, arch) if kernel == "rows" else library.CONFIGURATION

@@ -1,5 +1,7 @@
 """Rows of logits longer than a block of registers: deviation.py and spread.py by reads of the row.
 
+Z: pointers to the rows' first logits, (BLOCK_B, 1); BIAS: (C,).
+
 Sums over classes have two levels: in one long sum of equal terms the rounding errors add up.
 """
 

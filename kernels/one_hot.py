@@ -11,7 +11,7 @@
                 is one of them; for the predicted class its maximum, and m, S, R, Q of its other classes
     launch 2    merges the tiles in their order; ‖x‖_p
 
-Traffic: C·D weights per chunk of rows; B·D features twice, or three times for p other than 1 and ∞; up to 20 bytes per
+Traffic: C·D weights per chunk of rows; B·D features twice, or three times for p other than 1 and ∞; 8 to 16 bytes per
 row and class tile, written and read. Chunks keep those at 64 MiB (`Config.workspace`).
 """
 
@@ -26,7 +26,7 @@ from .exponential import log1p
 from .launch import launch
 from .norm import compiled, norm_in_memory, square, with_bias
 from .problem import IGNORE, Problem, Scores
-from .rows import MAX_RESIDENT, TILES, rows_per_chunk
+from .rows import MAX_RESIDENT, rows_per_chunk
 from .tile import logits_tile
 from .tiled import ROW_TILES_PER_GROUP, TABLE
 
@@ -297,5 +297,5 @@ def _run(problem: Problem, out: torch.Tensor, entropy: bool, config: Config | No
             inv_temperature, p, problem.bias_norm,
             x.stride(0) // vec, x.stride(1), stride_y, out.stride(0),
         ), constants | dict(
-            IGNORED=IGNORE, TILES=TILES, BLOCK_B=MERGE.block_b, BLOCK_D=MERGE.block_d, STAGES=MERGE.num_stages,
+            IGNORED=IGNORE, TILES=MERGE.block_c, BLOCK_B=MERGE.block_b, BLOCK_D=MERGE.block_d, STAGES=MERGE.num_stages,
         ))  # fmt: skip

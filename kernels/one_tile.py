@@ -134,7 +134,7 @@ TABLE: Table = {
 }
 
 
-def configuration(b: int, c: int, d: int, dtype: torch.dtype, arch: str) -> Config:
+def configuration(b: int, c: int, dtype: torch.dtype, arch: str) -> Config:
     # Before 3.8, Triton fails to compile this kernel for Blackwell's tensor memory, which tiles of 64 rows would use.
     if TRITON < (3, 8) and tuned_as(arch) == "sm_100":
         b = min(b, 8192)
@@ -162,7 +162,7 @@ def score_one_tile(problem: Problem, scores: Scores, config: Config | None = Non
     assert w is not None
     (b, d), c, (norm, p) = x.shape, len(w), compiled(problem.p)
     vec = vector(d, x.stride(0), w.stride(0))
-    cfg = for_vector(vec, config or configuration(b, c, d, x.dtype, arch))
+    cfg = for_vector(vec, config or configuration(b, c, x.dtype, arch))
     if norm != 1 or scores.prediction is not None:
         cfg = for_registers(cfg)
     launch(one_tile_kernel, cdiv(b, cfg.block_b), cfg, (

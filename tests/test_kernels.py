@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradnorm_fast import HeadScores, _backends, fast_gradnorm, gradnorm_from_logits, head_scores, warmup
-from gradnorm_fast.kernels import dispatch, library, one_tile, rows, tiled
+from gradnorm_fast.kernels import dispatch, library, one_hot, one_tile, rows, tiled
 from gradnorm_fast.kernels.config import ANY, Config, Line, choose
 from gradnorm_fast.kernels.device import INTERPRETED, architecture, has_tma, tma_reads, tuned_as, vector
 from gradnorm_fast.kernels.experimental import cluster
@@ -252,6 +252,24 @@ def test_every_shipped_configuration_gives_the_same_bits_each_time(name, line):
         seen.append((out.clone(), prediction.clone()))
     assert relative(seen[0][0][0], truth(x, w, bias, 1.0)) <= end_to_end_tolerance(x, w, bias, 1.0, dtype)
     assert all(torch.equal(o, seen[0][0]) and torch.equal(p, seen[0][1]) for o, p in seen)
+
+
+@pytest.mark.parametrize("call", ["library", "labels", "predicted", "token_statistics"])
+def test_what_has_no_table_gives_the_same_bits_each_time(call):
+    x, w, bias = problem(5, 40, 300, torch.float32)
+    labels, out = torch.arange(5, device=DEVICE), torch.empty(4 if call == "token_statistics" else 1, 5, device=DEVICE)
+    target = {"library": "uniform", "predicted": "predicted"}.get(call, labels)
+    given, seen = Problem(x, w, bias, target=target, p=2.0), []
+    for _ in range(3 if INTERPRETED else 100):
+        out.fill_(torch.nan)
+        if call == "library":
+            library.score_library(given, Scores(out, None))
+        elif call == "token_statistics":
+            one_hot.token_statistics(given, out)
+        else:
+            one_hot.score_one_hot(given, Scores(out, None))
+        seen.append(out.clone())
+    assert seen[0].isfinite().all() and all(torch.equal(out, seen[0]) for out in seen)
 
 
 @pytest.mark.parametrize("shape", [(5, 12, 10), (17, 200, 200), (3, 1, 1), (2, 70, 129)], ids=str)

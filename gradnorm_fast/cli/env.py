@@ -63,13 +63,14 @@ def version_of(package: str) -> str:
 
 def _chosen(device: torch.device, b: int, d: int, c: int, dtype: torch.dtype) -> str:
     """Which kernel fast_gradnorm runs for this shape on this device, and why."""
-    from .._backends import uses_triton, why_not_triton
+    from .._backends import batch_invariant, uses_triton, why_not_triton
 
     if not uses_triton("auto", device):
         return "plain torch: " + ("a CPU's own path" if device.type == "cpu" else why_not_triton(device))
     import torch
 
-    from ..kernels import dispatch
+    from ..kernels import dispatch, library
+    from ..kernels.device import architecture
     from ..kernels.problem import Problem
 
     why = {
@@ -78,8 +79,9 @@ def _chosen(device: torch.device, b: int, d: int, c: int, dtype: torch.dtype) ->
         "library": "the library's matmul, then one read of the logits",
     }
     problem = Problem(*(torch.empty(shape, dtype=dtype, device=device) for shape in ((b, d), (c, d))), None)
-    kernel, config = dispatch.choose(problem)
-    return f"{kernel}, {why[kernel]}: {config}"
+    kernel, config = dispatch.choose(problem, batch_invariant())
+    reason = library.why_not(problem, architecture(device)) if kernel == "tiled" else ""
+    return f"{kernel}, {why[kernel]}{reason and f' (library {reason})'}: {config}"
 
 
 def _check(device: torch.device) -> list[str]:

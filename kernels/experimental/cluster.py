@@ -86,7 +86,7 @@ TABLE: Table = {
 }
 
 
-def configuration(b: int, c: int, d: int, dtype: torch.dtype, arch: str) -> Config:
+def configuration(b: int, c: int, dtype: torch.dtype, arch: str) -> Config:
     return choose(TABLE, b, c, dtype, arch)
 
 
@@ -119,7 +119,7 @@ def score_cluster(problem: Problem, scores: Scores, config: Config | None = None
         raise ValueError("cluster writes the score alone, not the other fields")
     assert w is not None
     (b, d), c = x.shape, len(w)
-    cfg = config or configuration(b, c, d, x.dtype, arch)
+    cfg = config or configuration(b, c, x.dtype, arch)
     vec = vector(d, x.stride(0))
     launch(cluster_kernel, cdiv(b, cfg.block_b), cfg, (
         descriptor(x, cfg.block_b, cfg.block_d), descriptor(w, cfg.block_c, cfg.block_d),

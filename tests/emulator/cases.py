@@ -248,8 +248,8 @@ def configuration(case: Case, arch: int, problem: Problem) -> Config | None:
     x, w = problem.features, problem.weight
     if not case.as_if or w is None:
         return None
-    shape = (case.as_if, case.c, case.d, x.dtype, f"sm_{arch}")
-    config = tiled.configuration(*shape, PROCESSORS[arch]) if case.kernel == "tiled" else one_tile.configuration(*shape)
+    size, at, tiles = (case.as_if, case.c), (x.dtype, f"sm_{arch}"), case.kernel == "tiled"
+    config = tiled.configuration(*size, case.d, *at, PROCESSORS[arch]) if tiles else one_tile.configuration(*size, *at)
     return for_vector(vector(case.d, x.stride(0), w.stride(0)), config)
 
 
