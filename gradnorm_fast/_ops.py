@@ -275,7 +275,7 @@ def _route(
             return function.apply(*args)
         if not torch._C._len_torch_dispatch_stack():
             records = torch.is_grad_enabled()
-            for a in args[:6]:  # the tensors
+            for a in args[:6]:  # the tensors come first
                 if isinstance(a, Tensor) and (not _is_plain(a) or (records and a.requires_grad)):
                     break
             else:

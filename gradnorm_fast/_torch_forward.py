@@ -40,7 +40,7 @@ FLOOR = -1000.0  # replaces −inf, which times 0 is NaN; its exp is 0 too
 
 
 def budget_of(t: Tensor) -> Budget:
-    """The budget on its device."""
+    """The budget of its device."""
     return CPU if t.is_cpu else GPU
 
 
@@ -170,12 +170,12 @@ def _score(problem: Problem, z: Tensor, out: Tensor) -> None:
     torch.mul(norm, _output_norm(row_norm(u, problem.p).div_(t), problem, out.dtype), out=out.t())
 
 
-def _statistics(z: Tensor, problem: Problem, part: int) -> tuple[Tensor, Tensor]:
+def _statistics(z: Tensor, problem: Problem, at_once: int) -> tuple[Tensor, Tensor]:
     """Of rows of logits z: max z, t, ‖t·(p − 1/C)‖_p and the sums of `spread_of_sums`; and the class of max z. A single
-    row is read in parts of `part` classes.  # (R, C) -> (3 + 7, R, 1), (R, 1)"""
+    row is read `at_once` classes at a time.  # (R, C) -> (3 + 7, R, 1), (R, 1)"""
     m, top = z.max(1, keepdim=True)
     d = shifted(z, 1.0 / problem.temperature)
-    sums = spread_sums(d, top, part)
+    sums = spread_sums(d, top, at_once)
     u, t = deviations(d)
     return torch.stack([m.to(t.dtype), t, row_norm(u, problem.p), *sums]), top
 

@@ -7,7 +7,7 @@
 
 If v is small, most classes lie near 1/C, and t − S/C subtracts nearly equal numbers. The log-mean-exp r lies among
 these classes' logits, so their q is small and keeps its digits. The rounding of S/C, 6e-8, shifts r by T·6e-8; the
-second step corrects that. Σu is the rounding of S and S/C: u is centred once more, and Σu added to S.
+second step corrects that. Rounding S and S/C leaves Σu other than 0: Σu is added to S, and u is centred once more.
 
 For a row in tiles only m and S need merging: with m_j and S_j of tile j, S = Σ S_j·exp((m_j − m)/T).
 
@@ -70,8 +70,8 @@ def log_mean_exp_of_rows(z, valid, m, s, C, inv_temperature):
 def _centred(t, total, valid, C):
     """u = t − mean t, 0 where not valid, from a rounded total; and Σt − total.  # (B, C'), (B,) -> (B, C'), (B,)"""
     u = tl.where(valid, t - (total / C)[:, None], 0.0)
-    lacking = tl.sum(u, 1)
-    return tl.where(valid, u - (lacking / C)[:, None], 0.0), lacking
+    residual = tl.sum(u, 1)
+    return tl.where(valid, u - (residual / C)[:, None], 0.0), residual
 
 
 @triton.jit
@@ -87,15 +87,15 @@ def deviation_of_rows(z, valid, C, p, inv_temperature, NORM: tl.constexpr):
     m = tl.max(z, 1)
     t = tl.exp((z - finite_max(m)[:, None]) * inv_temperature)
     s = tl.sum(t, 1)
-    u, lacking = _centred(t, s, valid, C)
-    s += lacking
+    u, residual = _centred(t, s, valid, C)
+    s += residual
     deviation = norm_in_registers(u, s, p, NORM)
     small = needs_careful_form(deviation if NORM == 1 else tl.sum(tl.abs(u), 1) / s)
     if any_row(small):
         r = log_mean_exp_of_rows(z, valid, m, s, C, inv_temperature)
         e = tl.where(valid, expm1((z - r[:, None]) * inv_temperature), 0.0)
         q = tl.sum(e, 1)
-        v, q_lacking = _centred(e, q, valid, C)
-        careful = norm_in_registers(v, C + (q + q_lacking), p, NORM)
+        e, q_residual = _centred(e, q, valid, C)
+        careful = norm_in_registers(e, C + (q + q_residual), p, NORM)
         deviation = tl.where(small, careful, deviation)
     return m, s, deviation
