@@ -14,7 +14,7 @@ GENERAL = 3
 
 def compiled(p: float) -> tuple[int, float]:
     """NORM and the argument p of the kernels."""
-    return (NORMS[p], 1.0) if p in NORMS else (GENERAL, p)
+    return NORMS.get(p, GENERAL), 1.0 if p == math.inf else p
 
 
 @triton.jit

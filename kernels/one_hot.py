@@ -8,10 +8,10 @@
     Σp² = p_y² + ε²·ρ    entropy = log(1 + W) − (Σ (z_c − max z)/T·e^((z_c − max z)/T) over all classes)/(1 + W)
 
     launch 1    a tile of logits, (BLOCK_B rows x BLOCK_C classes), leaves m, S, R, Q of its classes but y, and z_y if y
-                is one of them; for the predicted class its maximum, and m, S, R, Q of its other classes
-    launch 2    merges the tiles in their order; ‖x‖_p
+                is one of them. For the predicted class it leaves two parts: its likeliest class, and all its others
+    launch 2    merges the parts in their order, without the part that is the predicted class; ‖x‖_p
 
-Traffic: C·D weights per chunk of rows; B·D features twice, or three times for p other than 1 and ∞; 8 to 16 bytes per
+Traffic: C·D weights per chunk of rows; B·D features twice, or three times for p other than 1 and ∞; 8 to 24 bytes per
 row and class tile, written and read. Chunks keep those at 64 MiB (`Config.workspace`).
 """
 
@@ -27,14 +27,25 @@ from .launch import launch
 from .norm import compiled, norm_in_memory, square, with_bias
 from .problem import IGNORE, Problem, Scores
 from .rows import MAX_RESIDENT, rows_per_chunk
-from .tile import logits_tile
+from .tile import logits_tile, tile_of
 from .tiled import ROW_TILES_PER_GROUP, TABLE
 
 
 @triton.jit
-def _power_of(d, p, NORM: tl.constexpr):
-    """exp(p·d), for NORM 2 or GENERAL."""
-    return tl.exp(2.0 * d) if NORM == 2 else tl.exp(p * d)
+def _largest(M, n, excluded, STRIDE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_PARTS: tl.constexpr):
+    """The largest of M[0], M[STRIDE], ..., n of them, but for number `excluded`, and the first number that has it.
+
+    # M: pointers (BLOCK_B, 1), excluded (BLOCK_B, 1) -> 2 x (BLOCK_B,)
+    """
+    maxima = tl.full((BLOCK_B, BLOCK_PARTS), float("-inf"), tl.float32)
+    found = tl.full((BLOCK_B, BLOCK_PARTS), 2147483647, tl.int32)
+    for j in range(0, n, BLOCK_PARTS):
+        part = j + tl.arange(0, BLOCK_PARTS)[None, :]
+        m = tl.load(M + part * STRIDE, mask=(part < n) & (part != excluded), other=float("-inf"))
+        found = tl.where(m > maxima, part, found)
+        maxima = tl.maximum(maxima, m)
+    m = tl.max(maxima, 1)
+    return m, tl.min(tl.where(maxima == m[:, None], found, 2147483647), 1)
 
 
 @triton.jit(do_not_specialize=["B", "n_class_tiles"])
@@ -43,8 +54,8 @@ def one_hot_kernel(
     W,  # (C, D), row stride stride_wc * VEC
     BIAS,  # (C,)
     LABELS,  # (B,) int64, unless PREDICTED
-    STATISTICS,  # (4, B, n_class_tiles): m, S, R and Q of a tile's classes but y; m = −inf if it has none
-    TOPS,  # (B,) z_y, or with PREDICTED (B, n_class_tiles), the maximum of each tile
+    STATISTICS,  # (4, B, n_class_tiles * PARTS): m, S, R and Q of a tile's classes but y; m = −inf if it has none
+    Z_Y,  # (B,), unless PREDICTED
     B, C, D, n_class_tiles,
     inv_temperature, p,
     stride_xb, stride_xd, stride_wc, stride_wd, stride_b, stride_y,
@@ -52,76 +63,65 @@ def one_hot_kernel(
     EVEN_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """D, stride_xb and stride_wc come divided by VEC."""
+    """D, stride_xb and stride_wc come divided by VEC. PARTS: 2 with PREDICTED, else 1; STATISTICS has 2 planes, 3 for
+    NORM 2 and GENERAL, 4 with ENTROPY."""
     D = D * VEC
     stride_xb = tl.cast(stride_xb, tl.int64) * VEC
     stride_wc = tl.cast(stride_wc, tl.int64) * VEC
-    # groups of GROUP row tiles, inside a group row tiles first
-    pid = tl.program_id(0)
-    group = pid // (GROUP * n_class_tiles)
-    height = tl.minimum(tl.cdiv(B, BLOCK_B) - group * GROUP, GROUP)
-    row = (group * GROUP + pid % (GROUP * n_class_tiles) % height).to(tl.int64) * BLOCK_B
-    class_tile = pid % (GROUP * n_class_tiles) // height
+    row_tile, class_tile = tile_of(tl.program_id(0), tl.cdiv(B, BLOCK_B), n_class_tiles, GROUP)
+    row = row_tile.to(tl.int64) * BLOCK_B
     first_class = class_tile.to(tl.int64) * BLOCK_C
     rows = row + tl.arange(0, BLOCK_B)
     live = rows < B
 
-    z = logits_tile(
+    z, _ = logits_tile(
         X, W, BIAS, row, first_class,
         B, C, 0, D, stride_xb, stride_xd, stride_wc, stride_wd, stride_b,
-        HAS_BIAS, EVEN_D, False, PRECISION, UPCAST, BLOCK_B, BLOCK_C, BLOCK_D,
+        HAS_BIAS, EVEN_D, False, PRECISION, UPCAST, False, BLOCK_B, BLOCK_C, BLOCK_D,
     )  # fmt: skip
     classes = tl.arange(0, BLOCK_C)[None, :]
     z = tl.where(classes < C - first_class, z, float("-inf"))
+    PARTS: tl.constexpr = 2 if PREDICTED else 1
+    at = STATISTICS + rows * (n_class_tiles * PARTS) + class_tile * PARTS
+    plane = tl.cast(B, tl.int64) * (n_class_tiles * PARTS)
     if PREDICTED:
         top = tl.max(z, 1)
         y = first_at(z, top, classes)
-        tl.store(TOPS + rows * n_class_tiles + class_tile, top, mask=live)
+        tl.store(at + 1, top, mask=live)
+        zero = tl.zeros((BLOCK_B,), tl.float32)
+        tl.store(at + 1 + plane, zero, mask=live)
+        if NORM > 1:
+            tl.store(at + 1 + 2 * plane, zero + 1.0, mask=live)
     else:
         y = tl.load(LABELS + rows * stride_y, mask=live, other=-1) - first_class
         here = (y >= 0) & (y < BLOCK_C) & (y < C - first_class)
         z_y = tl.sum(tl.where(classes == y[:, None], z, 0.0), 1)
-        tl.store(TOPS + rows, z_y, mask=live & here)
+        tl.store(Z_Y + rows, z_y, mask=live & here)
     z = tl.where(classes == y[:, None], float("-inf"), z)
     m = tl.max(z, 1)
     d = (z - finite_max(m)[:, None]) * inv_temperature
     t = tl.exp(d)
     others = tl.where(classes == first_at(z, m, classes)[:, None], 0.0, t)
-    at = STATISTICS + rows * n_class_tiles + class_tile
-    plane = tl.cast(B, tl.int64) * n_class_tiles
     tl.store(at, m, mask=live)
     tl.store(at + plane, tl.sum(others, 1), mask=live)
     if NORM > 1:
-        tl.store(at + 2 * plane, tl.sum(square(t) if NORM == 2 else _power_of(d, p, NORM), 1), mask=live)
+        tl.store(at + 2 * plane, tl.sum(square(t) if NORM == 2 else tl.exp(p * d), 1), mask=live)
     if ENTROPY:
         tl.store(at + 3 * plane, tl.sum(tl.where(t > 0.0, d * t, t), 1), mask=live)
 
 
-@triton.jit
-def _add(s, r, q, d, one, tile_s, tile_r, tile_q, p, NORM: tl.constexpr, ENTROPY: tl.constexpr):
-    """Sums and those of tiles, d·T being a tile's maximum less the merged one, `one` what S leaves out of the tile and
-    the merged S does not.  # each (BLOCK_B, TILES)"""
-    e = tl.exp(d)
-    s += (one + tile_s) * e
-    if NORM > 1:
-        r += tile_r * _power_of(d, p, NORM)
-    if ENTROPY:
-        q += tl.where(e > 0.0, (tile_q + (1.0 + tile_s) * d) * e, e)
-    return s, r, q
-
-
-@triton.jit(do_not_specialize=["B", "n_class_tiles", "stride_o"])
+@triton.jit(do_not_specialize=["B", "n", "stride_o"])
 def merge_kernel(
     X,  # (B, D), row stride stride_xb * VEC
     LABELS,  # (B,) int64, unless PREDICTED
-    STATISTICS,  # (4, B, n_class_tiles), as one_hot_kernel leaves them
-    TOPS,  # (B,), or (B, n_class_tiles) with PREDICTED
+    STATISTICS,  # (4, B, n): of n parts, as one_hot_kernel leaves them; with PREDICTED each odd one is a single class
+    Z_Y,  # (B,), unless PREDICTED
     OUT,  # (1, B): scores; or with ENTROPY (4, B): log p_y, entropy, Σp² and ‖p − e_y‖₂
-    B, C, D, n_class_tiles,
+    B, C, D, n,
     inv_temperature, p, bias_norm,
     stride_xb, stride_xd, stride_y, stride_o,
     VEC: tl.constexpr, PREDICTED: tl.constexpr, NORM: tl.constexpr, ENTROPY: tl.constexpr, IGNORED: tl.constexpr,
-    TILES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """D and stride_xb come divided by VEC. With ENTROPY, NORM is 2."""
     D = D * VEC
@@ -135,67 +135,41 @@ def merge_kernel(
     )
     norm = with_bias(norm, bias_norm, p, NORM)
 
-    # 2. sums over the classes but y, of tile j, j + TILES, ... in column j
+    # 2. sums over the classes but y, of part j, j + BLOCK_PARTS, ... in column j
     inside = tl.where(live, rows, 0)
-    at = STATISTICS + inside[:, None] * n_class_tiles
-    plane = tl.cast(B, tl.int64) * n_class_tiles
-    tile = tl.arange(0, TILES)[None, :]
-    maxima = tl.full((BLOCK_B, TILES), float("-inf"), tl.float32)
-    nowhere = tl.full((BLOCK_B, TILES), 2147483647, tl.int32)
+    at = STATISTICS + inside[:, None] * n
+    plane = tl.cast(B, tl.int64) * n
+    predicted = rows[:, None] * 0 - 1  # the part that is the predicted class
+    y_exists = live
+    ignored = rows < 0
     if PREDICTED:
-        tops = TOPS + inside[:, None] * n_class_tiles
-        for j in range(0, n_class_tiles, TILES):
-            maxima = tl.maximum(maxima, tl.load(tops + j + tile, mask=tile < n_class_tiles - j, other=float("-inf")))
-        z_y = tl.max(maxima, 1)
-        found = nowhere  # the tile of the predicted class
-        for j in range(0, n_class_tiles, TILES):
-            top = tl.load(tops + j + tile, mask=tile < n_class_tiles - j, other=float("-inf"))
-            found = tl.minimum(found, tl.where(top == z_y[:, None], j + tile, 2147483647))
-        first = tl.min(found, 1)[:, None]
-        maxima = tl.full((BLOCK_B, TILES), float("-inf"), tl.float32)
-        for j in range(0, n_class_tiles, TILES):
-            some = (tile < n_class_tiles - j) & (j + tile != first)
-            maxima = tl.maximum(maxima, tl.load(tops + j + tile, mask=some, other=float("-inf")))
-        y_exists = live
-        ignored = rows < 0
+        z_y, tile = _largest(at + 1, n // 2, predicted, 2, BLOCK_B, BLOCK_PARTS)
+        predicted = 2 * tile[:, None] + 1
     else:
         y = tl.load(LABELS + rows * stride_y, mask=live, other=0)
         y_exists = live & (y >= 0) & (y < C)
         ignored = y == IGNORED
-        z_y = tl.load(TOPS + rows, mask=y_exists, other=float("-inf"))
-    for j in range(0, n_class_tiles, TILES):
-        maxima = tl.maximum(maxima, tl.load(at + j + tile, mask=tile < n_class_tiles - j, other=float("-inf")))
-    m = tl.max(maxima, 1)
-    # S leaves out one class with logit m: that of the first tile which has one, or else of the first of the tops
-    found = nowhere
-    for j in range(0, n_class_tiles, TILES):
-        some = tile < n_class_tiles - j
-        tile_m = tl.load(at + j + tile, mask=some, other=float("-inf"))
-        found = tl.minimum(found, tl.where(some & (tile_m == m[:, None]), j + tile, 2147483647))
-        if PREDICTED:
-            some = some & (j + tile != first)
-            top = tl.load(tops + j + tile, mask=some, other=float("-inf"))
-            found = tl.minimum(found, tl.where(some & (top == m[:, None]), n_class_tiles + j + tile, 2147483647))
-    leader = tl.min(found, 1)[:, None]
+        z_y = tl.load(Z_Y + rows, mask=y_exists, other=float("-inf"))
+    m, leader = _largest(
+        at, n, predicted, 1, BLOCK_B, BLOCK_PARTS
+    )  # S leaves out the likeliest class of the leader alone
     shift = finite_max(m)[:, None]
-    sums_s = tl.zeros((BLOCK_B, TILES), tl.float32)
-    sums_r = tl.zeros((BLOCK_B, TILES), tl.float32)
-    sums_q = tl.zeros((BLOCK_B, TILES), tl.float32)
-    for j in range(0, n_class_tiles, TILES):
-        mask = tile < n_class_tiles - j
-        at_j = at + j + tile
-        d = (tl.load(at_j, mask=mask, other=float("-inf")) - shift) * inv_temperature
-        tile_s = tl.load(at_j + plane, mask=mask, other=0.0)
-        tile_r = tl.load(at_j + 2 * plane, mask=mask, other=0.0) if NORM > 1 else tile_s
-        tile_q = tl.load(at_j + 3 * plane, mask=mask, other=0.0) if ENTROPY else tile_s
-        one = tl.where(j + tile == leader, 0.0, 1.0)
-        sums_s, sums_r, sums_q = _add(sums_s, sums_r, sums_q, d, one, tile_s, tile_r, tile_q, p, NORM, ENTROPY)
-        if PREDICTED:  # the maxima of the other tiles are among the others
-            some = mask & (j + tile != first)
-            d = (tl.load(tops + j + tile, mask=some, other=float("-inf")) - shift) * inv_temperature
-            one = tl.where(n_class_tiles + j + tile == leader, 0.0, 1.0)
-            zero = one * 0.0
-            sums_s, sums_r, sums_q = _add(sums_s, sums_r, sums_q, d, one, zero, zero + 1.0, zero, p, NORM, ENTROPY)
+    sums_s = tl.zeros((BLOCK_B, BLOCK_PARTS), tl.float32)
+    sums_r = tl.zeros((BLOCK_B, BLOCK_PARTS), tl.float32)
+    sums_q = tl.zeros((BLOCK_B, BLOCK_PARTS), tl.float32)
+    for j in range(0, n, BLOCK_PARTS):
+        part = j + tl.arange(0, BLOCK_PARTS)[None, :]
+        mask = (part < n) & (part != predicted)
+        d = (tl.load(at + part, mask=mask, other=float("-inf")) - shift) * inv_temperature
+        e = tl.exp(d)
+        part_s = tl.load(at + plane + part, mask=mask, other=0.0)
+        sums_s += (tl.where(part == leader[:, None], 0.0, 1.0) + part_s) * e
+        if NORM > 1:
+            part_r = tl.load(at + 2 * plane + part, mask=mask, other=0.0)
+            sums_r += part_r * tl.exp(p * d)
+        if ENTROPY:
+            part_q = tl.load(at + 3 * plane + part, mask=mask, other=0.0)
+            sums_q += tl.where(e > 0.0, (part_q + (1.0 + part_s) * d) * e, e)
     s, r, q = tl.sum(sums_s, 1), tl.sum(sums_r, 1), tl.sum(sums_q, 1)
 
     # 3. what they say
@@ -231,7 +205,7 @@ def merge_kernel(
         tl.store(OUT + rows, tl.where(ignored, 0.0, value), mask=live)
 
 
-MERGE = Config(4, 256, 256, 4, 2)  # rows, class tiles and features at a time
+MERGE = Config(4, 256, 256, 4, 2)  # rows, parts and features at a time
 
 
 def configuration(b: int, c: int, dtype: torch.dtype, arch: str) -> Config:
@@ -270,18 +244,18 @@ def _run(problem: Problem, out: torch.Tensor, entropy: bool, config: Config | No
     vec = vector(d, x.stride(0), w.stride(0))
     cfg = for_vector(vec, config or configuration(batch, c, x.dtype, arch))
     tiles = cdiv(c, cfg.block_c)
-    chunk = rows_per_chunk(batch, 4 * (5 if labels is None else 4) * tiles + 4, cfg)
-    statistics = torch.empty(4 * chunk * tiles, dtype=torch.float32, device=device)
-    tops = torch.empty(chunk * tiles if labels is None else chunk, dtype=torch.float32, device=device)
     (norm, p), inv_temperature = compiled(problem.p), 1.0 / problem.temperature
-    constants = dict(VEC=vec, PREDICTED=labels is None, NORM=norm, ENTROPY=entropy)
+    parts, planes = 2 * tiles if labels is None else tiles, 4 if entropy else 3 if norm > 1 else 2
+    chunk = rows_per_chunk(batch, 4 * (planes * parts + 1), cfg)
+    statistics = torch.empty(planes * chunk * parts, dtype=torch.float32, device=device)
+    z_y = torch.empty(chunk, dtype=torch.float32, device=device)
     for start in range(0, batch, chunk):
-        part = problem.rows(start, start + chunk)
-        x, b = part.features, len(part.features)
-        y = part.target if isinstance(part.target, torch.Tensor) else statistics
+        rows = problem.rows(start, start + chunk)
+        x, b = rows.features, len(rows.features)
+        y = rows.target if isinstance(rows.target, torch.Tensor) else statistics
         stride_y = 0 if labels is None else y.stride(0)
         launch(one_hot_kernel, cdiv(b, cfg.block_b) * tiles, cfg, (
-            x, w, x if bias is None else bias, y, statistics, tops,
+            x, w, x if bias is None else bias, y, statistics, z_y,
             b, c, d // vec, tiles,
             inv_temperature, p,
             x.stride(0) // vec, x.stride(1), w.stride(0) // vec, w.stride(1), 0 if bias is None else bias.stride(0),
@@ -292,10 +266,11 @@ def _run(problem: Problem, out: torch.Tensor, entropy: bool, config: Config | No
             GROUP=ROW_TILES_PER_GROUP, BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d,
         ))  # fmt: skip
         launch(merge_kernel, cdiv(b, MERGE.block_b), MERGE, (
-            x, y, statistics, tops, out[:, start : start + b],
-            b, c, d // vec, tiles,
+            x, y, statistics, z_y, out[:, start : start + b],
+            b, c, d // vec, parts,
             inv_temperature, p, problem.bias_norm,
             x.stride(0) // vec, x.stride(1), stride_y, out.stride(0),
-        ), constants | dict(
-            IGNORED=IGNORE, TILES=MERGE.block_c, BLOCK_B=MERGE.block_b, BLOCK_D=MERGE.block_d, STAGES=MERGE.num_stages,
+        ), dict(
+            VEC=vec, PREDICTED=labels is None, NORM=norm, ENTROPY=entropy, IGNORED=IGNORE,
+            BLOCK_B=MERGE.block_b, BLOCK_PARTS=MERGE.block_c, BLOCK_D=MERGE.block_d, STAGES=MERGE.num_stages,
         ))  # fmt: skip

@@ -46,8 +46,6 @@ def one_tile_kernel(
     stride_wc = tl.cast(stride_wc, tl.int64) * VEC
     row = tl.program_id(0).to(tl.int64) * BLOCK_B
     rows = row + tl.arange(0, BLOCK_B)
-    classes = tl.arange(0, BLOCK_C)
-    columns = tl.arange(0, BLOCK_D)
 
     # 1. ‖x‖_p and logits
     if READ_TWICE:
@@ -55,36 +53,16 @@ def one_tile_kernel(
             X, rows, B, 0, D, BLOCK_D, stride_xb, stride_xd, p,
             NORM, BLOCK_B, BLOCK_D, STAGES, tl.float32,
         )  # fmt: skip
-        z = logits_tile(
-            X, W, BIAS, row, tl.cast(0, tl.int64),
-            B, C, 0, D, stride_xb, stride_xd, stride_wc, stride_wd, stride_b,
-            HAS_BIAS, EVEN_D, False, PRECISION, UPCAST, BLOCK_B, BLOCK_C, BLOCK_D,
-        )  # fmt: skip
-    else:
-        x_rows = X + rows[:, None] * stride_xb
-        w_rows = W + classes[None, :].to(tl.int64) * stride_wc
-        z = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
-        norms = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
-        for d in range(0, D, BLOCK_D):
-            x_mask = (rows < B)[:, None]
-            w_mask = (classes < C)[None, :]
-            if not EVEN_D:
-                x_mask = x_mask & (columns < D - d)[None, :]
-                w_mask = w_mask & (columns < D - d)[:, None]
-            step = (d + columns).to(tl.int64)
-            x = tl.load(x_rows + step[None, :] * stride_xd, mask=x_mask, other=0.0)  # (BLOCK_B, BLOCK_D)
-            w = tl.load(w_rows + step[:, None] * stride_wd, mask=w_mask, other=0.0)  # (BLOCK_D, BLOCK_C)
-            if UPCAST:
-                x = x.to(tl.float32)
-                w = w.to(tl.float32)
-            z = tl.dot(x, w, z, input_precision=PRECISION)
-            norms += tl.abs(x.to(tl.float32))
-        norm = tl.sum(norms, 1)
-        if HAS_BIAS:
-            z += tl.load(BIAS + classes.to(tl.int64) * stride_b, mask=classes < C, other=0.0).to(tl.float32)[None, :]
+    z, sums = logits_tile(
+        X, W, BIAS, row, tl.cast(0, tl.int64),
+        B, C, 0, D, stride_xb, stride_xd, stride_wc, stride_wd, stride_b,
+        HAS_BIAS, EVEN_D, False, PRECISION, UPCAST, not READ_TWICE, BLOCK_B, BLOCK_C, BLOCK_D,
+    )  # fmt: skip
+    if not READ_TWICE:
+        norm = sums
 
     # 2. ‖p − 1/C‖_p of the logits in registers
-    valid = (classes < C)[None, :]
+    valid = (tl.arange(0, BLOCK_C) < C)[None, :]
     z = tl.where((rows < B)[:, None] & valid, z, float("-inf"))  # rows beyond B must not trigger the careful form
     m, s, deviation = deviation_of_rows(z, valid, C, p, inv_temperature, NORM)
     index, entropy, sum_squares, gini, kl = spread_of_rows(z, valid, m, s, C, inv_temperature, ALL_FIELDS)

@@ -114,7 +114,6 @@ TABLE: Table = {
         Line("float64", ANY, 16, Config(32, 16, 32, 4, 2)),
         Line("float64", ANY, 128, Config(4, 128, 256, 4, 2)),
         Line("float64", ANY, 1024, Config(1, 1024, 512, 8, 2)),
-        Line("float64", ANY, 2048, Config(1, 2048, 1024, 16, 2, registers=128)),
         Line("float64", ANY, ANY, Config(1, 1024, 256, 8, 2, registers=255)),
         Line("any", ANY, 16, Config(64, 16, 32, 4, 2)),
         Line("any", 64, 512, Config(1, 512, 512, 4, 3)),

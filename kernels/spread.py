@@ -40,10 +40,10 @@ def spread(s, squares, products, q, excess, C):
 
 
 @triton.jit
-def spread_of_rows(z, valid, m, s, C, inv_temperature, WANTED: tl.constexpr):
+def spread_of_rows(z, valid, m, s, C, inv_temperature, ALL_FIELDS: tl.constexpr):
     """The first class with logit m, and `spread`, of whole rows of logits z (B, C'), −inf where not valid, from
-    their m and S; nothing of use unless WANTED.  # -> 5 x (B,)"""
-    if WANTED:
+    their m and S; with ALL_FIELDS, else nothing of use.  # -> 5 x (B,)"""
+    if ALL_FIELDS:
         classes = tl.arange(0, z.shape[1])[None, :]
         index = first_at(z, m, classes)
         r = log_mean_exp_of_rows(z, valid, m, s, C, inv_temperature)

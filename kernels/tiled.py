@@ -28,7 +28,7 @@ from .launch import launch
 from .norm import compiled, norm_in_memory
 from .problem import Problem, Scores
 from .rows import MAX_RESIDENT, Workspace, rows_per_chunk, score_rows
-from .tile import logits_tile
+from .tile import logits_tile, tile_of
 
 SLICED_MAX_ROWS = 64  # larger batches do not slice the features
 SLICED_MAX_CLASSES = 4096  # with more classes, few rows go to the library too
@@ -57,14 +57,11 @@ def logits_kernel(
     stride_xb = tl.cast(stride_xb, tl.int64) * VEC
     stride_wc = tl.cast(stride_wc, tl.int64) * VEC
 
-    # 1. this program's slice and tile; in a group of GROUP row tiles, the row tile varies fastest
+    # 1. this program's slice and tile
     n_row_tiles = tl.cdiv(B, BLOCK_B)
-    pid = tl.program_id(0) % (n_row_tiles * n_class_tiles)
     k = tl.program_id(0) // (n_row_tiles * n_class_tiles)
-    group = pid // (GROUP * n_class_tiles)
-    height = tl.minimum(n_row_tiles - group * GROUP, GROUP)
-    row = (group * GROUP + pid % (GROUP * n_class_tiles) % height).to(tl.int64) * BLOCK_B
-    class_tile = pid % (GROUP * n_class_tiles) // height
+    row_tile, class_tile = tile_of(tl.program_id(0) % (n_row_tiles * n_class_tiles), n_row_tiles, n_class_tiles, GROUP)
+    row = row_tile.to(tl.int64) * BLOCK_B
     first_class = class_tile.to(tl.int64) * BLOCK_C
     rows = row + tl.arange(0, BLOCK_B)
     classes = first_class + tl.arange(0, BLOCK_C)
@@ -72,10 +69,10 @@ def logits_kernel(
     last = tl.minimum(first + slice_d, D)
 
     # 2. logits
-    z = logits_tile(
+    z, _ = logits_tile(
         XT, WT, BIAS, row, first_class,
         B, C, first, last, stride_xb, stride_xd, stride_wc, stride_wd, stride_b,
-        HAS_BIAS, EVEN_D, TMA, PRECISION, UPCAST, BLOCK_B, BLOCK_C, BLOCK_D,
+        HAS_BIAS, EVEN_D, TMA, PRECISION, UPCAST, False, BLOCK_B, BLOCK_C, BLOCK_D,
     )  # fmt: skip
     live = rows < B
     # Write the padding too: the compiler knows that stride_zb, unlike C, is a multiple of 16, and so stores four logits

@@ -85,6 +85,19 @@ def test_rows_without_a_score_and_labels_of_no_class():
     assert out[0, [0, 5]].isnan().all() and not out[0, [1, 6]].any() and out[0, 8] > 0
 
 
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf, 3.0])
+def test_tiles_of_masked_classes(p):
+    """A tile without a class that counts, and tiles with one, which is or is not y: classes 0, 70 and 96."""
+    x, w, bias, labels = exact_problem(9, 24, 97, torch.float32)
+    bias[1:70], bias[71:96] = -torch.inf, -torch.inf
+    labels = torch.tensor([0, 70, 96] * 3, device=DEVICE)
+    for target in (labels, "predicted"):
+        out = torch.full((1, 9), torch.nan, device=DEVICE)
+        one_hot.score_one_hot(Problem(x, w, bias, target=target, p=p), Scores(out, None), SMALL)
+        expected = fast_gradnorm(x.double(), w.double(), bias.double(), target=target, p=p)
+        assert relative(out[0], expected) <= 5e-6
+
+
 def test_huge_and_tiny_features():
     _, w, bias, labels = exact_problem(5, 3, 40, torch.float32)
     x = torch.tensor([[1e25, 3e25, -2e25], [1e-30, 2e-30, 0.0], [0.0, 0.0, 0.0], [3e38, 3e38, 1.0], [1.0, 0.0, 0.0]])

@@ -49,10 +49,10 @@ def cluster_kernel(
     stride_xb = tl.cast(stride_xb, tl.int64) * VEC
     row = tl.program_id(0).to(tl.int64) * BLOCK_B
     classes = tl.arange(0, BLOCK_C)[None, :]
-    z = logits_tile(
+    z, _ = logits_tile(
         XT, WT, BIAS, row, tl.cast(0, tl.int64),
         B, C, 0, D, 0, 0, 0, 0, stride_b,
-        HAS_BIAS, True, True, "ieee", UPCAST, BLOCK_B, BLOCK_C, BLOCK_D,
+        HAS_BIAS, True, True, "ieee", UPCAST, False, BLOCK_B, BLOCK_C, BLOCK_D,
     )  # fmt: skip
     rows = row + tl.arange(0, BLOCK_B)
     norm = norm_in_memory(
