@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout's p
 import torch
 
 from gradnorm_fast.kernels import dispatch, library, one_tile, tiled
-from gradnorm_fast.kernels.config import Config, cdiv
+from gradnorm_fast.kernels.config import Config, Shape, cdiv
 from gradnorm_fast.kernels.experimental import cluster
 from gradnorm_fast.kernels.problem import Problem
 from gradnorm_fast.kernels.rows import rows_per_chunk
@@ -46,11 +46,10 @@ def matmul_seconds(w: Workload, config: Config, tiles_c: int = 1, slices: int = 
 
 def predicted(kernel: str, w: Workload) -> float:
     """Seconds, launches included."""
-    dtype, shape = DTYPES[w.dtype], (w.batch, w.classes, w.depth)
+    shape = Shape(w.batch, w.classes, w.depth, DTYPES[w.dtype], ARCH, PROCESSORS)
+    config, tiles = KERNELS[kernel].configuration(shape), kernel == "tiled"
     if kernel in ("one_tile", "cluster"):
-        return LAUNCH + matmul_seconds(w, KERNELS[kernel].configuration(*shape, dtype, ARCH))
-    tiles = kernel == "tiled"
-    config = tiled.configuration(*shape, dtype, ARCH, PROCESSORS) if tiles else library.CONFIGURATION
+        return LAUNCH + matmul_seconds(w, config)
     logits = 4 * w.batch * w.classes * config.slices
     chunks = cdiv(w.batch, rows_per_chunk(w.batch, logits // w.batch, config))
     if tiles:

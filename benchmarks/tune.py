@@ -29,7 +29,7 @@ import torch
 from gradnorm_fast import fast_gradnorm
 from gradnorm_fast._files import replacing
 from gradnorm_fast.kernels import library, one_tile, tiled
-from gradnorm_fast.kernels.config import Config, cdiv, power_of_2
+from gradnorm_fast.kernels.config import Config, Shape, cdiv, power_of_2
 from gradnorm_fast.kernels.device import INTERPRETED, architecture, dot_precision, has_tma, multiprocessors
 from gradnorm_fast.kernels.dispatch import Choice, choose
 from gradnorm_fast.kernels.experimental import cluster
@@ -75,14 +75,14 @@ def _candidates(problem: Problem) -> Iterator[Choice]:
             yield Choice(kernel, Config(rows, classes, step, warps, n, t, float32=e))
 
     if c <= one_tile.MAX_CLASSES:
-        width = one_tile.configuration(b, c, x.dtype, arch).block_c
+        width = one_tile.configuration(Shape.of(problem)).block_c
         shapes = product((16, 32, 64, 128), (width,), (64, 128) if half else (32, 64), (4, 8))
         yield from tiles("one_tile", *(s for s in shapes if s[0] * width <= 64 * 32 * s[3] and s[0] <= max(16, b)))
         return
     if not library.why_not(problem, arch):
         yield from (Choice("library", library.CONFIGURATION._replace(workspace=n)) for n in (64, 24))
     if b <= tiled.SLICED_MAX_ROWS and c <= tiled.SLICED_MAX_CLASSES:
-        few = tiled.configuration(b, c, d, x.dtype, arch, processors)
+        few = tiled.configuration(Shape.of(problem))
         for classes, step, n in product((16, 32, 64), (64, 128, 256) if half else (32, 64), (1, 2, 4, 8, 16)):
             if n * step <= d and processors // 4 <= cdiv(c, classes) * n <= 4 * processors:
                 yield Choice("tiled", few._replace(block_c=classes, block_d=step, slices=n))

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from .device import tuned_as
+from .device import architecture, multiprocessors, tuned_as
+from .problem import Problem
 
 ANY = 2**63 - 1
 
@@ -27,6 +28,25 @@ class Config(NamedTuple):
     float32: str = "ieee"  #: how to multiply float32 exactly: "ieee" on the CUDA cores, "tf32x3" on tensor cores
 
 
+class Shape(NamedTuple):
+    """What the choice of a configuration depends on."""
+
+    b: int  #: rows, or ANY
+    c: int  #: classes
+    d: int  #: features
+    dtype: torch.dtype  #: of the features; of the scores if the logits are given
+    arch: str
+    processors: int
+
+    @classmethod
+    def of(cls, problem: Problem, b: int = 0) -> Shape:
+        """The problem's, on the device of its tensors; for b rows if given."""
+        x, logits = problem.features, problem.logits
+        dtype = x.dtype if logits is None else torch.promote_types(x.dtype, logits.dtype)
+        rows, d = x.shape
+        return cls(b or rows, problem.classes, d, dtype, architecture(x.device), multiprocessors(x.device))
+
+
 class Line(NamedTuple):
     """A line of a kernel's table: the configuration for up to max_rows rows and max_classes classes."""
 
@@ -34,21 +54,18 @@ class Line(NamedTuple):
     max_rows: int
     max_classes: int
     config: Config
+    arch: str = "any"
 
 
-Table = dict[str, list[Line]]  #: by architecture; its lines for a dtype replace those of "any"
-
-
-def choose(table: Table, b: int, c: int, dtype: torch.dtype, arch: str) -> Config:
+def choose(table: list[Line], shape: Shape) -> Config:
     """The first line that fits; ValueError if none does."""
-    name = {torch.float32: "float32", torch.float64: "float64"}.get(dtype, "half")
-    own = [line for line in table.get(tuned_as(arch), ()) if line.dtype in (name, "any")]
-    lines = own or [line for line in table["any"] if line.dtype in (name, "any")]
-    config = next((line.config for line in lines if b <= line.max_rows and c <= line.max_classes), None)
-    if config is None:
-        raise ValueError(f"this kernel takes no {b} rows of {c} classes in {dtype}")
-    # AMD's pipelines have two stages, and a CU has 64 KiB of shared memory for them.
-    return config._replace(num_stages=min(2, config.num_stages), registers=0) if arch.startswith("gfx") else config
+    dtype = {torch.float32: "float32", torch.float64: "float64"}.get(shape.dtype, "half")
+    for line in table:
+        fits = shape.b <= line.max_rows and shape.c <= line.max_classes
+        if fits and line.dtype in (dtype, "any") and line.arch in (tuned_as(shape.arch), "any"):
+            amd = shape.arch.startswith("gfx")  # two pipeline stages, and a CU has 64 KiB of shared memory for them
+            return line.config._replace(num_stages=min(2, line.config.num_stages), registers=0) if amd else line.config
+    raise ValueError(f"this kernel takes no {shape.b} rows of {shape.c} classes in {shape.dtype}")
 
 
 def for_vector(vec: int, config: Config) -> Config:

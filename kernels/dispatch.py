@@ -19,24 +19,26 @@ from typing import NamedTuple
 import torch
 
 from . import library, one_hot, one_tile, rows, tiled
-from .config import ANY, Config
-from .device import architecture, multiprocessors
+from .config import ANY, Config, Shape
+from .device import architecture
 from .problem import Problem, Scores
 
 
 class Kernel(NamedTuple):
     name: str
     score: Callable[[Problem, Scores, Config | None], None]
+    configuration: Callable[[Shape], Config]
     why_not: Callable[[Problem, str], str]  #: of a problem and an architecture: "" if the kernel takes it
 
 
 KERNELS = {
     kernel.name: kernel
     for kernel in (
-        Kernel("one_tile", one_tile.score_one_tile, one_tile.why_not),
-        Kernel("tiled", tiled.score_tiled, tiled.why_not),
-        Kernel("library", library.score_library, library.why_not),
-        Kernel("rows", rows.score_rows, rows.why_not),
+        Kernel("one_tile", one_tile.score_one_tile, one_tile.configuration, one_tile.why_not),
+        Kernel("tiled", tiled.score_tiled, tiled.configuration, tiled.why_not),
+        Kernel("library", library.score_library, library.configuration, library.why_not),
+        Kernel("rows", rows.score_rows, rows.configuration, rows.why_not),
+        Kernel("one_hot", one_hot.score_one_hot, one_hot.configuration, one_hot.why_not),
     )
 }
 
@@ -49,34 +51,35 @@ class Choice(NamedTuple):
 
 
 def choose(problem: Problem, batch_invariant: bool = False) -> Choice:
-    """The default for this problem, on the device of its tensors."""
-    x, c = problem.features, problem.classes
-    (b, d), device = x.shape, x.device
-    if problem.logits is not None:
-        return Choice(
-            "rows", _configuration("rows", ANY, c, d, torch.promote_types(x.dtype, problem.logits.dtype), device)
-        )
-    kernel = preferred(problem, architecture(device), batch_invariant)
-    return Choice(kernel, _configuration(kernel, ANY if batch_invariant else b, c, d, x.dtype, device))
+    """The default for this problem, on the device of its tensors. ValueError where `why_not` says so."""
+    kernel = preferred(problem, architecture(problem.features.device), batch_invariant)
+    return Choice(kernel, _configuration(kernel, Shape.of(problem, ANY if batch_invariant else 0)))
 
 
 def preferred(problem: Problem, arch: str, batch_invariant: bool = False) -> str:
     """The name of the first kernel, in order of preference, that takes the problem."""
     x, c = problem.features, problem.classes
-    odd_halves = x.dtype.itemsize == 2 and x.shape[1] % 2 == 1  # only 2-byte loads can read these rows
     few = len(x) <= tiled.SLICED_MAX_ROWS and one_tile.MAX_CLASSES < c <= tiled.SLICED_MAX_CLASSES
     order: tuple[str, ...]
-    if batch_invariant and x.dtype != torch.float64:
+    if not problem.uniform:
+        order = ("one_hot",)
+    elif problem.logits is not None:
+        order = ("rows",)
+    elif batch_invariant and x.dtype != torch.float64:
         order = ("one_tile", "tiled")
-    elif odd_halves:
+    elif x.dtype.itemsize == 2 and x.shape[1] % 2 == 1:  # only 2-byte loads can read these rows
         order = ("library", "one_tile", "tiled")
     else:
         order = ("one_tile", "tiled", "library") if few else ("one_tile", "library", "tiled")
-    return next(name for name in order if not KERNELS[name].why_not(problem, arch))
+    for name in order:
+        reason = KERNELS[name].why_not(problem, arch)
+        if not reason:
+            return name
+    raise ValueError(f"{order[-1]} {reason}")
 
 
 def why_not(problem: Problem) -> str:
-    """Why no kernel takes the problem; empty where one does."""
+    """Why no kernel takes the problem; empty if one does: for the uniform target always."""
     if problem.uniform:
         return ""
     reason = one_hot.why_not(problem, architecture(problem.features.device))
@@ -85,42 +88,29 @@ def why_not(problem: Problem) -> str:
 
 def score(problem: Problem, scores: Scores, batch_invariant: bool = False) -> None:
     """Scores by the default kernel. ValueError where `why_not` says so."""
-    if batch_invariant:
-        logits = problem.logits
-        problem = problem._replace(
-            features=_as_allocated(problem.features), logits=None if logits is None else _as_allocated(logits)
-        )
-    if not problem.uniform:
-        one_hot.score_one_hot(problem, scores, _one_hot_configuration(problem, batch_invariant))
-        return
+    problem = _as_allocated(problem) if batch_invariant else problem
     kernel, config = choose(problem, batch_invariant)
     KERNELS[kernel].score(problem, scores, config)
 
 
 def token_statistics(problem: Problem, out: torch.Tensor, batch_invariant: bool = False) -> None:
     """one_hot.token_statistics; ValueError where `why_not` says so."""
-    if batch_invariant:
-        problem = problem._replace(features=_as_allocated(problem.features))
-    one_hot.token_statistics(problem, out, _one_hot_configuration(problem, batch_invariant))
+    problem = _as_allocated(problem) if batch_invariant else problem
+    one_hot.token_statistics(problem, out, choose(problem, batch_invariant).config)
 
 
-def _one_hot_configuration(problem: Problem, batch_invariant: bool) -> Config:
-    x = problem.features
-    return one_hot.configuration(ANY if batch_invariant else len(x), problem.classes, x.dtype, architecture(x.device))
+def _as_allocated(problem: Problem) -> Problem:
+    """The problem with features and logits contiguous and 16-byte aligned, copied if needed: load width depends on
+    alignment, and sum order on load width."""
 
+    def copied(t: torch.Tensor) -> torch.Tensor:
+        t = t.contiguous()
+        return t if t.data_ptr() % 16 == 0 else t.clone()
 
-def _as_allocated(x: torch.Tensor) -> torch.Tensor:
-    """A contiguous, 16-byte aligned copy if needed: load width depends on alignment, and sum order on load width."""
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
+    logits = None if problem.logits is None else copied(problem.logits)
+    return problem._replace(features=copied(problem.features), logits=logits)
 
 
 @lru_cache(4096)
-def _configuration(kernel: str, b: int, c: int, d: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """The configuration in the kernel's table: a pure function of shape, dtype and device."""
-    arch = architecture(device)
-    if kernel == "one_tile":
-        return one_tile.configuration(b, c, dtype, arch)
-    if kernel == "tiled":
-        return tiled.configuration(b, c, d, dtype, arch, multiprocessors(device))
-    return rows.configuration(b, c, dtype, arch) if kernel == "rows" else library.CONFIGURATION
+def _configuration(kernel: str, shape: Shape) -> Config:
+    return KERNELS[kernel].configuration(shape)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from .config import Config, cdiv
-from .problem import Problem, Scores, copies
+from .config import Config, Shape, cdiv
+from .problem import UNIFORM_ALONE, Problem, Scores, copies
 from .rows import Workspace, rows_per_chunk, score_rows
 
 CONFIGURATION = Config(0, 0, 0, 0, 0)  # only the workspace matters
@@ -18,11 +18,15 @@ HALF_TO_FLOAT32 = "dtype_out" in torch.ops.aten.mm.overloads()
 _tried: dict[tuple[torch.device, torch.dtype], str] = {}
 
 
+def configuration(shape: Shape) -> Config:
+    return CONFIGURATION
+
+
 def why_not(problem: Problem, arch: str) -> str:
     """Why this kernel does not take the problem; empty if it does."""
     x, w = problem.features, problem.weight
-    if w is None:
-        return "takes a weight, not logits"
+    if w is None or not problem.uniform:
+        return "takes a weight, not logits" if w is None else UNIFORM_ALONE
     if x.dtype != torch.float64 and (copies(x) or copies(w)):
         return "would copy a matrix: neither its rows nor its columns are contiguous"
     return "" if x.dtype.itemsize > 2 else why_not_halves(x.device, x.dtype)

@@ -19,13 +19,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import Config, cdiv, choose, for_vector
+from .config import Config, Shape, cdiv, choose, for_vector
 from .deviation import finite_max, first_at
 from .device import architecture, dot_precision, upcast, vector
 from .exponential import log1p
 from .launch import launch
 from .norm import compiled, norm_in_memory, square, with_bias
-from .problem import IGNORE, Problem, Scores
+from .problem import IGNORE, Problem, Scores, why_not_product
 from .rows import MAX_RESIDENT, rows_per_chunk
 from .tile import logits_tile, tile_of
 from .tiled import ROW_TILES_PER_GROUP, TABLE
@@ -208,20 +208,14 @@ def merge_kernel(
 MERGE = Config(4, 256, 256, 4, 2)  # rows, parts and features at a time
 
 
-def configuration(b: int, c: int, dtype: torch.dtype, arch: str) -> Config:
+def configuration(shape: Shape) -> Config:
     """The tile of `tiled` for rows of which each tile leaves statistics."""
-    return choose(TABLE, b, max(c, MAX_RESIDENT + 1), dtype, arch)
+    return choose(TABLE, shape._replace(c=max(shape.c, MAX_RESIDENT + 1)))
 
 
 def why_not(problem: Problem, arch: str) -> str:
-    """Why this kernel does not take the problem; empty where it does."""
-    if problem.uniform:
-        return "takes labels and the predicted target, not the uniform one"
-    if problem.weight is None:
-        return "takes a weight, not logits"
-    if problem.features.dtype == torch.float64:
-        return "takes float16, bfloat16 and float32, not float64"
-    return ""
+    """Why this kernel does not take the problem; empty if it does."""
+    return why_not_product(problem, uniform=False)
 
 
 def score_one_hot(problem: Problem, scores: Scores, config: Config | None = None) -> None:
@@ -242,7 +236,7 @@ def _run(problem: Problem, out: torch.Tensor, entropy: bool, config: Config | No
     assert w is not None
     (batch, d), c, labels = x.shape, len(w), None if isinstance(problem.target, str) else problem.target
     vec = vector(d, x.stride(0), w.stride(0))
-    cfg = for_vector(vec, config or configuration(batch, c, x.dtype, arch))
+    cfg = for_vector(vec, config or configuration(Shape.of(problem)))
     tiles = cdiv(c, cfg.block_c)
     (norm, p), inv_temperature = compiled(problem.p), 1.0 / problem.temperature
     parts, planes = 2 * tiles if labels is None else tiles, 4 if entropy else 3 if norm > 1 else 2

@@ -9,17 +9,16 @@ instructions, one read of x feeds both the product and ‖x‖₁. With asynchro
 product may still be reading. p other than 1 reads x again too, and p other than 1 and ∞ twice.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-from .config import ANY, Config, Line, Table, cdiv, choose, for_registers, for_vector
+from .config import ANY, Config, Line, Shape, cdiv, choose, for_registers, for_vector
 from .deviation import deviation_of_rows
 from .device import TRITON, architecture, asynchronous_products, dot_precision, tuned_as, upcast, vector
 from .launch import launch
 from .norm import compiled, norm_in_memory
 from .output import store_scores
-from .problem import Problem, Scores
+from .problem import Problem, Scores, why_not_product
 from .spread import spread_of_rows
 from .tile import logits_tile
 
@@ -77,58 +76,38 @@ def one_tile_kernel(
 # Small batches take small row tiles, so that more multiprocessors read the features. Up to 16 classes, tiles of 32 rows
 # stream features at memory speed. More classes need larger row tiles, because each tile reads the whole weight from L2.
 # float32 does not use tensor cores, so its tiles are small enough for the operands to fit in registers.
-TABLE: Table = {
-    "any": [
-        Line("half", 1024, 16, Config(16, 16, 64, 4, 3)),
-        Line("half", ANY, 16, Config(32, 16, 128, 4, 3)),
-        Line("half", 1024, 128, Config(16, 128, 64, 8, 3)),
-        Line("half", 8192, 128, Config(32, 128, 64, 4, 3)),
-        Line("half", ANY, 128, Config(64, 128, 64, 8, 3, registers=255)),
-        Line("half", 1024, 256, Config(16, 256, 64, 8, 2)),
-        Line("half", ANY, 256, Config(32, 256, 32, 8, 3)),
-        Line("float32", 1024, 16, Config(16, 16, 32, 4, 2)),
-        Line("float32", ANY, 16, Config(32, 16, 64, 4, 2)),
-        Line("float32", 1024, 128, Config(16, 128, 32, 8, 2)),
-        Line("float32", ANY, 128, Config(32, 128, 32, 8, 2)),
-        Line("float32", ANY, 256, Config(16, 256, 32, 8, 2)),
-    ],
-    "sm_90": [
-        Line("half", 1024, 16, Config(16, 16, 64, 4, 3)),
-        Line("half", ANY, 16, Config(32, 16, 128, 4, 3)),
-        Line("half", 1024, 128, Config(16, 128, 64, 8, 3)),
-        Line("half", 8192, 128, Config(32, 128, 64, 4, 3)),
-        Line("half", ANY, 128, Config(128, 128, 64, 8, 3)),
-        Line("half", 1024, 256, Config(16, 256, 64, 8, 2)),
-        Line("half", 8192, 256, Config(32, 256, 64, 8, 3)),
-        Line("half", ANY, 256, Config(64, 256, 64, 8, 3)),
-    ],
-    "gfx942": [
-        Line("float32", 1024, 16, Config(16, 16, 32, 4, 2)),
-        Line("float32", ANY, 16, Config(32, 16, 64, 4, 2)),
-        Line("float32", 1024, 128, Config(16, 128, 32, 8, 2)),
-        Line("float32", ANY, 128, Config(32, 128, 32, 4, 2)),  # 8 waves would hold each logit twice and spill
-        Line("float32", ANY, 256, Config(16, 256, 32, 4, 2)),
-    ],
-}
+TABLE = [
+    Line("half", 1024, 16, Config(16, 16, 64, 4, 3)),
+    Line("half", ANY, 16, Config(32, 16, 128, 4, 3)),
+    Line("half", 1024, 128, Config(16, 128, 64, 8, 3)),
+    Line("half", 8192, 128, Config(32, 128, 64, 4, 3)),
+    Line("half", ANY, 128, Config(128, 128, 64, 8, 3), "sm_90"),
+    Line("half", ANY, 128, Config(64, 128, 64, 8, 3, registers=255)),
+    Line("half", 1024, 256, Config(16, 256, 64, 8, 2)),
+    Line("half", 8192, 256, Config(32, 256, 64, 8, 3), "sm_90"),
+    Line("half", ANY, 256, Config(64, 256, 64, 8, 3), "sm_90"),
+    Line("half", ANY, 256, Config(32, 256, 32, 8, 3)),
+    Line("float32", 1024, 16, Config(16, 16, 32, 4, 2)),
+    Line("float32", ANY, 16, Config(32, 16, 64, 4, 2)),
+    Line("float32", 1024, 128, Config(16, 128, 32, 8, 2)),
+    Line("float32", ANY, 128, Config(32, 128, 32, 4, 2), "gfx942"),  # 8 waves would hold each logit twice and spill
+    Line("float32", ANY, 128, Config(32, 128, 32, 8, 2)),
+    Line("float32", ANY, 256, Config(16, 256, 32, 4, 2), "gfx942"),
+    Line("float32", ANY, 256, Config(16, 256, 32, 8, 2)),
+]
 
 
-def configuration(b: int, c: int, dtype: torch.dtype, arch: str) -> Config:
+def configuration(shape: Shape) -> Config:
     # Before 3.8, Triton fails to compile this kernel for Blackwell's tensor memory, which tiles of 64 rows would use.
-    if TRITON < (3, 8) and tuned_as(arch) == "sm_100":
-        b = min(b, 8192)
-    return choose(TABLE, b, c, dtype, arch)
+    if TRITON < (3, 8) and tuned_as(shape.arch) == "sm_100":
+        shape = shape._replace(b=min(shape.b, 8192))
+    return choose(TABLE, shape)
 
 
 def why_not(problem: Problem, arch: str) -> str:
     """Why this kernel does not take the problem; empty if it does."""
-    dtype, c = problem.features.dtype, problem.classes
-    if problem.weight is None:
-        return "takes a weight, not logits"
-    if dtype == torch.float64:
-        return "takes float16, bfloat16 and float32, not float64"
-    if c > MAX_CLASSES:
-        return f"takes at most {MAX_CLASSES} classes, got {c}"
-    return ""
+    c = problem.classes
+    return why_not_product(problem) or (f"takes at most {MAX_CLASSES} classes, got {c}" if c > MAX_CLASSES else "")
 
 
 def score_one_tile(problem: Problem, scores: Scores, config: Config | None = None) -> None:
@@ -140,7 +119,7 @@ def score_one_tile(problem: Problem, scores: Scores, config: Config | None = Non
     assert w is not None
     (b, d), c, (norm, p) = x.shape, len(w), compiled(problem.p)
     vec = vector(d, x.stride(0), w.stride(0))
-    cfg = for_vector(vec, config or configuration(b, c, x.dtype, arch))
+    cfg = for_vector(vec, config or configuration(Shape.of(problem)))
     if norm != 1 or scores.prediction is not None:
         cfg = for_registers(cfg)
     launch(one_tile_kernel, cdiv(b, cfg.block_b), cfg, (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 IGNORE = -100  #: the label of a row without a target, as in torch.nn.functional.cross_entropy
@@ -42,6 +43,21 @@ class Problem(NamedTuple):
         logits = None if self.logits is None else self.logits[start:stop]
         target = self.target if isinstance(self.target, str) else self.target[start:stop]
         return self._replace(features=self.features[start:stop], logits=logits, target=target)
+
+
+UNIFORM_ALONE = "takes the uniform target, not labels or the predicted one"
+
+
+def why_not_product(problem: Problem, uniform: bool = True) -> str:
+    """Why a kernel that multiplies features and weight itself, for the uniform target or for the others, does not take
+    the problem; empty if it does."""
+    if problem.uniform != uniform:
+        return UNIFORM_ALONE if uniform else "takes labels and the predicted target, not the uniform one"
+    if problem.weight is None:
+        return "takes a weight, not logits"
+    if problem.features.dtype == torch.float64:
+        return "takes float16, bfloat16 and float32, not float64"
+    return ""
 
 
 class Scores(NamedTuple):

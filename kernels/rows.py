@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import ANY, Config, Line, Table, cdiv, choose
+from .config import ANY, Config, Line, Shape, cdiv, choose
 from .deviation import deviation_of_rows
 from .device import architecture, vector
 from .launch import launch
@@ -31,7 +31,7 @@ from .long_rows import (
 )
 from .norm import compiled, norm_in_memory
 from .output import store_scores
-from .problem import Problem, Scores
+from .problem import UNIFORM_ALONE, Problem, Scores
 from .spread import spread_of_rows
 
 MAX_RESIDENT = 8192
@@ -109,27 +109,25 @@ def rows_kernel(
 
 # About 16 logits per thread: enough loads in flight for full bandwidth, few enough to stay in registers. Small batches
 # get one program per row. Where `registers` is set, ptxas left alone spills for the sake of occupancy.
-TABLE: Table = {
-    "any": [
-        Line("float64", ANY, 16, Config(32, 16, 32, 4, 2)),
-        Line("float64", ANY, 128, Config(4, 128, 256, 4, 2)),
-        Line("float64", ANY, 1024, Config(1, 1024, 512, 8, 2)),
-        Line("float64", ANY, ANY, Config(1, 1024, 256, 8, 2, registers=255)),
-        Line("any", ANY, 16, Config(64, 16, 32, 4, 2)),
-        Line("any", 64, 512, Config(1, 512, 512, 4, 3)),
-        Line("any", ANY, 128, Config(4, 128, 256, 4, 2)),
-        Line("any", 64, 1024, Config(1, 1024, 512, 4, 3)),
-        Line("any", ANY, 1024, Config(2, 1024, 1024, 4, 2)),
-        Line("any", ANY, 4096, Config(1, 4096, 2048, 8, 2)),
-        Line("any", ANY, MAX_RESIDENT, Config(1, 8192, 2048, 16, 2)),
-        Line("any", ANY, ANY, Config(1, 1024, 2048, 8, 3, registers=96)),
-    ],
-}
+TABLE = [
+    Line("float64", ANY, 16, Config(32, 16, 32, 4, 2)),
+    Line("float64", ANY, 128, Config(4, 128, 256, 4, 2)),
+    Line("float64", ANY, 1024, Config(1, 1024, 512, 8, 2)),
+    Line("float64", ANY, ANY, Config(1, 1024, 256, 8, 2, registers=255)),
+    Line("any", ANY, 16, Config(64, 16, 32, 4, 2)),
+    Line("any", 64, 512, Config(1, 512, 512, 4, 3)),
+    Line("any", ANY, 128, Config(4, 128, 256, 4, 2)),
+    Line("any", 64, 1024, Config(1, 1024, 512, 4, 3)),
+    Line("any", ANY, 1024, Config(2, 1024, 1024, 4, 2)),
+    Line("any", ANY, 4096, Config(1, 4096, 2048, 8, 2)),
+    Line("any", ANY, MAX_RESIDENT, Config(1, 8192, 2048, 16, 2)),
+    Line("any", ANY, ANY, Config(1, 1024, 2048, 8, 3, registers=96)),
+]
 
 
-def configuration(b: int, c: int, dtype: torch.dtype, arch: str) -> Config:
-    """The configuration for scores of this dtype."""
-    return choose(TABLE, b, c, dtype, arch)
+def configuration(shape: Shape) -> Config:
+    """The configuration for logits in one piece. It does not depend on the batch size: neither do a row's bits."""
+    return choose(TABLE, shape._replace(b=ANY))
 
 
 class Workspace(NamedTuple):
@@ -154,6 +152,8 @@ def _two_floats(value: float) -> tuple[float, float]:
 
 def why_not(problem: Problem, arch: str) -> str:
     """Why this kernel does not take the problem; empty if it does."""
+    if not problem.uniform:
+        return UNIFORM_ALONE
     return "" if problem.logits is not None else "takes logits, not a weight"
 
 
@@ -173,8 +173,8 @@ def score_rows(
         raise ValueError("rows takes logits, not a weight")
     b, d = x.shape
     statistics, tile_c = (None, 0) if workspace is None else workspace[2:]
-    # Without slices the configuration must not depend on the batch size, and so a row's bits do not either.
-    cfg = config or configuration(b if len(z) > 1 else ANY, c, out.dtype, architecture(x.device))
+    shape = Shape(b, c, d, out.dtype, architecture(x.device), 0)
+    cfg = config or (choose(TABLE, shape) if len(z) > 1 else configuration(shape))
     vec, vec_z = vector(d, x.stride(0)), vector(width, z.stride(1))
     norm, p = compiled(problem.p)
     (inv_temperature, inv_temperature_low), (p, p_low) = _two_floats(1.0 / problem.temperature), _two_floats(p)

@@ -13,20 +13,19 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import ANY, Config, Line, Table, cdiv, choose, for_vector
+from .config import ANY, Config, Line, Shape, cdiv, choose, for_vector
 from .deviation import statistics_of_tile
 from .device import (
     architecture,
     descriptor,
     dot_precision,
-    multiprocessors,
     tma_reads,
     upcast,
     vector,
 )
 from .launch import launch
 from .norm import compiled, norm_in_memory
-from .problem import Problem, Scores
+from .problem import Problem, Scores, why_not_product
 from .rows import MAX_RESIDENT, Workspace, rows_per_chunk, score_rows
 from .tile import logits_tile, tile_of
 
@@ -96,52 +95,40 @@ def logits_kernel(
 
 # Larger tiles read less from L2 (128 x 256: 85 operations per byte). With fewer rows, tiles must be smaller to give
 # every multiprocessor one.
-TABLE: Table = {
-    "any": [
-        Line("half", 16, ANY, Config(16, 32, 128, 4, 4)),
-        Line("half", 32, ANY, Config(32, 32, 128, 4, 4)),
-        Line("half", 64, ANY, Config(64, 32, 128, 4, 4)),
-        Line("half", 256, 4096, Config(64, 64, 64, 4, 3)),
-        Line("half", 1024, 4096, Config(64, 128, 64, 4, 3)),
-        Line("half", ANY, MAX_RESIDENT, Config(128, 128, 64, 8, 3)),
-        Line("half", ANY, ANY, Config(128, 128, 32, 8, 4)),  # the statistics of longer rows' tiles spill at 64
-        Line("float32", 16, ANY, Config(16, 32, 64, 4, 4)),
-        Line("float32", 32, ANY, Config(32, 32, 64, 4, 4)),
-        Line("float32", 64, ANY, Config(64, 32, 32, 4, 3)),
-        Line("float32", ANY, ANY, Config(64, 128, 32, 8, 3)),
-    ],
-    "sm_90": [
-        Line("half", 16, ANY, Config(16, 32, 128, 4, 4)),
-        Line("half", 32, ANY, Config(32, 32, 128, 4, 4)),
-        Line("half", 64, ANY, Config(64, 32, 128, 4, 4)),
-        Line("half", 256, 4096, Config(64, 64, 64, 4, 3)),
-        Line("half", 1024, 4096, Config(64, 128, 64, 4, 3)),
-        Line("half", 2048, 4096, Config(128, 128, 64, 8, 3)),
-        Line("half", ANY, MAX_RESIDENT, Config(128, 256, 64, 8, 3)),
-        Line("half", ANY, ANY, Config(128, 128, 64, 8, 3)),  # the statistics of longer rows' tiles spill at 128 x 256
-    ],
-}
+TABLE = [
+    Line("half", 16, ANY, Config(16, 32, 128, 4, 4)),
+    Line("half", 32, ANY, Config(32, 32, 128, 4, 4)),
+    Line("half", 64, ANY, Config(64, 32, 128, 4, 4)),
+    Line("half", 256, 4096, Config(64, 64, 64, 4, 3)),
+    Line("half", 1024, 4096, Config(64, 128, 64, 4, 3)),
+    Line("half", 2048, 4096, Config(128, 128, 64, 8, 3), "sm_90"),
+    Line("half", ANY, MAX_RESIDENT, Config(128, 256, 64, 8, 3), "sm_90"),
+    Line("half", ANY, MAX_RESIDENT, Config(128, 128, 64, 8, 3)),
+    Line("half", ANY, ANY, Config(128, 128, 64, 8, 3), "sm_90"),  # the statistics of long rows spill at 128 x 256
+    Line("half", ANY, ANY, Config(128, 128, 32, 8, 4)),  # and elsewhere at 128 x 128 x 64
+    Line("float32", 16, ANY, Config(16, 32, 64, 4, 4)),
+    Line("float32", 32, ANY, Config(32, 32, 64, 4, 4)),
+    Line("float32", 64, ANY, Config(64, 32, 32, 4, 3)),
+    Line("float32", ANY, ANY, Config(64, 128, 32, 8, 3)),
+]
 
 
-def configuration(b: int, c: int, d: int, dtype: torch.dtype, arch: str, processors: int) -> Config:
-    config, slices = choose(TABLE, b, c, dtype, arch), 1
-    tiles = cdiv(c, config.block_c)
-    if b <= SLICED_MAX_ROWS and c <= MAX_RESIDENT:
+def configuration(shape: Shape) -> Config:
+    """The table's, for few rows with as many slices of the features as keep the multiprocessors busy."""
+    config, slices = choose(TABLE, shape), 1
+    tiles = cdiv(shape.c, config.block_c)
+    if shape.b <= SLICED_MAX_ROWS and shape.c <= MAX_RESIDENT:
         # Two programs per multiprocessor hide each other's latency.
-        while slices < MAX_SLICES and slices * tiles <= processors and 2 * slices * config.block_d <= d:
+        while slices < MAX_SLICES and slices * tiles <= shape.processors and 2 * slices * config.block_d <= shape.d:
             slices *= 2
-        steps = max(1, cdiv(d, config.block_d))
+        steps = max(1, cdiv(shape.d, config.block_d))
         slices = cdiv(steps, cdiv(steps, slices))  # drop the slices that rounding up to whole steps leaves empty
     return config._replace(slices=slices)
 
 
 def why_not(problem: Problem, arch: str) -> str:
     """Why this kernel does not take the problem; empty if it does."""
-    if problem.weight is None:
-        return "takes a weight, not logits"
-    if problem.features.dtype == torch.float64:
-        return "takes float16, bfloat16 and float32, not float64"
-    return ""
+    return why_not_product(problem)
 
 
 def score_tiled(problem: Problem, scores: Scores, config: Config | None = None) -> None:
@@ -155,7 +142,7 @@ def score_tiled(problem: Problem, scores: Scores, config: Config | None = None) 
     assert w is not None
     (batch, d), c, (norm, p) = features.shape, len(w), compiled(problem.p)
     vec = vector(d, features.stride(0), w.stride(0))
-    cfg = for_vector(vec, config or configuration(batch, c, d, features.dtype, arch, multiprocessors(device)))
+    cfg = for_vector(vec, config or configuration(Shape.of(problem)))
     long = c > MAX_RESIDENT
     if cfg.slices > 1 and (long or cfg.tma):
         raise ValueError(f"config: slices of the features need at most {MAX_RESIDENT} classes and no TMA, got {cfg}")

@@ -15,6 +15,7 @@ from emulator.memory import EmulatorError
 
 from gradnorm_fast import fast_gradnorm, token_statistics
 from gradnorm_fast.kernels import one_hot
+from gradnorm_fast.kernels.config import Shape
 from gradnorm_fast.kernels.problem import Problem, Scores
 
 
@@ -56,7 +57,7 @@ class OneHot(NamedTuple):
         x, w, bias = (t.double() for t in problem[:3] if t is not None)
         inputs = {name: t for name, t in problem._asdict().items() if isinstance(t, torch.Tensor)}
         out = torch.full((4 if self.statistics else 1, self.b), torch.nan)
-        config = one_hot.configuration(self.as_if, self.c, problem.features.dtype, f"sm_{arch}")
+        config = one_hot.configuration(Shape.of(problem, self.as_if)._replace(arch=f"sm_{arch}"))
         emulator = Emulator(arch, options, inputs, 0, None)
         try:
             if self.statistics and isinstance(problem.target, torch.Tensor):

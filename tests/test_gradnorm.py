@@ -6,7 +6,7 @@ import torch
 
 from gradnorm_fast import HeadScores, fast_gradnorm, gradnorm_from_logits, head_scores
 from gradnorm_fast.kernels import rows
-from gradnorm_fast.kernels.config import ANY, power_of_2
+from gradnorm_fast.kernels.config import Shape, power_of_2
 from gradnorm_fast.kernels.device import INTERPRETED, architecture
 from gradnorm_fast.kernels.problem import Problem, Scores
 from gradnorm_fast.reference import autograd_gradnorm
@@ -111,7 +111,7 @@ def test_hard_rows_by_kernels_where_exp_and_log_are_as_inexact_as_a_gpus(monkeyp
 
 def assert_rows_kernel_is_right(temperature, names, logits, tolerance):
     x, out = torch.ones(len(names), 1, device=DEVICE), torch.empty(1, len(names), device=DEVICE)
-    config = rows.configuration(ANY, logits.shape[1], torch.float32, architecture(x.device))
+    config = rows.configuration(Shape(1, logits.shape[1], 1, torch.float32, architecture(x.device), 0))
     if INTERPRETED:
         config = config._replace(block_b=power_of_2(len(names)))
     given = Problem(x, None, None, logits=logits.to(DEVICE), temperature=temperature)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from gradnorm_fast import HeadScores, _backends, fast_gradnorm, gradnorm_from_logits, head_scores, warmup
 from gradnorm_fast.kernels import dispatch, library, one_hot, one_tile, rows, tiled
-from gradnorm_fast.kernels.config import ANY, Config, Line, choose
+from gradnorm_fast.kernels.config import ANY, Config, Line, Shape, choose
 from gradnorm_fast.kernels.device import INTERPRETED, architecture, has_tma, tma_reads, tuned_as, vector
 from gradnorm_fast.kernels.experimental import cluster
 from gradnorm_fast.kernels.launch import KNOWN
@@ -227,7 +227,8 @@ def test_vectors_divide_all_they_are_for(depth, stride, other):
 SHIPPED = [
     (name, line)
     for name, module in (("one_tile", one_tile), ("tiled", tiled), ("rows", rows))
-    for line in module.TABLE.get(tuned_as(ARCH), []) + module.TABLE["any"]
+    for line in module.TABLE
+    if line.arch in ("any", tuned_as(ARCH))
 ]
 
 
@@ -290,15 +291,22 @@ def test_one_tile_that_reads_the_features_twice(monkeypatch, shape):
 
 def test_a_table_is_read_from_the_top_by_architecture():
     a, b, c = (Config(n, n, n, 4, 4) for n in (16, 32, 64))
-    table = {
-        "any": [Line("half", 8, ANY, a), Line("half", ANY, ANY, b), Line("float32", ANY, ANY, c)],
-        "sm_90": [Line("half", ANY, 7, c)],
-    }
-    assert choose(table, 8, 5, torch.bfloat16, "sm_80") == a and choose(table, 9, 5, torch.float16, "sm_80") == b
-    assert choose(table, 8, 5, torch.bfloat16, "sm_90") == c == choose(table, 8, 5, torch.float32, "sm_90")
-    assert choose(table, 9, 5, torch.half, "gfx942") == b._replace(num_stages=2)
-    with pytest.raises(ValueError, match="8 classes"):
-        choose(table, 8, 8, torch.float16, "sm_90")
+    table = [
+        Line("half", ANY, 7, c, "sm_90"),
+        Line("half", 8, 9, a),
+        Line("half", ANY, 9, b),
+        Line("float32", ANY, ANY, c),
+    ]
+
+    def chosen(rows, classes, dtype, arch):
+        return choose(table, Shape(rows, classes, 64, dtype, arch, 100))
+
+    assert chosen(8, 5, torch.bfloat16, "sm_80") == a and chosen(9, 5, torch.float16, "sm_80") == b
+    assert chosen(8, 5, torch.bfloat16, "sm_90") == c == chosen(8, 5, torch.float32, "sm_90")
+    assert chosen(8, 8, torch.bfloat16, "sm_90") == a
+    assert chosen(9, 5, torch.half, "gfx942") == b._replace(num_stages=2)
+    with pytest.raises(ValueError, match="10 classes"):
+        chosen(8, 10, torch.float16, "sm_90")
 
 
 def test_every_data_centre_blackwell_has_the_tables_of_the_first(monkeypatch):
@@ -392,7 +400,7 @@ def test_tiled_slices_neither_long_rows_nor_tma(c, config):
 @settings(max_examples=200)
 @given(st.integers(1, 64), st.integers(257, 4096), st.integers(1, 20_000), st.sampled_from([108, 132, 304]))
 def test_slices_of_a_few_rows_fill_the_device_twice_at_most(b, c, d, processors):
-    config = tiled.configuration(b, c, d, torch.bfloat16, "sm_90", processors)
+    config = tiled.configuration(Shape(b, c, d, torch.bfloat16, "sm_90", processors))
     tiles = -(-c // config.block_c)
     assert config.slices == 1 or config.slices * tiles <= 2 * processors
     assert config.slices == 1 or config.slices * config.block_d <= d

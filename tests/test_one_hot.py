@@ -7,7 +7,7 @@ import torch
 
 from gradnorm_fast import TokenStatistics, fast_gradnorm, token_statistics
 from gradnorm_fast.kernels import one_hot
-from gradnorm_fast.kernels.config import Config
+from gradnorm_fast.kernels.config import Config, Shape
 from gradnorm_fast.kernels.device import INTERPRETED
 from gradnorm_fast.kernels.problem import Problem, Scores
 
@@ -131,7 +131,7 @@ def test_bytes_of_the_statistics(monkeypatch):
     monkeypatch.setattr(one_hot, "launch", lambda *arguments: None)
     monkeypatch.setattr(torch, "empty", lambda n, **options: taken.append(4 * n) or empty(n, **options))
     x, w = (empty(n, 4096, dtype=torch.bfloat16, device="meta") for n in (4096, 128256))
-    config = one_hot.configuration(4096, 128256, torch.bfloat16, "sm_90")
+    config = one_hot.configuration(Shape(4096, 128256, 4096, torch.bfloat16, "sm_90", 132))
     for target in (torch.zeros(4096, dtype=torch.int64, device="meta"), "predicted"):
         taken.clear()
         problem = Problem(x, w, None, target=target, p=2.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import platform
 from importlib.util import find_spec
+from itertools import product
 from typing import TYPE_CHECKING
 
 from .. import __version__
@@ -90,39 +91,42 @@ def _check(device: torch.device) -> list[str]:
 
     from .. import fast_gradnorm, gradnorm_from_logits
     from .._backends import why_not_triton
+    from ..kernels.problem import Problem, Scores
     from ..reference import autograd_gradnorm
 
-    triton, kernels = not why_not_triton(device), []
-    if triton and device.type == "cuda":
+    triton, lines = not why_not_triton(device), []
+    if triton:
+        from ..kernels import dispatch
         from ..kernels.device import architecture
-        from ..kernels.dispatch import KERNELS
-        from ..kernels.problem import Problem, Scores
 
-        kernels = [KERNELS[name] for name in ("one_tile", "tiled", "library")]
-    lines = []
-    for b, c in _SHAPES:
-        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            g = torch.Generator().manual_seed(c)
-            x, w, bias = (torch.randn(*s, generator=g).to(dtype) for s in ((b, 64), (c, 64), (c,)))
-            w /= 8
-            expected = autograd_gradnorm(x.double(), w.double(), bias.double())
-            logits = torch.nn.functional.linear(x.double(), w.double(), bias.double()).to(device)
-            x, w, bias = (t.to(device) for t in (x, w, bias))
+        arch = architecture(device)
+        kernels = dispatch.KERNELS.values() if device.type == "cuda" else ()  # the interpreter takes long
+    for (b, c), dtype in product(_SHAPES, (torch.float16, torch.bfloat16, torch.float32, torch.float64)):
+        g = torch.Generator().manual_seed(c)
+        x, w, bias = (torch.randn(*s, generator=g).to(dtype) for s in ((b, 64), (c, 64), (c,)))
+        w /= 8
+        labels = torch.arange(b) % c
+        logits = torch.nn.functional.linear(x.double(), w.double(), bias.double()).to(device)
+        for kind, target in (("", "uniform"), (", labels", labels)):
+            expected = autograd_gradnorm(x.double(), w.double(), bias.double(), target=target)
+            inputs = [t.to(device) for t in (x, w, bias)]
+            target = target if isinstance(target, str) else target.to(device)
             wide = torch.promote_types(dtype, torch.float32)
-            got = {"torch": fast_gradnorm(x, w, bias, backend="torch")}
-            if triton:
-                got["triton, as chosen"] = fast_gradnorm(x, w, bias, backend="triton")
-                got["rows, given logits"] = gradnorm_from_logits(x.to(wide), logits.to(wide), backend="triton")
-            for kernel in kernels:
-                problem = Problem(x, w, bias)
-                if not kernel.why_not(problem, architecture(device)):
-                    out = torch.full((1, b), torch.nan, dtype=wide, device=device)
-                    kernel.score(problem, Scores(out, None), None)
-                    got[kernel.name] = out[0]
+            got = {"torch": fast_gradnorm(*inputs, target=target, backend="torch")}
+            problem = Problem(*inputs, target=target)
+            if triton and problem.uniform:
+                got["rows, given logits"] = gradnorm_from_logits(x.to(device, wide), logits.to(wide), backend="triton")
+            if triton and not dispatch.why_not(problem):
+                got["triton, as chosen"] = fast_gradnorm(*inputs, target=target, backend="triton")
+                for kernel in kernels:
+                    if not kernel.why_not(problem, arch):
+                        out = torch.full((1, b), torch.nan, dtype=wide, device=device)
+                        kernel.score(problem, Scores(out, None), None)
+                        got[kernel.name] = out[0]
             for name, scores in got.items():
                 error = ((scores.double().cpu() - expected) / expected).abs().max().item()
                 shape = f"{b}x64x{c} {str(dtype).removeprefix('torch.')}"
                 verdict = "pass" if error <= 1e-4 else "FAIL"
-                lines.append(f"{verdict}  {device} {name:20} {shape:18} relative error {error:.1e}")
+                lines.append(f"{verdict}  {device} {name + kind:26} {shape:18} relative error {error:.1e}")
                 print(lines[-1], flush=True)
     return lines

@@ -13,11 +13,10 @@ split x over the CTAs by rows while it splits the classes, and the product would
 (`benchmarks/compile_matrix.py` checks the compiled layout).
 """
 
-import torch
 import triton
 import triton.language as tl
 
-from ..config import ANY, Config, Line, Table, cdiv, choose
+from ..config import ANY, Config, Line, Shape, cdiv, choose
 from ..deviation import deviation_of_rows
 from ..device import INTERPRETED, TRITON, architecture, descriptor, tma_reads, tuned_as, upcast, vector
 from ..launch import launch
@@ -71,23 +70,19 @@ def cluster_kernel(
 
 
 # 128 x 128 logits a CTA: 128 x 256 spills, and so does 64 x 256 beside Blackwell's tensor memory.
-TABLE: Table = {
-    "any": [
-        Line("half", ANY, 512, Config(128, 512, 64, 8, 4, tma=True, num_ctas=4)),
-        Line("half", ANY, 1024, Config(128, 1024, 64, 8, 4, tma=True, num_ctas=8)),
-        Line("half", ANY, 2048, Config(128, 2048, 64, 8, 4, tma=True, num_ctas=16)),
-        Line("half", ANY, 4096, Config(64, 4096, 64, 8, 3, tma=True, num_ctas=16)),
-    ],
-    "sm_100": [
-        Line("half", ANY, 512, Config(64, 512, 64, 8, 3, tma=True, num_ctas=4)),
-        Line("half", ANY, 1024, Config(64, 1024, 64, 8, 3, tma=True, num_ctas=8)),
-        Line("half", ANY, 2048, Config(64, 2048, 64, 8, 3, tma=True, num_ctas=16)),
-    ],
-}
+TABLE = [
+    Line("half", ANY, 512, Config(64, 512, 64, 8, 3, tma=True, num_ctas=4), "sm_100"),
+    Line("half", ANY, 1024, Config(64, 1024, 64, 8, 3, tma=True, num_ctas=8), "sm_100"),
+    Line("half", ANY, 2048, Config(64, 2048, 64, 8, 3, tma=True, num_ctas=16), "sm_100"),
+    Line("half", ANY, 512, Config(128, 512, 64, 8, 4, tma=True, num_ctas=4)),
+    Line("half", ANY, 1024, Config(128, 1024, 64, 8, 4, tma=True, num_ctas=8)),
+    Line("half", ANY, 2048, Config(128, 2048, 64, 8, 4, tma=True, num_ctas=16)),
+    Line("half", ANY, 4096, Config(64, 4096, 64, 8, 3, tma=True, num_ctas=16)),
+]
 
 
-def configuration(b: int, c: int, dtype: torch.dtype, arch: str) -> Config:
-    return choose(TABLE, b, c, dtype, arch)
+def configuration(shape: Shape) -> Config:
+    return choose(TABLE, shape)
 
 
 def why_not(problem: Problem, arch: str) -> str:
@@ -119,7 +114,7 @@ def score_cluster(problem: Problem, scores: Scores, config: Config | None = None
         raise ValueError("cluster writes the score alone, not the other fields")
     assert w is not None
     (b, d), c = x.shape, len(w)
-    cfg = config or configuration(b, c, x.dtype, arch)
+    cfg = config or configuration(Shape.of(problem))
     vec = vector(d, x.stride(0))
     launch(cluster_kernel, cdiv(b, cfg.block_b), cfg, (
         descriptor(x, cfg.block_b, cfg.block_d), descriptor(w, cfg.block_c, cfg.block_d),

@@ -11,8 +11,8 @@ from unittest import mock
 
 import torch
 
-from gradnorm_fast.kernels import dispatch, library, one_tile, tiled
-from gradnorm_fast.kernels.config import Config, for_vector
+from gradnorm_fast.kernels import dispatch, library, one_tile
+from gradnorm_fast.kernels.config import Config, Shape, for_vector
 from gradnorm_fast.kernels.device import vector
 from gradnorm_fast.kernels.experimental import cluster
 from gradnorm_fast.kernels.problem import FIELDS, Problem, Scores
@@ -248,8 +248,8 @@ def configuration(case: Case, arch: int, problem: Problem) -> Config | None:
     x, w = problem.features, problem.weight
     if not case.as_if or w is None:
         return None
-    size, at, tiles = (case.as_if, case.c), (x.dtype, f"sm_{arch}"), case.kernel == "tiled"
-    config = tiled.configuration(*size, case.d, *at, PROCESSORS[arch]) if tiles else one_tile.configuration(*size, *at)
+    shape = Shape(case.as_if, case.c, case.d, x.dtype, f"sm_{arch}", PROCESSORS[arch])
+    config = dispatch.KERNELS[case.kernel.split(",")[0]].configuration(shape)
     return for_vector(vector(case.d, x.stride(0), w.stride(0)), config)
 
 
