@@ -54,7 +54,7 @@ def one_hot_kernel(
     W,  # (C, D), row stride stride_wc * VEC
     BIAS,  # (C,)
     LABELS,  # (B,) int64, unless PREDICTED
-    STATISTICS,  # (4, B, n_class_tiles * PARTS): m, S, R and Q of a tile's classes but y; m = −inf if it has none
+    STATISTICS,  # (2 to 4, B, n_class_tiles * PARTS): m, S, R, Q of a tile's classes but y; m = −inf if it has none
     Z_Y,  # (B,), unless PREDICTED
     B, C, D, n_class_tiles,
     inv_temperature, p,
@@ -63,8 +63,8 @@ def one_hot_kernel(
     EVEN_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """D, stride_xb and stride_wc come divided by VEC. PARTS: 2 with PREDICTED, else 1; STATISTICS has 2 planes, 3 for
-    NORM 2 and GENERAL, 4 with ENTROPY."""
+    """D, stride_xb and stride_wc come divided by VEC. PARTS: 2 with PREDICTED, else 1. STATISTICS has R for NORM 2
+    and GENERAL, and Q with ENTROPY."""
     D = D * VEC
     stride_xb = tl.cast(stride_xb, tl.int64) * VEC
     stride_wc = tl.cast(stride_wc, tl.int64) * VEC
@@ -114,7 +114,7 @@ def one_hot_kernel(
 def merge_kernel(
     X,  # (B, D), row stride stride_xb * VEC
     LABELS,  # (B,) int64, unless PREDICTED
-    STATISTICS,  # (4, B, n): of n parts, as one_hot_kernel leaves them; with PREDICTED each odd one is a single class
+    STATISTICS,  # (2 to 4, B, n): of n parts, as one_hot_kernel leaves them; with PREDICTED each odd one is a single class
     Z_Y,  # (B,), unless PREDICTED
     OUT,  # (1, B): scores; or with ENTROPY (4, B): log p_y, entropy, Σp² and ‖p − e_y‖₂
     B, C, D, n,
