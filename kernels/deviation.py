@@ -34,18 +34,6 @@ def first_at(z, m, classes):
 
 
 @triton.jit
-def any_row(flags):
-    """Whether any row has the flag: a scalar, to branch on."""
-    return tl.max(flags.to(tl.int32), 0) > 0
-
-
-@triton.jit
-def needs_careful_form(v):
-    """Whether v = Σ|p − 1/C| by the quick form is too small to be accurate.  # (B,)"""
-    return v < 0.25
-
-
-@triton.jit
 def log_mean_exp(m, s, C, inv_temperature):
     """The first estimate of r, from a row's maximum m and S = s; finite where S is 0.  # (B,)"""
     return finite_max(m) + tl.log(positive(s) / C) / inv_temperature
@@ -90,8 +78,9 @@ def deviation_of_rows(z, valid, C, p, inv_temperature, NORM: tl.constexpr):
     u, residual = _centred(t, s, valid, C)
     s += residual
     deviation = norm_in_registers(u, s, p, NORM)
-    small = needs_careful_form(deviation if NORM == 1 else tl.sum(tl.abs(u), 1) / s)
-    if any_row(small):
+    v = deviation if NORM == 1 else tl.sum(tl.abs(u), 1) / s
+    small = v < 0.25
+    if tl.max(small.to(tl.int32), 0) > 0:
         r = log_mean_exp_of_rows(z, valid, m, s, C, inv_temperature)
         e = tl.where(valid, expm1((z - r[:, None]) * inv_temperature), 0.0)
         q = tl.sum(e, 1)

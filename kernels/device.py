@@ -60,11 +60,6 @@ def asynchronous_products(arch: str, rows: int) -> bool:
     return arch == "sm_90" and rows >= 64
 
 
-def upcast(dtype: torch.dtype) -> bool:
-    """Whether `tl.dot` needs float32 operands: the interpreter multiplies the bits of bfloat16 as integers."""
-    return INTERPRETED and dtype == torch.bfloat16
-
-
 def vector(depth: int, *strides: int) -> int:
     """The largest of 8, 4, 2, 1 that divides the depth and the row strides.
 

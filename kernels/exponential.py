@@ -38,16 +38,10 @@ def _log1p_series(x):
     """log(1 + x) − x for |x| < 1/2: 2·atanh(s) = 2s + s³·2/3 + ..., s = x/(2 + x), and 2s − x = −s·x."""
     s = x / (2.0 + x)
     s2 = s * s
-    if x.dtype == tl.float64:
-        p = s2 * 0.0 + 1.0 / 37.0
-        for k in tl.static_range(35, 1, -2):  # truncated below 1e-18
-            p = p * s2 + 1.0 / k
-    else:
-        p = s2 * (1.0 / 13.0) + 1.0 / 11.0  # truncated below 1e-7
-        p = p * s2 + 1.0 / 9.0
-        p = p * s2 + 1.0 / 7.0
-        p = p * s2 + 1.0 / 5.0
-        p = p * s2 + 1.0 / 3.0
+    LAST: tl.constexpr = 37 if x.dtype == tl.float64 else 13  # truncated below 1e-18, 1e-7
+    p = 1.0 / LAST
+    for k in tl.static_range(LAST - 2, 1, -2):
+        p = p * s2 + 1.0 / k
     return s * (2.0 * s2 * p - x)
 
 

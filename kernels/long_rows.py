@@ -9,12 +9,10 @@ import triton
 import triton.language as tl
 
 from .deviation import (
-    any_row,
     centred_again,
     finite_max,
     first_at,
     log_mean_exp,
-    needs_careful_form,
     statistics_of_tile,
 )
 from .exponential import expm1
@@ -39,14 +37,14 @@ def load_logits(
 
 
 @triton.jit
-def merged(STATISTICS, rows, B, tiles, inv_temperature, BLOCK_B: tl.constexpr, TILES: tl.constexpr):
-    """m and S of whole rows from their tiles' values.  # STATISTICS (2, B, tiles), rows (BLOCK_B,) -> 2 x (BLOCK_B,)"""
+def merged(STATISTICS, rows, B, tiles, inv_temperature, TILES: tl.constexpr):
+    """m and S of whole rows from their tiles' values.  # STATISTICS (2, B, tiles), rows (B',) -> 2 x (B',)"""
     at = STATISTICS + tl.where(rows < B, rows, 0)[:, None] * tiles
-    m = tl.full((BLOCK_B,), float("-inf"), tl.float32)
+    m = tl.full((rows.shape[0],), float("-inf"), tl.float32)
     for j in range(0, tiles, TILES):
         tile = j + tl.arange(0, TILES)[None, :]
         m = tl.maximum(m, tl.max(tl.load(at + tile, mask=tile < tiles, other=float("-inf")), 1))
-    s = tl.zeros((BLOCK_B,), tl.float32)
+    s = tl.zeros((rows.shape[0],), tl.float32)
     for j in range(0, tiles, TILES):
         tile = j + tl.arange(0, TILES)[None, :]
         tile_m = tl.load(at + tile, mask=tile < tiles, other=float("-inf"))
@@ -58,13 +56,13 @@ def merged(STATISTICS, rows, B, tiles, inv_temperature, BLOCK_B: tl.constexpr, T
 @triton.jit
 def statistics_of_long_rows(
     Z, BIAS, C, width, live, inv_temperature, stride_zc, stride_b,
-    HAS_BIAS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, dtype,
+    HAS_BIAS: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """m and S, merged block by block.  # Z (B, 1) -> 2 x (B,)"""
-    m = tl.full((BLOCK_B,), float("-inf"), dtype)
-    s = tl.zeros((BLOCK_B,), dtype)
+    m = tl.full((Z.shape[0],), float("-inf"), inv_temperature.dtype)
+    s = tl.zeros_like(m)
     for c in tl.range(0, C, BLOCK_C, num_stages=STAGES):
-        z, _valid = load_logits(Z, BIAS, c, C, width, live, stride_zc, stride_b, HAS_BIAS, BLOCK_C, dtype)
+        z, _valid = load_logits(Z, BIAS, c, C, width, live, stride_zc, stride_b, HAS_BIAS, BLOCK_C, m.dtype)
         block_m, block_s = statistics_of_tile(z, inv_temperature)
         new = tl.maximum(m, block_m)
         shift = finite_max(new)
@@ -76,20 +74,19 @@ def statistics_of_long_rows(
 @triton.jit
 def _sums(
     Z, BIAS, centre, C, width, live, inv_temperature, stride_zc, stride_b,
-    CAREFUL: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
-    dtype,
+    CAREFUL: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Σt and min t of rows longer than a block, t = exp((z − centre)/T), or expm1 of that if CAREFUL.
 
     # Z (B, 1), centre (B,) -> 2 x (B,)
     """
-    total = tl.zeros((BLOCK_B,), dtype)
-    lowest = tl.full((BLOCK_B,), float("inf"), dtype)
+    total = tl.zeros_like(centre)
+    lowest = tl.full((centre.shape[0],), float("inf"), centre.dtype)
     for start in range(0, C, 16 * BLOCK_C):
-        sums = tl.zeros((BLOCK_B, BLOCK_C), dtype)
-        minima = tl.full((BLOCK_B, BLOCK_C), float("inf"), dtype)
+        sums = tl.zeros((centre.shape[0], BLOCK_C), centre.dtype)
+        minima = tl.full((centre.shape[0], BLOCK_C), float("inf"), centre.dtype)
         for c in tl.range(start, tl.minimum(start + 16 * BLOCK_C, C), BLOCK_C, num_stages=STAGES):
-            z, valid = load_logits(Z, BIAS, c, C, width, live, stride_zc, stride_b, HAS_BIAS, BLOCK_C, dtype)
+            z, valid = load_logits(Z, BIAS, c, C, width, live, stride_zc, stride_b, HAS_BIAS, BLOCK_C, centre.dtype)
             d = (z - centre[:, None]) * inv_temperature
             t = expm1(d) if CAREFUL else tl.exp(d)
             sums += tl.where(valid, t, 0.0)
@@ -102,14 +99,13 @@ def _sums(
 @triton.jit
 def _log_mean_exp(
     Z, BIAS, m, s, C, width, live, inv_temperature, stride_zc, stride_b,
-    HAS_BIAS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, dtype,
+    HAS_BIAS: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The corrected r, from m and S = s.  # Z (B, 1), m, s (B,) -> (B,)"""
     r = log_mean_exp(m, s, C, inv_temperature)
     q, _lowest = _sums(
-        Z, BIAS, r, C, width, live, inv_temperature, stride_zc, stride_b,
-        True, HAS_BIAS, BLOCK_B, BLOCK_C, STAGES, dtype,
-    )  # fmt: skip
+        Z, BIAS, r, C, width, live, inv_temperature, stride_zc, stride_b, True, HAS_BIAS, BLOCK_C, STAGES
+    )
     return centred_again(r, q, C, inv_temperature)
 
 
@@ -117,7 +113,7 @@ def _log_mean_exp(
 def _deviations(
     Z, BIAS, m, centre, mean, whole, unit, p, C, width, live, inv_temperature, stride_zc, stride_b,
     CAREFUL: tl.constexpr, FIND: tl.constexpr, NORM: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, dtype,
+    BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Of rows longer than a block: ‖u‖_p/w, Σ|u|/w and w, where u = exp((z − centre)/T) − mean, with expm1 for exp if
     CAREFUL, and w = whole + Σu, which is without the rounding of the mean; with FIND also the first class whose logit
@@ -125,16 +121,16 @@ def _deviations(
     |u|/unit.  # Z (B, 1), m, centre, mean, whole, unit (B,) -> 4 x (B,)
     """
     classes = tl.arange(0, BLOCK_C)[None, :]
-    index = tl.full((BLOCK_B,), 2147483647, tl.int32)
-    total = tl.zeros((BLOCK_B,), dtype)
-    delta = tl.zeros((BLOCK_B,), dtype)
-    norm = tl.zeros((BLOCK_B,), dtype)  # at first Σsign(u), max|u| or Σ|u/unit|^p
+    index = tl.full((m.shape[0],), 2147483647, tl.int32)
+    total = tl.zeros_like(m)
+    delta = tl.zeros_like(m)
+    norm = tl.zeros_like(m)  # at first Σsign(u), max|u| or Σ|u/unit|^p
     for start in range(0, C, 16 * BLOCK_C):
-        totals = tl.zeros((BLOCK_B, BLOCK_C), dtype)
-        deltas = tl.zeros((BLOCK_B, BLOCK_C), dtype)
-        norms = tl.zeros((BLOCK_B, BLOCK_C), dtype)
+        totals = tl.zeros((m.shape[0], BLOCK_C), m.dtype)
+        deltas = tl.zeros((m.shape[0], BLOCK_C), m.dtype)
+        norms = tl.zeros((m.shape[0], BLOCK_C), m.dtype)
         for c in tl.range(start, tl.minimum(start + 16 * BLOCK_C, C), BLOCK_C, num_stages=STAGES):
-            z, valid = load_logits(Z, BIAS, c, C, width, live, stride_zc, stride_b, HAS_BIAS, BLOCK_C, dtype)
+            z, valid = load_logits(Z, BIAS, c, C, width, live, stride_zc, stride_b, HAS_BIAS, BLOCK_C, m.dtype)
             if FIND:
                 index = tl.minimum(index, first_at(z, m, c + classes))
             d = (z - centre[:, None]) * inv_temperature
@@ -143,7 +139,7 @@ def _deviations(
             totals += tl.abs(u)
             deltas += u
             if NORM == 1:
-                norms += (tl.where(u > 0.0, 1.0, 0.0) - tl.where(u < 0.0, 1.0, 0.0)).to(dtype)
+                norms += (tl.where(u > 0.0, 1.0, 0.0) - tl.where(u < 0.0, 1.0, 0.0)).to(m.dtype)
             elif NORM == 0:
                 norms = tl.maximum(norms, tl.abs(u))
             else:
@@ -165,7 +161,7 @@ def _deviations(
 def deviation_of_long_rows(
     Z, BIAS, m, s, C, width, live, inv_temperature, p, stride_zc, stride_b,
     NORM: tl.constexpr, FIND: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, dtype,
+    BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """S, ‖softmax(z/T) − 1/C‖_p, and with FIND the first class whose logit is m, from m and a rounded S = s.
 
@@ -173,30 +169,39 @@ def deviation_of_long_rows(
     """
     if NORM != 1:
         s, _lowest = _sums(
-            Z, BIAS, finite_max(m), C, width, live, inv_temperature, stride_zc, stride_b,
-            False, HAS_BIAS, BLOCK_B, BLOCK_C, STAGES, dtype,
-        )  # fmt: skip
+            Z,
+            BIAS,
+            finite_max(m),
+            C,
+            width,
+            live,
+            inv_temperature,
+            stride_zc,
+            stride_b,
+            False,
+            HAS_BIAS,
+            BLOCK_C,
+            STAGES,
+        )
     mean = s / C
     unit = tl.maximum(1.0 - mean, 0.5 * mean)  # max|u| to half of it, where v >= 1/4
     deviation, v, s, index = _deviations(
         Z, BIAS, m, finite_max(m), mean, s, unit, p, C, width, live, inv_temperature, stride_zc, stride_b,
-        False, FIND, NORM, HAS_BIAS, BLOCK_B, BLOCK_C, STAGES, dtype,
+        False, FIND, NORM, HAS_BIAS, BLOCK_C, STAGES,
     )  # fmt: skip
-    small = needs_careful_form(v)
-    if any_row(small):
+    small = v < 0.25
+    if tl.max(small.to(tl.int32), 0) > 0:
         r = _log_mean_exp(
-            Z, BIAS, m, s, C, width, live, inv_temperature, stride_zc, stride_b,
-            HAS_BIAS, BLOCK_B, BLOCK_C, STAGES, dtype,
-        )  # fmt: skip
+            Z, BIAS, m, s, C, width, live, inv_temperature, stride_zc, stride_b, HAS_BIAS, BLOCK_C, STAGES
+        )
         q, lowest = _sums(
-            Z, BIAS, r, C, width, live, inv_temperature, stride_zc, stride_b,
-            True, HAS_BIAS, BLOCK_B, BLOCK_C, STAGES, dtype,
-        )  # fmt: skip
+            Z, BIAS, r, C, width, live, inv_temperature, stride_zc, stride_b, True, HAS_BIAS, BLOCK_C, STAGES
+        )
         mean = q / C
         unit = positive(tl.maximum(expm1((m - r) * inv_temperature) - mean, mean - lowest))  # max|u|
         careful, _v, _s, _index = _deviations(
             Z, BIAS, m, r, mean, C + q, unit, p, C, width, live, inv_temperature, stride_zc, stride_b,
-            True, False, NORM, HAS_BIAS, BLOCK_B, BLOCK_C, STAGES, dtype,
+            True, False, NORM, HAS_BIAS, BLOCK_C, STAGES,
         )  # fmt: skip
         deviation = tl.where(small, careful, deviation)
     return s, deviation, index
@@ -205,30 +210,27 @@ def deviation_of_long_rows(
 @triton.jit
 def spread_of_long_rows(
     Z, BIAS, m, s, index, C, width, live, inv_temperature, stride_zc, stride_b,
-    HAS_BIAS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, dtype,
+    HAS_BIAS: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`spread` of rows longer than a block.  # Z (B, 1), m, s, index (B,) -> 4 x (B,)"""
-    r = _log_mean_exp(
-        Z, BIAS, m, s, C, width, live, inv_temperature, stride_zc, stride_b,
-        HAS_BIAS, BLOCK_B, BLOCK_C, STAGES, dtype,
-    )  # fmt: skip
+    r = _log_mean_exp(Z, BIAS, m, s, C, width, live, inv_temperature, stride_zc, stride_b, HAS_BIAS, BLOCK_C, STAGES)
     classes = tl.arange(0, BLOCK_C)[None, :]
-    s = tl.zeros((BLOCK_B,), dtype)
-    squares = tl.zeros((BLOCK_B,), dtype)
-    products = tl.zeros((BLOCK_B,), dtype)
-    q = tl.zeros((BLOCK_B,), dtype)
-    excess = tl.zeros((BLOCK_B,), dtype)
+    s = tl.zeros_like(m)
+    squares = tl.zeros_like(m)
+    products = tl.zeros_like(m)
+    q = tl.zeros_like(m)
+    excess = tl.zeros_like(m)
     for start in range(0, C, 16 * BLOCK_C):
-        zero = tl.zeros((BLOCK_B, BLOCK_C), dtype)
+        zero = tl.zeros((m.shape[0], BLOCK_C), m.dtype)
         s_sums, square_sums, product_sums, q_sums, excess_sums = zero, zero, zero, zero, zero
         for c in tl.range(start, tl.minimum(start + 16 * BLOCK_C, C), BLOCK_C, num_stages=STAGES):
-            z, valid = load_logits(Z, BIAS, c, C, width, live, stride_zc, stride_b, HAS_BIAS, BLOCK_C, dtype)
-            terms = spread_terms(z, valid, c + classes, index, m, r, inv_temperature)
-            s_sums += terms[0]
-            square_sums += terms[1]
-            product_sums += terms[2]
-            q_sums += terms[3]
-            excess_sums += terms[4]
+            z, valid = load_logits(Z, BIAS, c, C, width, live, stride_zc, stride_b, HAS_BIAS, BLOCK_C, m.dtype)
+            t, t2, dt, e, over = spread_terms(z, valid, c + classes, index, m, r, inv_temperature)
+            s_sums += t
+            square_sums += t2
+            product_sums += dt
+            q_sums += e
+            excess_sums += over
         s += tl.sum(s_sums, 1)
         squares += tl.sum(square_sums, 1)
         products += tl.sum(product_sums, 1)

@@ -73,15 +73,15 @@ def with_bias(norm, bias_norm, p, NORM: tl.constexpr):
 @triton.jit
 def norm_in_memory(
     X, rows, B, first, last, step, stride_xb, stride_xd, p,
-    NORM: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, dtype,
+    NORM: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, dtype,
 ):  # fmt: skip
     """‖x‖_p over the blocks of BLOCK_D features at first, first + step, ..., below last; NaN where an x is not finite,
-    for p = 1 possibly inf.  # X (B, D), rows (BLOCK_B,) int64 -> (BLOCK_B,)"""
+    for p = 1 possibly inf.  # X (B, D), rows (B',) int64 -> (B',)"""
     columns = tl.arange(0, BLOCK_D)
     x_rows = X + rows[:, None] * stride_xb
     live = (rows < B)[:, None]
-    sums = tl.zeros((BLOCK_B, BLOCK_D), dtype)
-    maxima = tl.zeros((BLOCK_B, BLOCK_D), dtype)
+    sums = tl.zeros((rows.shape[0], BLOCK_D), dtype)
+    maxima = tl.zeros((rows.shape[0], BLOCK_D), dtype)
     for d in tl.range(first, last, step, num_stages=STAGES):  # without a dot, Triton pipelines only if told to
         mask = live & (columns < last - d)[None, :]
         x = tl.load(x_rows + (d + columns).to(tl.int64)[None, :] * stride_xd, mask=mask, other=0.0).to(dtype)
@@ -96,7 +96,7 @@ def norm_in_memory(
     if NORM == 0:
         return largest
     unit = positive(largest)[:, None]
-    powers = tl.zeros((BLOCK_B, BLOCK_D), dtype)
+    powers = tl.zeros((rows.shape[0], BLOCK_D), dtype)
     for d in tl.range(first, last, step, num_stages=STAGES):
         mask = live & (columns < last - d)[None, :]
         x = tl.load(x_rows + (d + columns).to(tl.int64)[None, :] * stride_xd, mask=mask, other=0.0).to(dtype)

@@ -21,24 +21,24 @@ import triton.language as tl
 
 from .config import Config, Shape, cdiv, choose, for_vector
 from .deviation import finite_max, first_at
-from .device import architecture, dot_precision, upcast, vector
+from .device import architecture, dot_precision, vector
 from .exponential import log1p
 from .launch import launch
 from .norm import compiled, norm_in_memory, square, with_bias
 from .problem import IGNORE, Problem, Scores, why_not_product
 from .rows import MAX_RESIDENT, rows_per_chunk
 from .tile import logits_tile, tile_of
-from .tiled import ROW_TILES_PER_GROUP, TABLE
+from .tiled import TABLE
 
 
 @triton.jit
-def _largest(M, n, excluded, STRIDE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_PARTS: tl.constexpr):
+def _largest(M, n, excluded, STRIDE: tl.constexpr, BLOCK_PARTS: tl.constexpr):
     """The largest of M[0], M[STRIDE], ..., n of them, but for number `excluded`, and the first number that has it.
 
-    # M: pointers (BLOCK_B, 1), excluded (BLOCK_B, 1) -> 2 x (BLOCK_B,)
+    # M: pointers (B, 1), excluded (B, 1) -> 2 x (B,)
     """
-    maxima = tl.full((BLOCK_B, BLOCK_PARTS), float("-inf"), tl.float32)
-    found = tl.full((BLOCK_B, BLOCK_PARTS), 2147483647, tl.int32)
+    maxima = tl.full((M.shape[0], BLOCK_PARTS), float("-inf"), tl.float32)
+    found = tl.full((M.shape[0], BLOCK_PARTS), 2147483647, tl.int32)
     for j in range(0, n, BLOCK_PARTS):
         part = j + tl.arange(0, BLOCK_PARTS)[None, :]
         m = tl.load(M + part * STRIDE, mask=(part < n) & (part != excluded), other=float("-inf"))
@@ -60,7 +60,7 @@ def one_hot_kernel(
     inv_temperature, p,
     stride_xb, stride_xd, stride_wc, stride_wd, stride_b, stride_y,
     VEC: tl.constexpr, HAS_BIAS: tl.constexpr, PREDICTED: tl.constexpr, NORM: tl.constexpr, ENTROPY: tl.constexpr,
-    EVEN_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, GROUP: tl.constexpr,
+    EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """D, stride_xb and stride_wc come divided by VEC. PARTS: 2 with PREDICTED, else 1. STATISTICS has R for NORM 2
@@ -68,7 +68,7 @@ def one_hot_kernel(
     D = D * VEC
     stride_xb = tl.cast(stride_xb, tl.int64) * VEC
     stride_wc = tl.cast(stride_wc, tl.int64) * VEC
-    row_tile, class_tile = tile_of(tl.program_id(0), tl.cdiv(B, BLOCK_B), n_class_tiles, GROUP)
+    row_tile, class_tile = tile_of(tl.program_id(0), tl.cdiv(B, BLOCK_B), n_class_tiles)
     row = row_tile.to(tl.int64) * BLOCK_B
     first_class = class_tile.to(tl.int64) * BLOCK_C
     rows = row + tl.arange(0, BLOCK_B)
@@ -77,7 +77,7 @@ def one_hot_kernel(
     z, _ = logits_tile(
         X, W, BIAS, row, first_class,
         B, C, 0, D, stride_xb, stride_xd, stride_wc, stride_wd, stride_b,
-        HAS_BIAS, EVEN_D, False, PRECISION, UPCAST, False, BLOCK_B, BLOCK_C, BLOCK_D,
+        HAS_BIAS, EVEN_D, False, PRECISION, False, BLOCK_B, BLOCK_C, BLOCK_D,
     )  # fmt: skip
     classes = tl.arange(0, BLOCK_C)[None, :]
     z = tl.where(classes < C - first_class, z, float("-inf"))
@@ -114,7 +114,7 @@ def one_hot_kernel(
 def merge_kernel(
     X,  # (B, D), row stride stride_xb * VEC
     LABELS,  # (B,) int64, unless PREDICTED
-    STATISTICS,  # (2 to 4, B, n): of n parts, as one_hot_kernel leaves them; with PREDICTED each odd one is a single class
+    STATISTICS,  # (2 to 4, B, n): of n parts, as one_hot_kernel leaves them; with PREDICTED odd ones are single classes
     Z_Y,  # (B,), unless PREDICTED
     OUT,  # (1, B): scores; or with ENTROPY (4, B): log p_y, entropy, Σp² and ‖p − e_y‖₂
     B, C, D, n,
@@ -130,9 +130,7 @@ def merge_kernel(
     live = rows < B
 
     # 1. ‖(x, bias_norm)‖_p
-    norm = norm_in_memory(
-        X, rows, B, 0, D, BLOCK_D, stride_xb, stride_xd, p, NORM, BLOCK_B, BLOCK_D, STAGES, tl.float32
-    )
+    norm = norm_in_memory(X, rows, B, 0, D, BLOCK_D, stride_xb, stride_xd, p, NORM, BLOCK_D, STAGES, tl.float32)
     norm = with_bias(norm, bias_norm, p, NORM)
 
     # 2. sums over the classes but y, of part j, j + BLOCK_PARTS, ... in column j
@@ -143,16 +141,14 @@ def merge_kernel(
     y_exists = live
     ignored = rows < 0
     if PREDICTED:
-        z_y, tile = _largest(at + 1, n // 2, predicted, 2, BLOCK_B, BLOCK_PARTS)
+        z_y, tile = _largest(at + 1, n // 2, predicted, 2, BLOCK_PARTS)
         predicted = 2 * tile[:, None] + 1
     else:
         y = tl.load(LABELS + rows * stride_y, mask=live, other=0)
         y_exists = live & (y >= 0) & (y < C)
         ignored = y == IGNORED
         z_y = tl.load(Z_Y + rows, mask=y_exists, other=float("-inf"))
-    m, leader = _largest(
-        at, n, predicted, 1, BLOCK_B, BLOCK_PARTS
-    )  # S leaves out the likeliest class of the leader alone
+    m, leader = _largest(at, n, predicted, 1, BLOCK_PARTS)  # S leaves out the likeliest class of the leader alone
     shift = finite_max(m)[:, None]
     sums_s = tl.zeros((BLOCK_B, BLOCK_PARTS), tl.float32)
     sums_r = tl.zeros((BLOCK_B, BLOCK_PARTS), tl.float32)
@@ -256,8 +252,8 @@ def _run(problem: Problem, out: torch.Tensor, entropy: bool, config: Config | No
             stride_y,
         ), dict(
             VEC=vec, HAS_BIAS=bias is not None, PREDICTED=labels is None, NORM=norm, ENTROPY=entropy,
-            EVEN_D=d % cfg.block_d == 0, PRECISION=dot_precision(x.dtype, arch, cfg.float32), UPCAST=upcast(x.dtype),
-            GROUP=ROW_TILES_PER_GROUP, BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d,
+            EVEN_D=d % cfg.block_d == 0, PRECISION=dot_precision(x.dtype, arch, cfg.float32),
+            BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d,
         ))  # fmt: skip
         launch(merge_kernel, cdiv(b, MERGE.block_b), MERGE, (
             x, y, statistics, z_y, out[:, start : start + b],

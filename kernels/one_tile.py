@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .config import ANY, Config, Line, Shape, cdiv, choose, for_registers, for_vector
 from .deviation import deviation_of_rows
-from .device import TRITON, architecture, asynchronous_products, dot_precision, tuned_as, upcast, vector
+from .device import TRITON, architecture, asynchronous_products, dot_precision, tuned_as, vector
 from .launch import launch
 from .norm import compiled, norm_in_memory
 from .output import store_scores
@@ -36,7 +36,7 @@ def one_tile_kernel(
     inv_temperature, scale, bias_norm, p,
     stride_xb, stride_xd, stride_wc, stride_wd, stride_b, stride_o,
     VEC: tl.constexpr, HAS_BIAS: tl.constexpr, ALL_FIELDS: tl.constexpr, EVEN_D: tl.constexpr,
-    NORM: tl.constexpr, READ_TWICE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    NORM: tl.constexpr, READ_TWICE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """D, stride_xb and stride_wc are passed divided by VEC."""
@@ -50,12 +50,12 @@ def one_tile_kernel(
     if READ_TWICE:
         norm = norm_in_memory(
             X, rows, B, 0, D, BLOCK_D, stride_xb, stride_xd, p,
-            NORM, BLOCK_B, BLOCK_D, STAGES, tl.float32,
+            NORM, BLOCK_D, STAGES, tl.float32,
         )  # fmt: skip
     z, sums = logits_tile(
         X, W, BIAS, row, tl.cast(0, tl.int64),
         B, C, 0, D, stride_xb, stride_xd, stride_wc, stride_wd, stride_b,
-        HAS_BIAS, EVEN_D, False, PRECISION, UPCAST, not READ_TWICE, BLOCK_B, BLOCK_C, BLOCK_D,
+        HAS_BIAS, EVEN_D, False, PRECISION, not READ_TWICE, BLOCK_B, BLOCK_C, BLOCK_D,
     )  # fmt: skip
     if not READ_TWICE:
         norm = sums
@@ -131,6 +131,6 @@ def score_one_tile(problem: Problem, scores: Scores, config: Config | None = Non
     ), dict(
         VEC=vec, HAS_BIAS=bias is not None, ALL_FIELDS=scores.prediction is not None, EVEN_D=d % cfg.block_d == 0,
         NORM=norm, READ_TWICE=norm != 1 or asynchronous_products(arch, cfg.block_b),
-        PRECISION=dot_precision(x.dtype, arch, cfg.float32), UPCAST=upcast(x.dtype),
+        PRECISION=dot_precision(x.dtype, arch, cfg.float32),
         BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d, STAGES=cfg.num_stages,
     ))  # fmt: skip

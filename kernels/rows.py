@@ -69,7 +69,7 @@ def rows_kernel(
     p = tl.cast(p, dtype) + tl.cast(p_low, dtype)
 
     # 1. ‖x‖_p
-    norm = norm_in_memory(X, rows, B, 0, D, BLOCK_D, stride_xb, stride_xd, p, NORM, BLOCK_B, BLOCK_D, STAGES, dtype)
+    norm = norm_in_memory(X, rows, B, 0, D, BLOCK_D, stride_xb, stride_xd, p, NORM, BLOCK_D, STAGES, dtype)
 
     # 2. ‖p − 1/C‖_p
     z_rows = Z + rows[:, None] * stride_zb
@@ -83,21 +83,21 @@ def rows_kernel(
         index, entropy, sum_squares, gini, kl = spread_of_rows(z, valid, m, s, C, inv_temperature, ALL_FIELDS)
     else:
         if TILE_C:
-            m, s = merged(STATISTICS, rows, B, tl.cdiv(C, TILE_C), inv_temperature, BLOCK_B, TILES)
+            m, s = merged(STATISTICS, rows, B, tl.cdiv(C, TILE_C), inv_temperature, TILES)
         else:
             m, s = statistics_of_long_rows(
                 z_rows, BIAS, C, width, live, inv_temperature, stride_zc, stride_b,
-                HAS_BIAS, BLOCK_B, BLOCK_C, STAGES, dtype,
+                HAS_BIAS, BLOCK_C, STAGES,
             )  # fmt: skip
         s, deviation, index = deviation_of_long_rows(
             z_rows, BIAS, m, s, C, width, live, inv_temperature, p, stride_zc, stride_b,
-            NORM, ALL_FIELDS, HAS_BIAS, BLOCK_B, BLOCK_C, STAGES, dtype,
+            NORM, ALL_FIELDS, HAS_BIAS, BLOCK_C, STAGES,
         )  # fmt: skip
         entropy, sum_squares, gini, kl = m, m, m, m
         if ALL_FIELDS:
             entropy, sum_squares, gini, kl = spread_of_long_rows(
                 z_rows, BIAS, m, s, index, C, width, live, inv_temperature, stride_zc, stride_b,
-                HAS_BIAS, BLOCK_B, BLOCK_C, STAGES, dtype,
+                HAS_BIAS, BLOCK_C, STAGES,
             )  # fmt: skip
     store_scores(
         OUT, PREDICTION, rows, B, stride_o,

@@ -3,11 +3,15 @@
 import triton
 import triton.language as tl
 
+from .device import INTERPRETED
+
+WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies the bits of bfloat16 as integers
+
 
 @triton.jit
-def tile_of(pid, n_row_tiles, n_class_tiles, GROUP: tl.constexpr):
-    """Row tile and class tile of a program. In a group of GROUP row tiles, which share a weight tile while it is in L2,
-    the row tile varies fastest."""
+def tile_of(pid, n_row_tiles, n_class_tiles):
+    """Row tile and class tile of a program. In a group of row tiles the row tile varies fastest."""
+    GROUP: tl.constexpr = 8  # row tiles that share a weight tile while it is in L2
     group = pid // (GROUP * n_class_tiles)
     height = tl.minimum(n_row_tiles - group * GROUP, GROUP)
     return group * GROUP + pid % (GROUP * n_class_tiles) % height, pid % (GROUP * n_class_tiles) // height
@@ -17,7 +21,7 @@ def tile_of(pid, n_row_tiles, n_class_tiles, GROUP: tl.constexpr):
 def logits_tile(
     X, W, BIAS, row, first_class,
     B, C, first, last, stride_xb, stride_xd, stride_wc, stride_wd, stride_b,
-    HAS_BIAS: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     SUM_X: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """z = x·Wᵀ + b over features first ... last - 1, for rows from `row` and classes from `first_class` (int64); and
@@ -36,7 +40,7 @@ def logits_tile(
         for d in range(first, last, BLOCK_D):
             x = X.load([row.to(tl.int32), d])  # 0 beyond the edges
             w = W.load([first_class.to(tl.int32), d])
-            if UPCAST:
+            if WIDEN:
                 x = x.to(tl.float32)
                 w = w.to(tl.float32)
             z = tl.dot(x, tl.trans(w), z, input_precision=PRECISION)
@@ -52,7 +56,7 @@ def logits_tile(
             step = (d + columns).to(tl.int64)
             x = tl.load(x_rows + step[None, :] * stride_xd, mask=x_mask, other=0.0)  # (BLOCK_B, BLOCK_D)
             w = tl.load(w_rows + step[:, None] * stride_wd, mask=w_mask, other=0.0)  # (BLOCK_D, BLOCK_C)
-            if UPCAST:
+            if WIDEN:
                 x = x.to(tl.float32)
                 w = w.to(tl.float32)
             z = tl.dot(x, w, z, input_precision=PRECISION)

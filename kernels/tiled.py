@@ -20,7 +20,6 @@ from .device import (
     descriptor,
     dot_precision,
     tma_reads,
-    upcast,
     vector,
 )
 from .launch import launch
@@ -32,7 +31,6 @@ from .tile import logits_tile, tile_of
 SLICED_MAX_ROWS = 64  # larger batches do not slice the features
 SLICED_MAX_CLASSES = 4096  # with more classes, few rows go to the library too
 MAX_SLICES = 16
-ROW_TILES_PER_GROUP = 8  # share a weight tile while it is in L2
 
 
 @triton.jit(do_not_specialize=["B", "n_class_tiles"])
@@ -48,7 +46,7 @@ def logits_kernel(
     inv_temperature, p,
     stride_xb, stride_xd, stride_wc, stride_wd, stride_b, stride_zb, stride_zs,
     VEC: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, LONG: tl.constexpr, NORM: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr, LONG: tl.constexpr, NORM: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """D, stride_xb and stride_wc are passed divided by VEC. A slice has slice_d features, a multiple of BLOCK_D."""
@@ -59,7 +57,7 @@ def logits_kernel(
     # 1. this program's slice and tile
     n_row_tiles = tl.cdiv(B, BLOCK_B)
     k = tl.program_id(0) // (n_row_tiles * n_class_tiles)
-    row_tile, class_tile = tile_of(tl.program_id(0) % (n_row_tiles * n_class_tiles), n_row_tiles, n_class_tiles, GROUP)
+    row_tile, class_tile = tile_of(tl.program_id(0) % (n_row_tiles * n_class_tiles), n_row_tiles, n_class_tiles)
     row = row_tile.to(tl.int64) * BLOCK_B
     first_class = class_tile.to(tl.int64) * BLOCK_C
     rows = row + tl.arange(0, BLOCK_B)
@@ -71,7 +69,7 @@ def logits_kernel(
     z, _ = logits_tile(
         XT, WT, BIAS, row, first_class,
         B, C, first, last, stride_xb, stride_xd, stride_wc, stride_wd, stride_b,
-        HAS_BIAS, EVEN_D, TMA, PRECISION, UPCAST, False, BLOCK_B, BLOCK_C, BLOCK_D,
+        HAS_BIAS, EVEN_D, TMA, PRECISION, False, BLOCK_B, BLOCK_C, BLOCK_D,
     )  # fmt: skip
     live = rows < B
     # Write the padding too: the compiler knows that stride_zb, unlike C, is a multiple of 16, and so stores four logits
@@ -87,7 +85,7 @@ def logits_kernel(
     # 3. this program's share of ‖x‖_p: every n_class_tiles-th block of the slice
     share = norm_in_memory(
         X, rows, B, first + class_tile * BLOCK_D, last, n_class_tiles * BLOCK_D, stride_xb, stride_xd, p,
-        NORM, BLOCK_B, BLOCK_D, STAGES, tl.float32,
+        NORM, BLOCK_D, STAGES, tl.float32,
     )  # fmt: skip
     n_slices = tl.num_programs(0) // (n_row_tiles * n_class_tiles)
     tl.store(SHARES + (rows * n_slices + k) * n_class_tiles + class_tile, share, mask=live)
@@ -168,8 +166,8 @@ def score_tiled(problem: Problem, scores: Scores, config: Config | None = None) 
             0 if bias is None else bias.stride(0), width, b * width,
         ), dict(
             VEC=vec, HAS_BIAS=bias is not None, EVEN_D=d % cfg.block_d == 0, TMA=tma,
-            PRECISION=dot_precision(x.dtype, arch, cfg.float32), UPCAST=upcast(x.dtype), LONG=long, NORM=norm,
-            GROUP=ROW_TILES_PER_GROUP, BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d,
+            PRECISION=dot_precision(x.dtype, arch, cfg.float32), LONG=long, NORM=norm,
+            BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d,
             STAGES=cfg.num_stages,
         ))  # fmt: skip
         n = cfg.slices * tiles

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from ..config import ANY, Config, Line, Shape, cdiv, choose
 from ..deviation import deviation_of_rows
-from ..device import INTERPRETED, TRITON, architecture, descriptor, tma_reads, tuned_as, upcast, vector
+from ..device import INTERPRETED, TRITON, architecture, descriptor, tma_reads, tuned_as, vector
 from ..launch import launch
 from ..norm import norm_in_memory
 from ..output import store_scores
@@ -40,7 +40,7 @@ def cluster_kernel(
     B, C, D,
     inv_temperature, scale, bias_norm,
     stride_xb, stride_xd, stride_b, stride_o,
-    VEC: tl.constexpr, HAS_BIAS: tl.constexpr, UPCAST: tl.constexpr,
+    VEC: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """D and stride_xb come divided by VEC."""
@@ -51,12 +51,12 @@ def cluster_kernel(
     z, _ = logits_tile(
         XT, WT, BIAS, row, tl.cast(0, tl.int64),
         B, C, 0, D, 0, 0, 0, 0, stride_b,
-        HAS_BIAS, True, True, "ieee", UPCAST, False, BLOCK_B, BLOCK_C, BLOCK_D,
+        HAS_BIAS, True, True, "ieee", False, BLOCK_B, BLOCK_C, BLOCK_D,
     )  # fmt: skip
     rows = row + tl.arange(0, BLOCK_B)
     norm = norm_in_memory(
         X, rows, B, 0, D, BLOCK_D, stride_xb, stride_xd, 1.0,
-        1, BLOCK_B, BLOCK_D, STAGES, tl.float32,
+        1, BLOCK_D, STAGES, tl.float32,
     )  # fmt: skip
     valid = classes < C
     z = tl.where((rows < B)[:, None] & valid, z, float("-inf"))  # rows beyond B must not ask for the careful form
@@ -123,6 +123,6 @@ def score_cluster(problem: Problem, scores: Scores, config: Config | None = None
         1.0 / problem.temperature, problem.scale, problem.bias_norm,
         x.stride(0) // vec, x.stride(1), 0 if bias is None else bias.stride(0), scores.out.stride(0),
     ), dict(
-        VEC=vec, HAS_BIAS=bias is not None, UPCAST=upcast(x.dtype),
+        VEC=vec, HAS_BIAS=bias is not None,
         BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d, STAGES=cfg.num_stages,
     ))  # fmt: skip
