@@ -144,7 +144,7 @@ def pretend(arch: str, found: Callable[[Any, Any, dict[str, Any]], None]) -> Non
 
 def score(arch: str, dtype: torch.dtype, b: int, d: int, c: int, head: bool) -> None:
     """Launch the default and every other kernel that takes this problem, on tensors without data."""
-    from gradnorm_fast.kernels import dispatch, one_hot
+    from gradnorm_fast.kernels import dispatch
     from gradnorm_fast.kernels.experimental import cluster
     from gradnorm_fast.kernels.problem import FIELDS, Problem, Scores
 
@@ -152,20 +152,19 @@ def score(arch: str, dtype: torch.dtype, b: int, d: int, c: int, head: bool) -> 
     out = torch.empty(len(FIELDS) if head else 1, b, dtype=torch.promote_types(dtype, torch.float32), device="meta")
     scores = Scores(out, torch.empty(b, dtype=torch.int64, device="meta") if head else None)
     other = not head and d == DEPTHS[0] and b in (17, 10_000) and dtype != torch.bfloat16  # norms than p = 1
-    cluster_kernel = dispatch.Kernel("cluster", cluster.score_cluster, cluster.configuration, cluster.why_not)
     problems = [Problem(x, weight, bias), Problem(x, None, None, logits)]
     problems += [problem._replace(p=p) for problem in problems for p in (2.0, 3.0, math.inf) if other]
     if not head and d in DEPTHS[:3] and dtype != torch.float64:
         labels = torch.empty(b, dtype=torch.int64, device="meta")
         targets = [(labels, 2.0), ("predicted", 1.0), *([("predicted", 3.0), (labels, math.inf)] if other else [])]
         problems += [Problem(x, weight, bias, target=target, p=p) for target, p in targets]
-        one_hot.token_statistics(Problem(x, weight, bias, target=labels, p=2.0), torch.empty(4, b, device="meta"))
+        tokens = Problem(x, weight, bias, target=labels, p=2.0)
+        dispatch.score(tokens, Scores(torch.empty(4, b, device="meta"), None))
     for problem in problems:
         default, config = dispatch.choose(problem)
-        for kernel in (*dispatch.KERNELS.values(), cluster_kernel):
-            lacks_fields = head and kernel.name == "cluster"
-            if not (lacks_fields or kernel.why_not(problem, arch)):
-                kernel.score(problem, scores, config if kernel.name == default else None)
+        for name, kernel in [*dispatch.KERNELS.items(), ("cluster", cluster)]:
+            if not ((head and name == "cluster") or kernel.why_not(problem, arch)):
+                dispatch.run(kernel, problem, scores, config if name == default else None)
 
 
 def specialisations(archs: Iterable[str]) -> list[Specialisation]:

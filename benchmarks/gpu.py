@@ -29,7 +29,7 @@ SMALL_CASES = """
 import torch
 from gradnorm_fast import fast_gradnorm, gradnorm_from_logits, head_scores, token_statistics
 from gradnorm_fast.kernels.device import architecture
-from gradnorm_fast.kernels.dispatch import KERNELS
+from gradnorm_fast.kernels import dispatch
 from gradnorm_fast.kernels.problem import Problem, Scores
 for dtype in (torch.bfloat16, torch.float32):
     for b, d, c in ((1, 1, 1), (17, 33, 10), (70, 65, 200), (70, 65, 300), (70, 64, 300), (3, 64, 300), (3, 16, 9000)):
@@ -41,9 +41,9 @@ for dtype in (torch.bfloat16, torch.float32):
         for target, p in ((labels, 2.0), ("predicted", 1.0), ("uniform", 2.0), ("uniform", 3.0)):
             fast_gradnorm(x, w, bias, target=target, p=p)
         problem, scores = Problem(x, w, bias), Scores(torch.empty(1, b, device="cuda"), None)
-        for kernel in KERNELS.values():
+        for kernel in dispatch.KERNELS.values():
             if not kernel.why_not(problem, architecture(x.device)):
-                kernel.score(problem, scores, None)
+                dispatch.run(kernel, problem, scores)
 torch.cuda.synchronize()
 """
 

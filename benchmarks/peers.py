@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import linear, log_softmax
 
 from gradnorm_fast import fast_gradnorm
-from gradnorm_fast.kernels.dispatch import KERNELS
-from gradnorm_fast.kernels.experimental.cluster import score_cluster
+from gradnorm_fast.kernels import dispatch
+from gradnorm_fast.kernels.experimental import cluster
 from gradnorm_fast.kernels.problem import Problem, Scores
 from gradnorm_fast.reference import autograd_gradnorm
 
@@ -24,7 +24,7 @@ from workloads import Workload
 Score = Callable[[Tensor], Tensor]
 VMAP_CHUNK = 32  # as pytorch-ood: without it, ImageNet-1k at batch 1024 takes 8 GB of gradients
 LOOP_ROWS = 16  # the loop's time is proportional to the batch: it is timed on so many rows and scaled
-LAUNCHERS = {name: kernel.score for name, kernel in KERNELS.items()} | {"cluster": score_cluster}
+KERNELS: dict[str, dispatch.Kernel] = {**dispatch.KERNELS, "cluster": cluster}
 
 
 def matmul(weight: Tensor, bias: Tensor) -> Score:
@@ -41,7 +41,7 @@ def kernel(weight: Tensor, bias: Tensor, name: str) -> Score:
 
     def score(features: Tensor) -> Tensor:
         out = torch.empty(1, len(features), device=features.device)
-        LAUNCHERS[name](Problem(features, weight, bias), Scores(out, None), None)
+        dispatch.run(KERNELS[name], Problem(features, weight, bias), Scores(out, None))
         return out[0]
 
     return score

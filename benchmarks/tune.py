@@ -25,18 +25,19 @@ if "--dry-run" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+import triton
 
 from gradnorm_fast import fast_gradnorm
 from gradnorm_fast._files import replacing
-from gradnorm_fast.kernels import library, one_tile, tiled
-from gradnorm_fast.kernels.config import Config, Shape, cdiv, power_of_2
+from gradnorm_fast.kernels import dispatch, library, one_tile, tiled
+from gradnorm_fast.kernels.config import Config, Shape, cdiv
 from gradnorm_fast.kernels.device import INTERPRETED, architecture, dot_precision, has_tma, multiprocessors
 from gradnorm_fast.kernels.dispatch import Choice, choose
 from gradnorm_fast.kernels.experimental import cluster
 from gradnorm_fast.kernels.problem import Problem, Scores
 
 import measure
-from peers import LAUNCHERS
+from peers import KERNELS
 from workloads import Workload
 
 # The most important first, in case time runs out.
@@ -95,7 +96,7 @@ def _candidates(problem: Problem) -> Iterator[Choice]:
         if 4 * b * c > 24 * 2**20:  # chunks that stay in L2
             yield by_tile._replace(config=by_tile.config._replace(workspace=24))
     if not cluster.why_not(problem, arch):
-        whole = max(512, power_of_2(c))
+        whole = max(512, triton.next_power_of_2(c))
         for rows, classes, n in product((64, 128), (128, 256), stages):
             if whole // classes <= 16 and rows * classes <= 128 * 128:
                 yield Choice("cluster", Config(rows, whole, 64, 8, n, tma=True, num_ctas=whole // classes))
@@ -105,7 +106,7 @@ def call_of(chosen: Choice, inputs: tuple[torch.Tensor, ...]) -> Callable[[], to
     out = torch.full((1, len(inputs[0])), torch.nan, device=inputs[0].device)  # not what the last candidate left there
 
     def call() -> torch.Tensor:
-        LAUNCHERS[chosen.kernel](Problem(*inputs), Scores(out, None), chosen.config)
+        dispatch.run(KERNELS[chosen.kernel], Problem(*inputs), Scores(out, None), chosen.config)
         return out[0]
 
     return call

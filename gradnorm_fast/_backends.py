@@ -192,7 +192,7 @@ def run_token_statistics(
         from .kernels import dispatch
 
         with _current(features.device):
-            dispatch.token_statistics(problem, out, invariant)
+            dispatch.score(problem, Scores(out, None), invariant)
         return out[:2].clone(), out[2:].clone()
     step = 1 if invariant else max(1, batch)
     for i in range(0, batch, step):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import cache
 from math import gcd
-from typing import Any
 
 import torch
 import triton
@@ -84,8 +83,3 @@ def tma_reads(arch: str, *matrices: torch.Tensor) -> bool:
         and max(m.shape) < 2**31
         for m in matrices
     )
-
-
-def descriptor(matrix: torch.Tensor, rows: int, columns: int) -> Any:
-    """A tensor descriptor of blocks (rows, columns) of the matrix."""
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])

@@ -1,5 +1,5 @@
-"""Chooses the kernel and configuration for a problem: one_hot for labels and the predicted target; for the uniform
-target
+"""Chooses the kernel and configuration for a problem: one_hot for labels and the predicted target, rows for given
+logits; else
 
     C <= 256                                    one_tile; half precision with odd D: library if it takes them
     B <= 64, 256 < C <= 4096                    tiled, in slices of the features
@@ -12,9 +12,8 @@ The price: a small batch runs on few programs. (float64 is the exception: its ma
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -24,23 +23,22 @@ from .device import architecture
 from .problem import Problem, Scores
 
 
-class Kernel(NamedTuple):
-    name: str
-    score: Callable[[Problem, Scores, Config | None], None]
-    configuration: Callable[[Shape], Config]
-    why_not: Callable[[Problem, str], str]  #: of a problem and an architecture: "" if the kernel takes it
+class Kernel(Protocol):
+    """A kernel is a module of this folder."""
+
+    def score(self, problem: Problem, scores: Scores, config: Config) -> None:
+        """Write the scores of a problem that the kernel takes."""
+
+    def configuration(self, shape: Shape) -> Config:
+        """The configuration for problems of this shape."""
+
+    def why_not(self, problem: Problem, arch: str) -> str:
+        """Why the kernel does not take the problem on this architecture; empty if it does."""
 
 
-KERNELS = {
-    kernel.name: kernel
-    for kernel in (
-        Kernel("one_tile", one_tile.score_one_tile, one_tile.configuration, one_tile.why_not),
-        Kernel("tiled", tiled.score_tiled, tiled.configuration, tiled.why_not),
-        Kernel("library", library.score_library, library.configuration, library.why_not),
-        Kernel("rows", rows.score_rows, rows.configuration, rows.why_not),
-        Kernel("one_hot", one_hot.score_one_hot, one_hot.configuration, one_hot.why_not),
-    )
-}
+KERNELS: dict[str, Kernel] = {
+    "one_tile": one_tile, "tiled": tiled, "library": library, "rows": rows, "one_hot": one_hot
+}  # fmt: skip
 
 
 class Choice(NamedTuple):
@@ -87,16 +85,17 @@ def why_not(problem: Problem) -> str:
 
 
 def score(problem: Problem, scores: Scores, batch_invariant: bool = False) -> None:
-    """Scores by the default kernel. ValueError where `why_not` says so."""
+    """Scores, or token statistics (one_hot.score), by the default kernel. ValueError where `why_not` says so."""
     problem = _as_allocated(problem) if batch_invariant else problem
     kernel, config = choose(problem, batch_invariant)
     KERNELS[kernel].score(problem, scores, config)
 
 
-def token_statistics(problem: Problem, out: torch.Tensor, batch_invariant: bool = False) -> None:
-    """one_hot.token_statistics; ValueError where `why_not` says so."""
-    problem = _as_allocated(problem) if batch_invariant else problem
-    one_hot.token_statistics(problem, out, choose(problem, batch_invariant).config)
+def run(kernel: Kernel, problem: Problem, scores: Scores, config: Config | None = None) -> None:
+    """Scores by any kernel, by default in its own configuration. ValueError if it does not take the problem."""
+    if reason := kernel.why_not(problem, architecture(problem.features.device)):
+        raise ValueError(f"{kernel.__name__.rpartition('.')[2]} {reason}")  # type: ignore[attr-defined]
+    kernel.score(problem, scores, config or kernel.configuration(Shape.of(problem)))
 
 
 def _as_allocated(problem: Problem) -> Problem:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 
+from . import rows
 from .config import Config, Shape, cdiv
 from .problem import UNIFORM_ALONE, Problem, Scores, copies
-from .rows import Workspace, rows_per_chunk, score_rows
 
 CONFIGURATION = Config(0, 0, 0, 0, 0)  # only the workspace matters
 HALF_TO_FLOAT32 = "dtype_out" in torch.ops.aten.mm.overloads()
@@ -23,7 +23,6 @@ def configuration(shape: Shape) -> Config:
 
 
 def why_not(problem: Problem, arch: str) -> str:
-    """Why this kernel does not take the problem; empty if it does."""
     x, w = problem.features, problem.weight
     if w is None or not problem.uniform:
         return "takes a weight, not logits" if w is None else UNIFORM_ALONE
@@ -44,7 +43,7 @@ def why_not_halves(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _try_halves(device: torch.device, dtype: torch.dtype) -> str:
-    """Multiply integers into padded float32 rows, as `score_library` does. The sums are exact in float32 in any order
+    """Multiply integers into padded float32 rows, as `score` does. The sums are exact in float32 in any order
     but too large for half precision: this detects a library that rounds to half precision on the way."""
     a = torch.arange(24 * 40, device=device).remainder(61).view(24, 40).to(dtype)
     w = torch.arange(20 * 40, device=device).remainder(53).view(20, 40).to(dtype)
@@ -59,20 +58,17 @@ def _try_halves(device: torch.device, dtype: torch.dtype) -> str:
     return "" if right else f"multiplied {dtype} into padded float32 rows wrongly here"
 
 
-def score_library(problem: Problem, scores: Scores, config: Config | None = None) -> None:
-    """Scores of features (B, D) under the head's weight (C, D) and bias (C,). ValueError for halves if
-    `why_not_halves` has a reason."""
+def score(problem: Problem, scores: Scores, config: Config) -> None:
+    """Scores of features (B, D) under the head's weight (C, D) and bias (C,)."""
     features, w, out = problem.features, problem.weight, scores.out
-    half = features.dtype.itemsize == 2
-    if w is None or (half and (reason := why_not_halves(features.device, features.dtype))):
-        raise ValueError(f"library {'takes a weight, not logits' if w is None else reason}")
+    assert w is not None
     b, c = len(features), len(w)
-    cfg, width = config or CONFIGURATION, cdiv(c, 16) * 16
-    chunk = rows_per_chunk(b, out.itemsize * width, cfg)
+    width = cdiv(c, 16) * 16
+    chunk = rows.rows_per_chunk(b, out.itemsize * width, config)
     logits = torch.empty((1, chunk, width), dtype=out.dtype, device=features.device)
-    options = {"out_dtype": torch.float32} if half else {}
+    options = {"out_dtype": torch.float32} if features.dtype.itemsize == 2 else {}
     for start in range(0, b, chunk):
-        rows = problem.rows(start, start + chunk)
-        z = logits[:, : len(rows.features)]
-        torch.mm(rows.features, w.t(), out=z[0, :, :c], **options)
-        score_rows(rows, scores.rows(start, start + chunk), workspace=Workspace(z, c))
+        part = problem.rows(start, start + chunk)
+        z = logits[:, : len(part.features)]
+        torch.mm(part.features, w.t(), out=z[0, :, :c], **options)
+        rows.score(part, scores.rows(start, start + chunk), workspace=rows.Workspace(z, c))

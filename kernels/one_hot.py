@@ -92,6 +92,8 @@ def one_hot_kernel(
         tl.store(at + 1 + plane, zero, mask=live)
         if NORM > 1:
             tl.store(at + 1 + 2 * plane, zero + 1.0, mask=live)
+        if ENTROPY:
+            tl.store(at + 1 + 3 * plane, zero, mask=live)
     else:
         y = tl.load(LABELS + rows * stride_y, mask=live, other=-1) - first_class
         here = (y >= 0) & (y < BLOCK_C) & (y < C - first_class)
@@ -142,7 +144,7 @@ def merge_kernel(
     ignored = rows < 0
     if PREDICTED:
         z_y, tile = _largest(at + 1, n // 2, predicted, 2, BLOCK_PARTS)
-        predicted = 2 * tile[:, None] + 1
+        predicted = 2 * tile[:, None] + 1  # if all logits are −inf: −1, none
     else:
         y = tl.load(LABELS + rows * stride_y, mask=live, other=0)
         y_exists = live & (y >= 0) & (y < C)
@@ -210,29 +212,18 @@ def configuration(shape: Shape) -> Config:
 
 
 def why_not(problem: Problem, arch: str) -> str:
-    """Why this kernel does not take the problem; empty if it does."""
     return why_not_product(problem, uniform=False)
 
 
-def score_one_hot(problem: Problem, scores: Scores, config: Config | None = None) -> None:
-    """Scores (1, B) of features (B, D) under the head: weight (C, D), bias (C,). ValueError where `why_not` says so."""
-    _run(problem, scores.out, False, config)
-
-
-def token_statistics(problem: Problem, out: torch.Tensor, config: Config | None = None) -> None:
-    """log p_y, entropy, Σp² and ‖p − e_y‖₂ of each row into out (4, B), for labels and p = 2."""
-    _run(problem, out, True, config)
-
-
-def _run(problem: Problem, out: torch.Tensor, entropy: bool, config: Config | None) -> None:
+def score(problem: Problem, scores: Scores, config: Config) -> None:
+    """Scores (1, B) of features (B, D) under the head: weight (C, D), bias (C,). Into (4, B), for labels and p = 2:
+    token statistics, log p_y, entropy, Σp² and ‖p − e_y‖₂."""
     x, w, bias, device = problem.features, problem.weight, problem.bias, problem.features.device
-    arch = architecture(device)
-    if reason := why_not(problem, arch):
-        raise ValueError(f"one_hot {reason}")
+    arch, out, entropy = architecture(device), scores.out, len(scores.out) > 1
     assert w is not None
     (batch, d), c, labels = x.shape, len(w), None if isinstance(problem.target, str) else problem.target
     vec = vector(d, x.stride(0), w.stride(0))
-    cfg = for_vector(vec, config or configuration(Shape.of(problem)))
+    cfg = for_vector(vec, config)
     tiles = cdiv(c, cfg.block_c)
     (norm, p), inv_temperature = compiled(problem.p), 1.0 / problem.temperature
     parts, planes = 2 * tiles if labels is None else tiles, 4 if entropy else 3 if norm > 1 else 2

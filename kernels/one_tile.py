@@ -105,21 +105,18 @@ def configuration(shape: Shape) -> Config:
 
 
 def why_not(problem: Problem, arch: str) -> str:
-    """Why this kernel does not take the problem; empty if it does."""
     c = problem.classes
     return why_not_product(problem) or (f"takes at most {MAX_CLASSES} classes, got {c}" if c > MAX_CLASSES else "")
 
 
-def score_one_tile(problem: Problem, scores: Scores, config: Config | None = None) -> None:
-    """Scores of features (B, D) under the head's weight (C, D) and bias (C,). ValueError if `why_not` has a reason."""
+def score(problem: Problem, scores: Scores, config: Config) -> None:
+    """Scores of features (B, D) under the head's weight (C, D) and bias (C,)."""
     x, w, bias = problem.features, problem.weight, problem.bias
     arch = architecture(x.device)
-    if reason := why_not(problem, arch):
-        raise ValueError(f"one_tile {reason}")
     assert w is not None
     (b, d), c, (norm, p) = x.shape, len(w), compiled(problem.p)
     vec = vector(d, x.stride(0), w.stride(0))
-    cfg = for_vector(vec, config or configuration(Shape.of(problem)))
+    cfg = for_vector(vec, config)
     if norm != 1 or scores.prediction is not None:
         cfg = for_registers(cfg)
     launch(one_tile_kernel, cdiv(b, cfg.block_b), cfg, (

@@ -2,10 +2,10 @@
 
     score = ‖(x, bias_norm)‖_p·‖softmax(z/T) − 1/C‖_p·scale/T
 
-Rows of up to MAX_RESIDENT classes stay in registers. A program reads longer rows twice, once for m and S and once for
-the deviations; three more times if they need the careful form (deviation.py), once more for p other than 1, and twice
-more for all fields. Traffic: B·C logits and B·D features, which p other than 1 and ∞ reads twice. tiled.py and
-library.py launch this kernel after their matmul. Their `Workspace` may hold the logits in slices, which are summed
+Rows of up to MAX_RESIDENT classes (float64: 1024) stay in registers. It reads longer rows twice, once for m and S
+and once for the deviations; three more times if they need the careful form (deviation.py), once more for p other than
+1, and twice more for all fields. Traffic: B·C logits and B·D features, which p other than 1 and ∞ reads twice. tiled.py
+and library.py launch this kernel after their matmul. Their `Workspace` may hold the logits in slices, which are summed
 here, and m and S of each tile of long rows, which saves the first read.
 """
 
@@ -151,26 +151,19 @@ def _two_floats(value: float) -> tuple[float, float]:
 
 
 def why_not(problem: Problem, arch: str) -> str:
-    """Why this kernel does not take the problem; empty if it does."""
     if not problem.uniform:
         return UNIFORM_ALONE
     return "" if problem.logits is not None else "takes logits, not a weight"
 
 
-def score_rows(
-    problem: Problem, scores: Scores, config: Config | None = None, workspace: Workspace | None = None
-) -> None:
-    """Scores of features (B, D) with the problem's logits (B, C), or with the workspace's plus the problem's bias.
-
-    ValueError if there is neither.
-    """
+def score(problem: Problem, scores: Scores, config: Config | None = None, workspace: Workspace | None = None) -> None:
+    """Scores of features (B, D) with the problem's logits (B, C), or with the workspace's plus the problem's bias."""
     x, bias, out = problem.features, problem.bias, scores.out
     if workspace is not None:
         z, c, width = workspace.logits, workspace.classes, workspace.logits.shape[2]
-    elif problem.logits is not None:
-        z, c, width = problem.logits[None], problem.classes, problem.classes
     else:
-        raise ValueError("rows takes logits, not a weight")
+        assert problem.logits is not None
+        z, c, width = problem.logits[None], problem.classes, problem.classes
     b, d = x.shape
     statistics, tile_c = (None, 0) if workspace is None else workspace[2:]
     shape = Shape(b, c, d, out.dtype, architecture(x.device), 0)

@@ -13,19 +13,14 @@ import torch
 import triton
 import triton.language as tl
 
+from . import rows
 from .config import ANY, Config, Line, Shape, cdiv, choose, for_vector
 from .deviation import statistics_of_tile
-from .device import (
-    architecture,
-    descriptor,
-    dot_precision,
-    tma_reads,
-    vector,
-)
+from .device import TensorDescriptor, architecture, dot_precision, tma_reads, vector
 from .launch import launch
 from .norm import compiled, norm_in_memory
 from .problem import Problem, Scores, why_not_product
-from .rows import MAX_RESIDENT, Workspace, rows_per_chunk, score_rows
+from .rows import MAX_RESIDENT, Workspace, rows_per_chunk
 from .tile import logits_tile, tile_of
 
 SLICED_MAX_ROWS = 64  # larger batches do not slice the features
@@ -125,22 +120,19 @@ def configuration(shape: Shape) -> Config:
 
 
 def why_not(problem: Problem, arch: str) -> str:
-    """Why this kernel does not take the problem; empty if it does."""
     return why_not_product(problem)
 
 
-def score_tiled(problem: Problem, scores: Scores, config: Config | None = None) -> None:
-    """Scores of features (B, D) under the head's weight (C, D) and bias (C,). ValueError if `why_not` has a reason, or
-    if the config has slices for long rows or TMA."""
+def score(problem: Problem, scores: Scores, config: Config) -> None:
+    """Scores of features (B, D) under the head's weight (C, D) and bias (C,). ValueError if the config has slices for
+    long rows or TMA."""
     features, w, bias = problem.features, problem.weight, problem.bias
     device = features.device
     arch = architecture(device)
-    if reason := why_not(problem, arch):
-        raise ValueError(f"tiled {reason}")
     assert w is not None
     (batch, d), c, (norm, p) = features.shape, len(w), compiled(problem.p)
     vec = vector(d, features.stride(0), w.stride(0))
-    cfg = for_vector(vec, config or configuration(Shape.of(problem)))
+    cfg = for_vector(vec, config)
     long = c > MAX_RESIDENT
     if cfg.slices > 1 and (long or cfg.tma):
         raise ValueError(f"config: slices of the features need at most {MAX_RESIDENT} classes and no TMA, got {cfg}")
@@ -157,8 +149,8 @@ def score_tiled(problem: Problem, scores: Scores, config: Config | None = None) 
         x = features[start : start + chunk]
         b = len(x)
         launch(logits_kernel, cdiv(b, cfg.block_b) * tiles * cfg.slices, cfg, (
-            descriptor(x, cfg.block_b, cfg.block_d) if tma else x,
-            descriptor(w, cfg.block_c, cfg.block_d) if tma else w,
+            TensorDescriptor.from_tensor(x, [cfg.block_b, cfg.block_d]) if tma else x,
+            TensorDescriptor.from_tensor(w, [cfg.block_c, cfg.block_d]) if tma else w,
             x, x if bias is None else bias, logits, shares, shares if statistics is None else statistics,
             b, c, d // vec, tiles, slice_d,
             1.0 / problem.temperature, p,
@@ -171,7 +163,7 @@ def score_tiled(problem: Problem, scores: Scores, config: Config | None = None) 
             STAGES=cfg.num_stages,
         ))  # fmt: skip
         n = cfg.slices * tiles
-        score_rows(
+        rows.score(
             problem._replace(features=shares[: b * n].view(b, n), weight=None, bias=None),
             scores.rows(start, start + b),
             None,

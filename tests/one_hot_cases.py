@@ -14,7 +14,7 @@ from emulator.machine import Options
 from emulator.memory import EmulatorError
 
 from gradnorm_fast import fast_gradnorm, token_statistics
-from gradnorm_fast.kernels import one_hot
+from gradnorm_fast.kernels import dispatch, one_hot
 from gradnorm_fast.kernels.config import Shape
 from gradnorm_fast.kernels.problem import Problem, Scores
 
@@ -61,10 +61,10 @@ class OneHot(NamedTuple):
         emulator = Emulator(arch, options, inputs, 0, None)
         try:
             if self.statistics and isinstance(problem.target, torch.Tensor):
-                one_hot.token_statistics(problem, out, config)
+                dispatch.run(one_hot, problem, Scores(out, None), config)
                 expected = torch.stack(token_statistics(x, w, problem.target, bias, temperature=problem.temperature))
             else:
-                one_hot.score_one_hot(problem, Scores(out, None), config)
+                dispatch.run(one_hot, problem, Scores(out, None), config)
                 gradient = dict(target=problem.target, p=self.p, temperature=problem.temperature)
                 expected = fast_gradnorm(x, w, bias, **gradient)[None]
             outcome.error = ((out - expected) / expected).abs().nan_to_num(torch.inf).max().item()

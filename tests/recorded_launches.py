@@ -13,7 +13,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from gradnorm_fast.kernels import launch, one_tile, tiled
+from gradnorm_fast.kernels import dispatch, launch, one_tile, tiled
 from gradnorm_fast.kernels.config import Config
 from gradnorm_fast.kernels.experimental import cluster
 from gradnorm_fast.kernels.problem import FIELDS, Problem, Scores
@@ -77,19 +77,19 @@ def problem(rows, depth, classes, offset=0):
 def calls():
     small, wide = Config(64, 64, 64, 4, 3), Config(64, 128, 64, 4, 3, tma=True)
     for all_fields in (False, True):
-        for rows, depth, classes, offset, score, config in (
-            (64, 64, 10, 0, one_tile.score_one_tile, None), (1, 64, 10, 0, one_tile.score_one_tile, None),
-            (64, 64, 10, 1, one_tile.score_one_tile, None), (64, 63, 10, 0, one_tile.score_one_tile, None),
-            (64, 8, 10, 0, one_tile.score_one_tile, None),
-            (3, 256, 300, 0, tiled.score_tiled, None), (70, 64, 300, 0, tiled.score_tiled, small),
-            (70, 64, 300, 0, tiled.score_tiled, wide), (70, 64, 300, 0, cluster.score_cluster, None),
+        for rows, depth, classes, offset, kernel, config in (
+            (64, 64, 10, 0, one_tile, None), (1, 64, 10, 0, one_tile, None),
+            (64, 64, 10, 1, one_tile, None), (64, 63, 10, 0, one_tile, None),
+            (64, 8, 10, 0, one_tile, None),
+            (3, 256, 300, 0, tiled, None), (70, 64, 300, 0, tiled, small),
+            (70, 64, 300, 0, tiled, wide), (70, 64, 300, 0, cluster, None),
         ):  # fmt: skip
-            if score is not cluster.score_cluster or cluster.CLUSTERS:
-                fields = all_fields and score is not cluster.score_cluster
+            if kernel is not cluster or cluster.CLUSTERS:
+                fields = all_fields and kernel is not cluster
                 prediction = torch.zeros(rows, dtype=torch.int64) if fields else None
                 scores = Scores(torch.zeros(len(FIELDS), rows), prediction)
-                arguments = problem(rows, depth, classes, offset), scores, config
-                yield lambda f=score, a=arguments: f(*a)
+                arguments = kernel, problem(rows, depth, classes, offset), scores, config
+                yield lambda a=arguments: dispatch.run(*a)
 
 
 def recorded(call):
@@ -111,15 +111,15 @@ def microseconds(call):
 
 if "--time" in sys.argv:
     Launcher.__call__ = lambda self, *arguments: None
-    for score, rows, classes in (
-        (one_tile.score_one_tile, 64, 10), (tiled.score_tiled, 1, 300), (tiled.score_tiled, 64, 300),
+    for kernel, rows, classes in (
+        (one_tile, 64, 10), (tiled, 1, 300), (tiled, 64, 300),
     ):  # fmt: skip
-        arguments = problem(rows, 256, classes), Scores(torch.zeros(1, rows), None)
+        arguments = kernel, problem(rows, 256, classes), Scores(torch.zeros(1, rows), None)
         for launch.KNOWN in (False, True):
-            score(*arguments)
+            dispatch.run(*arguments)
             how = "launch" if launch.KNOWN else "binder"
-            times = microseconds(lambda f=score, a=arguments: f(*a))
-            print(f"{score.__name__:14} {rows:2} rows by {how}: {times:.1f} µs")
+            times = microseconds(lambda a=arguments: dispatch.run(*a))
+            print(f"{kernel.__name__.rpartition('.')[2]:9} {rows:2} rows by {how}: {times:.1f} µs")
     sys.exit()
 
 result = []

@@ -14,7 +14,7 @@ pytest.importorskip("triton", minversion="3.6", reason="compiles and reads TTGIR
 
 TILED = """
 import json, torch, triton, compile_matrix
-from gradnorm_fast.kernels import tiled
+from gradnorm_fast.kernels import dispatch, tiled
 from gradnorm_fast.kernels.config import Config
 from gradnorm_fast.kernels.problem import Problem, Scores
 found = {}
@@ -26,7 +26,7 @@ for arch in ("sm_90", "sm_100"):
         compile_matrix.pretend(arch, compile_)
         x, w = (torch.empty(n, 2048, dtype=torch.float16, device="meta") for n in (4096, 1000))
         scores = Scores(torch.empty(1, 4096, device="meta"), None)
-        tiled.score_tiled(Problem(x, w, None), scores, Config(128, 128, 64, 8, 3, tma))
+        dispatch.run(tiled, Problem(x, w, None), scores, Config(128, 128, 64, 8, 3, tma))
 print(json.dumps(found))
 """
 

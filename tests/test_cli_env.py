@@ -14,8 +14,9 @@ def test_env_says_what_would_run_and_checks_it(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert torch.__version__ in out and "4x5x6 float32: " in out and "FAIL" not in out
     checks = [line.split("  ")[1].strip() for line in out.splitlines() if line.startswith("pass")]
-    by_triton = {"cpu triton, as chosen", "cpu triton, as chosen, labels"} if INTERPRETED else set()
-    assert by_triton | {"cpu torch", "cpu torch, labels"} <= set(checks)
+    kinds = ("", ", labels", ", predicted")
+    by_triton = {f"cpu triton, as chosen{kind}" for kind in kinds} if INTERPRETED else set()
+    assert by_triton | {f"cpu torch{kind}" for kind in kinds} <= set(checks)
 
 
 def test_a_failed_check_fails_the_command(capsys, monkeypatch):

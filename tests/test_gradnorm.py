@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+import triton
 
 from gradnorm_fast import HeadScores, fast_gradnorm, gradnorm_from_logits, head_scores
-from gradnorm_fast.kernels import rows
-from gradnorm_fast.kernels.config import Shape, power_of_2
+from gradnorm_fast.kernels import dispatch, rows
+from gradnorm_fast.kernels.config import Shape
 from gradnorm_fast.kernels.device import INTERPRETED, architecture
 from gradnorm_fast.kernels.problem import Problem, Scores
 from gradnorm_fast.reference import autograd_gradnorm
@@ -113,9 +114,9 @@ def assert_rows_kernel_is_right(temperature, names, logits, tolerance):
     x, out = torch.ones(len(names), 1, device=DEVICE), torch.empty(1, len(names), device=DEVICE)
     config = rows.configuration(Shape(1, logits.shape[1], 1, torch.float32, architecture(x.device), 0))
     if INTERPRETED:
-        config = config._replace(block_b=power_of_2(len(names)))
+        config = config._replace(block_b=triton.next_power_of_2(len(names)))
     given = Problem(x, None, None, logits=logits.to(DEVICE), temperature=temperature)
-    rows.score_rows(given, Scores(out, None), config)
+    dispatch.run(rows, given, Scores(out, None), config)
     for name, z, score in zip(names, logits, out[0], strict=True):
         assert relative(score[None], deviation(z[None], temperature)) <= tolerance, name
 

@@ -47,12 +47,10 @@ def scores_by(name, x, w, bias=None, temperature=1.0, config=None):
     prediction = torch.full((len(x),), -1, dtype=torch.int64, device=DEVICE)
     config = config or (SMALL if DEVICE == "cpu" else LARGE).get(name)
     given = Problem(x, w, bias, temperature=temperature)
-    module, score = {
-        "library": (library, library.score_library), "cluster": (cluster, cluster.score_cluster),
-    }.get(name, (tiled, tiled.score_tiled))  # fmt: skip
-    if reason := module.why_not(given, ARCH):
+    kernel = {"library": library, "cluster": cluster}.get(name, tiled)
+    if reason := kernel.why_not(given, ARCH):
         pytest.skip(f"{name} {reason}")
-    score(given, Scores(out[:1], None) if name == "cluster" else Scores(out, prediction), config)
+    dispatch.run(kernel, given, Scores(out[:1], None) if name == "cluster" else Scores(out, prediction), config)
     return HeadScores(*out[:3], prediction, *out[3:])
 
 
@@ -114,7 +112,7 @@ def test_hard_rows_by_every_norm(block, p):
         z = z.to(DEVICE)
         out = torch.full((1, len(z)), torch.nan, device=DEVICE)
         given_ = Problem(torch.ones(len(z), 1, device=DEVICE), None, None, z, temperature, p=p)
-        rows.score_rows(given_, Scores(out, None), Config(16 if DEVICE == "cuda" else 64, block, 32, 4, 2))
+        dispatch.run(rows, given_, Scores(out, None), Config(16 if DEVICE == "cuda" else 64, block, 32, 4, 2))
         expected = deviation_norm(z, temperature, p) / temperature
         error = ((out[0] - expected) / expected).abs()
         error[out[0] == expected] = 0.0  # 0 both
@@ -129,7 +127,7 @@ def test_how_spread_out_hard_rows_are(block):
         out = torch.full((len(FIELDS), len(z)), torch.nan, device=DEVICE)
         scores = Scores(out, torch.full((len(z),), -1, device=DEVICE))
         given_ = Problem(torch.ones(len(z), 1, device=DEVICE), None, None, z.to(DEVICE), temperature)
-        rows.score_rows(given_, scores, Config(16 if DEVICE == "cuda" else 64, block, 32, 4, 2))
+        dispatch.run(rows, given_, scores, Config(16 if DEVICE == "cuda" else 64, block, 32, 4, 2))
         truth_ = spread(z, temperature)
         expected = [truth_.entropy, truth_.sum_squares, 2 * truth_.gini / temperature, truth_.kl_uniform]
         for field, got, value in zip(FIELDS[6:], out[6:].cpu().double(), expected, strict=True):
@@ -242,14 +240,14 @@ def test_every_shipped_configuration_gives_the_same_bits_each_time(name, line):
     x, w, bias = problem(b, 2 * line.config.block_d + 8 if name != "rows" else 40, c, dtype)
     out = torch.empty(len(FIELDS), b, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=DEVICE)
     prediction = torch.empty(b, dtype=torch.int64, device=DEVICE)
-    given, score = Problem(x, w, bias), dispatch.KERNELS[name].score
+    given, kernel = Problem(x, w, bias), dispatch.KERNELS[name]
     if name == "rows":
         given = Problem(x, None, None, torch.nn.functional.linear(x, w, bias))
     seen = []
     for _ in range(3 if INTERPRETED else 100):
         out.fill_(torch.nan)
         prediction.fill_(-1)
-        score(given, Scores(out, prediction), line.config)
+        dispatch.run(kernel, given, Scores(out, prediction), line.config)
         seen.append((out.clone(), prediction.clone()))
     assert relative(seen[0][0][0], truth(x, w, bias, 1.0)) <= end_to_end_tolerance(x, w, bias, 1.0, dtype)
     assert all(torch.equal(o, seen[0][0]) and torch.equal(p, seen[0][1]) for o, p in seen)
@@ -264,11 +262,11 @@ def test_what_has_no_table_gives_the_same_bits_each_time(call):
     for _ in range(3 if INTERPRETED else 100):
         out.fill_(torch.nan)
         if call == "library":
-            library.score_library(given, Scores(out, None))
+            dispatch.run(library, given, Scores(out, None))
         elif call == "token_statistics":
-            one_hot.token_statistics(given, out)
+            dispatch.run(one_hot, given, Scores(out, None))
         else:
-            one_hot.score_one_hot(given, Scores(out, None))
+            dispatch.run(one_hot, given, Scores(out, None))
         seen.append(out.clone())
     assert seen[0].isfinite().all() and all(torch.equal(out, seen[0]) for out in seen)
 
@@ -279,7 +277,7 @@ def test_one_tile_that_reads_the_features_twice(monkeypatch, shape):
     monkeypatch.setattr(one_tile, "asynchronous_products", lambda arch, rows: True)
     x, w, bias = problem(*shape, torch.bfloat16)
     out = torch.full((1, len(x)), torch.nan, device=DEVICE)
-    one_tile.score_one_tile(Problem(x, w, bias), Scores(out, None))
+    dispatch.run(one_tile, Problem(x, w, bias), Scores(out, None))
     if shape[2] == 1:
         assert not out.any()
     else:
@@ -376,15 +374,20 @@ def test_a_library_that_multiplies_halves_wrongly_is_not_used(monkeypatch):
 def test_every_kernel_says_what_it_does_not_take():
     x, w, _ = problem(3, 16, 300, torch.float64)
     out = Scores(torch.empty(1, 3, device=DEVICE), None)
-    for score, given_, words in (
-        (one_tile.score_one_tile, Problem(x.half(), w.half(), None), "one_tile takes at most 256 classes, got 300"),
-        (tiled.score_tiled, Problem(x, w, None), "tiled takes float16, bfloat16 and float32, not float64"),
-        (rows.score_rows, Problem(x, w, None), "rows takes logits, not a weight"),
-        (one_tile.score_one_tile, Problem(x, None, None, x), "one_tile takes a weight, not logits"),
-        (cluster.score_cluster, Problem(x.float(), w.float(), None), "cluster takes halves"),
+    for kernel, given_, words in (
+        (one_tile, Problem(x.half(), w.half(), None), "one_tile takes at most 256 classes, got 300"),
+        (tiled, Problem(x, w, None), "tiled takes float16, bfloat16 and float32, not float64"),
+        (rows, Problem(x, w, None), "rows takes logits, not a weight"),
+        (one_tile, Problem(x, None, None, x), "one_tile takes a weight, not logits"),
+        (cluster, Problem(x.float(), w.float(), None), "cluster takes halves"),
+        *(
+            (kernel, Problem(x, w, None, target="predicted"), "takes the uniform target, not labels")
+            for kernel in (one_tile, tiled, library, rows, cluster)
+        ),
+        (one_hot, Problem(x, w, None), "one_hot takes labels and the predicted target, not the uniform one"),
     ):
         with pytest.raises(ValueError, match=words):
-            score(given_, out)
+            dispatch.run(kernel, given_, out)
 
 
 @pytest.mark.parametrize(("c", "config"), [(300, Config(16, 64, 16, 4, 2, tma=True)), (8200, Config(16, 64, 16, 4, 2))])
@@ -392,8 +395,8 @@ def test_tiled_slices_neither_long_rows_nor_tma(c, config):
     x, w, _ = problem(3, 64, c, torch.float32)
     words = "config: slices of the features need at most 8192 classes and no TMA, got .*slices=2"
     with pytest.raises(ValueError, match=words):
-        tiled.score_tiled(
-            Problem(x, w, None), Scores(torch.empty(1, 3, device=DEVICE), None), config._replace(slices=2)
+        dispatch.run(
+            tiled, Problem(x, w, None), Scores(torch.empty(1, 3, device=DEVICE), None), config._replace(slices=2)
         )
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gradnorm_fast import TokenStatistics, fast_gradnorm, token_statistics
-from gradnorm_fast.kernels import one_hot
+from gradnorm_fast.kernels import dispatch, one_hot
 from gradnorm_fast.kernels.config import Config, Shape
 from gradnorm_fast.kernels.device import INTERPRETED
 from gradnorm_fast.kernels.problem import Problem, Scores
@@ -62,7 +62,7 @@ def test_hard_rows(p):
             y = z.argmax(1) if isinstance(target, str) else target
             out = torch.full((1, len(z)), torch.nan, device=DEVICE)
             given = target if isinstance(target, str) else target.to(DEVICE)
-            one_hot.score_one_hot(Problem(x, w, None, None, temperature, target=given, p=p), Scores(out, None), SMALL)
+            dispatch.run(one_hot, Problem(x, w, None, None, temperature, target=given, p=p), Scores(out, None), SMALL)
             expected = residual_norm(z, y, temperature, p) / temperature
             limit = (5e-5 if p < 1 else 1e-6) + 6e-8 * (z.amax(1) - z.amin(1)).double() / temperature
             wrong = (out[0].cpu().double() - expected).abs() > limit * expected + 1e-38
@@ -81,7 +81,7 @@ def test_rows_without_a_score_and_labels_of_no_class():
             assert got[[2, 3]].isnan().all() and relative(got[clean], alone) <= 2e-6
     labels[0], labels[5] = 40, -7  # unchecked on a GPU, where checking would wait
     out = torch.full((1, 9), -1.0, device=DEVICE)
-    one_hot.score_one_hot(Problem(x, w, bias, target=labels), Scores(out, None), SMALL)
+    dispatch.run(one_hot, Problem(x, w, bias, target=labels), Scores(out, None), SMALL)
     assert out[0, [0, 5]].isnan().all() and not out[0, [1, 6]].any() and out[0, 8] > 0
 
 
@@ -93,8 +93,22 @@ def test_tiles_of_masked_classes(p):
     labels = torch.tensor([0, 70, 96] * 3, device=DEVICE)
     for target in (labels, "predicted"):
         out = torch.full((1, 9), torch.nan, device=DEVICE)
-        one_hot.score_one_hot(Problem(x, w, bias, target=target, p=p), Scores(out, None), SMALL)
+        dispatch.run(one_hot, Problem(x, w, bias, target=target, p=p), Scores(out, None), SMALL)
         expected = fast_gradnorm(x.double(), w.double(), bias.double(), target=target, p=p)
+        assert relative(out[0], expected) <= 5e-6
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf, 3.0])
+def test_more_tiles_than_are_merged_at_once(monkeypatch, p):
+    """Four parts at a time; logits that differ in few bits, so that maxima are tied across tiles."""
+    monkeypatch.setattr(one_hot, "MERGE", Config(4, 4, 32, 4, 2))
+    x, w, bias, labels = exact_problem(9, 24, 300, torch.float32)
+    x, bias[::3] = x.sign(), -torch.inf
+    x[1], bias[1] = 0.0, 2.0
+    for target in (labels, "predicted"):
+        out = torch.full((1, 9), torch.nan, device=DEVICE)
+        dispatch.run(one_hot, Problem(x, w.sign(), bias.round(), target=target, p=p), Scores(out, None), SMALL)
+        expected = fast_gradnorm(x.double(), w.sign().double(), bias.round().double(), target=target, p=p)
         assert relative(out[0], expected) <= 5e-6
 
 
@@ -135,7 +149,7 @@ def test_bytes_of_the_statistics(monkeypatch):
     for target in (torch.zeros(4096, dtype=torch.int64, device="meta"), "predicted"):
         taken.clear()
         problem = Problem(x, w, None, target=target, p=2.0)
-        one_hot.score_one_hot(problem, Scores(empty(1, 4096, device="meta"), None), config)
+        dispatch.run(one_hot, problem, Scores(empty(1, 4096, device="meta"), None), config)
         tiles = -(-128256 // config.block_c)
         assert 0 < sum(taken) <= 64 * 2**20
         assert sum(taken) <= 4096 * (24 * tiles + 16)

@@ -100,14 +100,14 @@ def _check(device: torch.device) -> list[str]:
         from ..kernels.device import architecture
 
         arch = architecture(device)
-        kernels = dispatch.KERNELS.values() if device.type == "cuda" else ()  # the interpreter takes long
+        kernels = dispatch.KERNELS if device.type == "cuda" else ()  # the interpreter takes long
     for (b, c), dtype in product(_SHAPES, (torch.float16, torch.bfloat16, torch.float32, torch.float64)):
         g = torch.Generator().manual_seed(c)
         x, w, bias = (torch.randn(*s, generator=g).to(dtype) for s in ((b, 64), (c, 64), (c,)))
         w /= 8
         labels = torch.arange(b) % c
         logits = torch.nn.functional.linear(x.double(), w.double(), bias.double()).to(device)
-        for kind, target in (("", "uniform"), (", labels", labels)):
+        for kind, target in (("", "uniform"), (", labels", labels), (", predicted", "predicted")):
             expected = autograd_gradnorm(x.double(), w.double(), bias.double(), target=target)
             inputs = [t.to(device) for t in (x, w, bias)]
             target = target if isinstance(target, str) else target.to(device)
@@ -119,14 +119,14 @@ def _check(device: torch.device) -> list[str]:
             if triton and not dispatch.why_not(problem):
                 got["triton, as chosen"] = fast_gradnorm(*inputs, target=target, backend="triton")
                 for kernel in kernels:
-                    if not kernel.why_not(problem, arch):
+                    if not dispatch.KERNELS[kernel].why_not(problem, arch):
                         out = torch.full((1, b), torch.nan, dtype=wide, device=device)
-                        kernel.score(problem, Scores(out, None), None)
-                        got[kernel.name] = out[0]
+                        dispatch.run(dispatch.KERNELS[kernel], problem, Scores(out, None))
+                        got[kernel] = out[0]
             for name, scores in got.items():
                 error = ((scores.double().cpu() - expected) / expected).abs().max().item()
                 shape = f"{b}x64x{c} {str(dtype).removeprefix('torch.')}"
                 verdict = "pass" if error <= 1e-4 else "FAIL"
-                lines.append(f"{verdict}  {device} {name + kind:26} {shape:18} relative error {error:.1e}")
+                lines.append(f"{verdict}  {device} {name + kind:30} {shape:18} relative error {error:.1e}")
                 print(lines[-1], flush=True)
     return lines

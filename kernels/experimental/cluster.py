@@ -18,11 +18,11 @@ import triton.language as tl
 
 from ..config import ANY, Config, Line, Shape, cdiv, choose
 from ..deviation import deviation_of_rows
-from ..device import INTERPRETED, TRITON, architecture, descriptor, tma_reads, tuned_as, vector
+from ..device import INTERPRETED, TRITON, TensorDescriptor, tma_reads, tuned_as, vector
 from ..launch import launch
 from ..norm import norm_in_memory
 from ..output import store_scores
-from ..problem import Problem, Scores
+from ..problem import UNIFORM_ALONE, Problem, Scores
 from ..tile import logits_tile
 
 # Whether the compiler reduces across the CTAs of a cluster. Triton 3.6 cannot.
@@ -69,7 +69,8 @@ def cluster_kernel(
     )  # fmt: skip
 
 
-# 128 x 128 logits a CTA: 128 x 256 spills, and so does 64 x 256 beside Blackwell's tensor memory.
+# 128 x 128 logits a CTA: 128 x 256 spills, and so does 64 x 256 beside Blackwell's tensor memory, which therefore takes
+# 2048 classes at most.
 TABLE = [
     Line("half", ANY, 512, Config(64, 512, 64, 8, 3, tma=True, num_ctas=4), "sm_100"),
     Line("half", ANY, 1024, Config(64, 1024, 64, 8, 3, tma=True, num_ctas=8), "sm_100"),
@@ -88,6 +89,8 @@ def configuration(shape: Shape) -> Config:
 def why_not(problem: Problem, arch: str) -> str:
     """Why this kernel does not take the problem; empty where it does."""
     x, w, most = problem.features, problem.weight, MAX_CLASSES.get(tuned_as(arch), 4096)
+    if not problem.uniform:
+        return UNIFORM_ALONE
     if w is None:
         return "takes a weight, not logits"
     if x.dtype.itemsize != 2:
@@ -103,26 +106,23 @@ def why_not(problem: Problem, arch: str) -> str:
     return ""
 
 
-def score_cluster(problem: Problem, scores: Scores, config: Config | None = None) -> None:
-    """Scores (1, B) of features (B, D) under the head's weight (C, D) and bias (C,). ValueError if `why_not` has a
-    reason, or if more than the score is asked for."""
+def score(problem: Problem, scores: Scores, config: Config) -> None:
+    """Scores (1, B) of features (B, D) under the head's weight (C, D) and bias (C,). ValueError if more than the score
+    is asked for."""
     x, w, bias = problem.features, problem.weight, problem.bias
-    arch = architecture(x.device)
-    if reason := why_not(problem, arch):
-        raise ValueError(f"cluster {reason}")
     if scores.prediction is not None:
         raise ValueError("cluster writes the score alone, not the other fields")
     assert w is not None
     (b, d), c = x.shape, len(w)
-    cfg = config or configuration(Shape.of(problem))
     vec = vector(d, x.stride(0))
-    launch(cluster_kernel, cdiv(b, cfg.block_b), cfg, (
-        descriptor(x, cfg.block_b, cfg.block_d), descriptor(w, cfg.block_c, cfg.block_d),
+    launch(cluster_kernel, cdiv(b, config.block_b), config, (
+        TensorDescriptor.from_tensor(x, [config.block_b, config.block_d]),
+        TensorDescriptor.from_tensor(w, [config.block_c, config.block_d]),
         x, x if bias is None else bias, scores.out,
         b, c, d // vec,
         1.0 / problem.temperature, problem.scale, problem.bias_norm,
         x.stride(0) // vec, x.stride(1), 0 if bias is None else bias.stride(0), scores.out.stride(0),
     ), dict(
         VEC=vec, HAS_BIAS=bias is not None,
-        BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d, STAGES=cfg.num_stages,
+        BLOCK_B=config.block_b, BLOCK_C=config.block_c, BLOCK_D=config.block_d, STAGES=config.num_stages,
     ))  # fmt: skip

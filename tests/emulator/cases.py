@@ -260,7 +260,7 @@ def mm(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor, out_dtype: torch.
 
 def score(case: Case, arch: int, problem: Problem, scores: Scores) -> None:
     name, _, variant = case.kernel.partition(", ")
-    kernel = cluster.score_cluster if name == "cluster" else dispatch.KERNELS[name].score
+    kernel = cluster if name == "cluster" else dispatch.KERNELS[name]
     twice = (lambda arch, rows: False) if variant == "x read once" else one_tile.asynchronous_products
     torch.backends.cuda.matmul.allow_tf32 = case.tf32
     with (
@@ -268,7 +268,7 @@ def score(case: Case, arch: int, problem: Problem, scores: Scores) -> None:
         mock.patch.object(library, "why_not_halves", lambda device, dtype: ""),
         mock.patch.object(one_tile, "asynchronous_products", twice),
     ):
-        kernel(problem, scores, configuration(case, arch, problem))
+        dispatch.run(kernel, problem, scores, configuration(case, arch, problem))
 
 
 def run_logsumexp(case: Case, x: torch.Tensor, w: torch.Tensor) -> tuple[float, list[str]]:
