@@ -167,26 +167,15 @@ def deviation_of_long_rows(
 
     # Z (B, 1), m, s (B,) -> 3 x (B,)
     """
+    top = finite_max(m)
     if NORM != 1:
         s, _lowest = _sums(
-            Z,
-            BIAS,
-            finite_max(m),
-            C,
-            width,
-            live,
-            inv_temperature,
-            stride_zc,
-            stride_b,
-            False,
-            HAS_BIAS,
-            BLOCK_C,
-            STAGES,
+            Z, BIAS, top, C, width, live, inv_temperature, stride_zc, stride_b, False, HAS_BIAS, BLOCK_C, STAGES
         )
     mean = s / C
     unit = tl.maximum(1.0 - mean, 0.5 * mean)  # max|u| to half of it, where v >= 1/4
     deviation, v, s, index = _deviations(
-        Z, BIAS, m, finite_max(m), mean, s, unit, p, C, width, live, inv_temperature, stride_zc, stride_b,
+        Z, BIAS, m, top, mean, s, unit, p, C, width, live, inv_temperature, stride_zc, stride_b,
         False, FIND, NORM, HAS_BIAS, BLOCK_C, STAGES,
     )  # fmt: skip
     small = v < 0.25
