@@ -58,8 +58,8 @@ def _observed() -> bool:
 
 def _specialization(argument: Any) -> object:
     """What Triton specializes on: a tensor's dtype and alignment; an int being 1, a multiple of 16 or over 32 bits."""
+    if type(argument) is int:  # most are; a number is hashed faster than a tuple
+        return (argument == 1) + 2 * (argument & 15 == 0) + 4 * (argument.bit_length() > 31)
     if isinstance(argument, torch.Tensor):
         return argument.dtype, argument.data_ptr() & 15 == 0
-    if isinstance(argument, int):
-        return argument == 1, argument & 15 == 0, argument.bit_length() > 31
     return type(argument)

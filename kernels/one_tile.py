@@ -114,7 +114,7 @@ def score(problem: Problem, scores: Scores, config: Config) -> None:
     x, w, bias = problem.features, problem.weight, problem.bias
     arch = architecture(x.device)
     assert w is not None
-    (b, d), c, (norm, p) = x.shape, len(w), compiled(problem.p)
+    (b, d), c, (norm, p) = x.shape, w.shape[0], compiled(problem.p)
     vec = vector(d, x.stride(0), w.stride(0))
     cfg = for_vector(vec, config)
     if norm != 1 or scores.prediction is not None:

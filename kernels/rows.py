@@ -164,22 +164,22 @@ def score(problem: Problem, scores: Scores, config: Config | None = None, worksp
     else:
         assert problem.logits is not None
         z, c, width = problem.logits[None], problem.classes, problem.classes
-    b, d = x.shape
+    (b, d), n_slices = x.shape, z.shape[0]
     statistics, tile_c = (None, 0) if workspace is None else workspace[2:]
     shape = Shape(b, c, d, out.dtype, architecture(x.device), 0)
-    cfg = config or (choose(TABLE, shape) if len(z) > 1 else configuration(shape))
+    cfg = config or (choose(TABLE, shape) if n_slices > 1 else configuration(shape))
     vec, vec_z = vector(d, x.stride(0)), vector(width, z.stride(1))
     norm, p = compiled(problem.p)
     (inv_temperature, inv_temperature_low), (p, p_low) = _two_floats(1.0 / problem.temperature), _two_floats(p)
     launch(rows_kernel, cdiv(b, cfg.block_b), cfg, (
         x, z, z if bias is None else bias, out if statistics is None else statistics,
         out, out if scores.prediction is None else scores.prediction,
-        b, c, d // vec, width // vec_z, len(z),
+        b, c, d // vec, width // vec_z, n_slices,
         inv_temperature, inv_temperature_low, p, p_low, problem.scale, problem.bias_norm,
-        x.stride(0) // vec, x.stride(1), z.stride(0) if len(z) > 1 else 0, z.stride(1) // vec_z, z.stride(2),
+        x.stride(0) // vec, x.stride(1), z.stride(0) if n_slices > 1 else 0, z.stride(1) // vec_z, z.stride(2),
         0 if bias is None else bias.stride(0), out.stride(0),
     ), dict(
         VEC=vec, VEC_Z=vec_z, HAS_BIAS=bias is not None, ALL_FIELDS=scores.prediction is not None, NORM=norm,
-        RESIDENT=c <= cfg.block_c, SLICED=len(z) > 1, TILE_C=0 if statistics is None else tile_c, TILES=TILES,
+        RESIDENT=c <= cfg.block_c, SLICED=n_slices > 1, TILE_C=0 if statistics is None else tile_c, TILES=TILES,
         BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d, STAGES=cfg.num_stages,
     ))  # fmt: skip

@@ -130,7 +130,7 @@ def score(problem: Problem, scores: Scores, config: Config) -> None:
     device = features.device
     arch = architecture(device)
     assert w is not None
-    (batch, d), c, (norm, p) = features.shape, len(w), compiled(problem.p)
+    (batch, d), c, (norm, p) = features.shape, w.shape[0], compiled(problem.p)
     vec = vector(d, features.stride(0), w.stride(0))
     cfg = for_vector(vec, config)
     long = c > MAX_RESIDENT
@@ -147,7 +147,7 @@ def score(problem: Problem, scores: Scores, config: Config) -> None:
     tma = cfg.tma and tma_reads(arch, features, w)
     for start in range(0, batch, chunk):
         x = features[start : start + chunk]
-        b = len(x)
+        b = x.shape[0]
         launch(logits_kernel, cdiv(b, cfg.block_b) * tiles * cfg.slices, cfg, (
             TensorDescriptor.from_tensor(x, [cfg.block_b, cfg.block_d]) if tma else x,
             TensorDescriptor.from_tensor(w, [cfg.block_c, cfg.block_d]) if tma else w,
