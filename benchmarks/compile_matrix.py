@@ -51,6 +51,7 @@ CLASSES = (10, 100, 257, 1000, 21_843)
 MORE_CLASSES = (200, 1203, 3000, 8142)  # for the other lines of the kernels' tables, at the first depths alone
 HEADS = (*product(CLASSES, DEPTHS), *product(MORE_CLASSES, DEPTHS[:3]))
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ABSENT = ("BIAS", "PREDICTION", "LABELS", "STATISTICS")  #: tensors that may be None
 TILE = ("BLOCK_B", "BLOCK_C", "BLOCK_D", "TILE_C")
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 
@@ -72,7 +73,11 @@ class Specialisation:
         of = self.constants
         tile = "x".join(str(of[f"BLOCK_{x}"]) for x in "BCD" if f"BLOCK_{x}" in of)
         flags = [k.lower() for k, v in of.items() if v is True]
-        flags += [f"{k.lower()} {v}" for k, v in of.items() if type(v) is not bool and k.isupper() and "BLOCK" not in k]
+        flags += [
+            f"no {k.lower()}" if v is None else f"{k.lower()} {v}"
+            for k, v in of.items()
+            if type(v) is not bool and k.isupper() and "BLOCK" not in k
+        ]
         flags += [f"{self.options['num_ctas']} CTAs"] if self.options["num_ctas"] > 1 else []
         shape = "x".join(map(str, self.shape))
         return (
@@ -213,6 +218,7 @@ def _facts(each: Specialisation) -> set[tuple[object, ...]]:
         *(each.options[x] for x in ("num_warps", "num_stages", "num_ctas")),
     )
     facts: list[tuple[object, ...]] = [("dtype", each.dtype), (arithmetic, tile), *each.constants.items()]
+    facts += [(name, "given") for name in ABSENT if name not in each.constants]  # absent, it is the constant None
     return {(each.kernel, each.arch, *fact) for fact in facts}
 
 

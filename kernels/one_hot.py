@@ -52,18 +52,18 @@ def _largest(M, n, excluded, STRIDE: tl.constexpr, BLOCK_PARTS: tl.constexpr):
 def one_hot_kernel(
     X,  # (B, D), row stride stride_xb * VEC
     W,  # (C, D), row stride stride_wc * VEC
-    BIAS,  # (C,)
-    LABELS,  # (B,) int64, unless PREDICTED
+    BIAS,  # (C,) or None
+    LABELS,  # (B,) int64, or None for the predicted class
     STATISTICS,  # (2 to 4, B, n_class_tiles * PARTS): m, S, R, Q of a tile's classes but y; m = −inf if it has none
-    Z_Y,  # (B,), unless PREDICTED
+    Z_Y,  # (B,), with LABELS
     B, C, D, n_class_tiles,
     inv_temperature, p,
     stride_xb, stride_xd, stride_wc, stride_wd, stride_b, stride_y,
-    VEC: tl.constexpr, HAS_BIAS: tl.constexpr, PREDICTED: tl.constexpr, NORM: tl.constexpr, ENTROPY: tl.constexpr,
+    VEC: tl.constexpr, NORM: tl.constexpr, ENTROPY: tl.constexpr,
     EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """D, stride_xb and stride_wc come divided by VEC. PARTS: 2 with PREDICTED, else 1. STATISTICS has R for NORM 2
+    """D, stride_xb and stride_wc come divided by VEC. PARTS: 1 with LABELS, else 2. STATISTICS has R for NORM 2
     and GENERAL, and Q with ENTROPY."""
     D = D * VEC
     stride_xb = tl.cast(stride_xb, tl.int64) * VEC
@@ -77,14 +77,14 @@ def one_hot_kernel(
     z, _ = logits_tile(
         X, W, BIAS, row, first_class,
         B, C, 0, D, stride_xb, stride_xd, stride_wc, stride_wd, stride_b,
-        HAS_BIAS, EVEN_D, False, PRECISION, False, BLOCK_B, BLOCK_C, BLOCK_D,
+        EVEN_D, False, PRECISION, False, BLOCK_B, BLOCK_C, BLOCK_D,
     )  # fmt: skip
     classes = tl.arange(0, BLOCK_C)[None, :]
     z = tl.where(classes < C - first_class, z, float("-inf"))
-    PARTS: tl.constexpr = 2 if PREDICTED else 1
+    PARTS: tl.constexpr = 2 if LABELS is None else 1
     at = STATISTICS + rows * (n_class_tiles * PARTS) + class_tile * PARTS
     plane = tl.cast(B, tl.int64) * (n_class_tiles * PARTS)
-    if PREDICTED:
+    if LABELS is None:
         top = tl.max(z, 1)
         y = first_at(z, top, classes)
         tl.store(at + 1, top, mask=live)
@@ -115,14 +115,14 @@ def one_hot_kernel(
 @triton.jit(do_not_specialize=["B", "n", "stride_o"])
 def merge_kernel(
     X,  # (B, D), row stride stride_xb * VEC
-    LABELS,  # (B,) int64, unless PREDICTED
-    STATISTICS,  # (2 to 4, B, n): of n parts, as one_hot_kernel leaves them; with PREDICTED odd ones are single classes
-    Z_Y,  # (B,), unless PREDICTED
+    LABELS,  # (B,) int64, or None for the predicted class
+    STATISTICS,  # (2 to 4, B, n): of n parts, as one_hot_kernel leaves them; without LABELS odd ones are single classes
+    Z_Y,  # (B,), with LABELS
     OUT,  # (1, B): scores; or with ENTROPY (4, B): log p_y, entropy, Σp² and ‖p − e_y‖₂
     B, C, D, n,
     inv_temperature, p, bias_norm,
     stride_xb, stride_xd, stride_y, stride_o,
-    VEC: tl.constexpr, PREDICTED: tl.constexpr, NORM: tl.constexpr, ENTROPY: tl.constexpr, IGNORED: tl.constexpr,
+    VEC: tl.constexpr, NORM: tl.constexpr, ENTROPY: tl.constexpr, IGNORED: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """D and stride_xb come divided by VEC. With ENTROPY, NORM is 2."""
@@ -142,7 +142,7 @@ def merge_kernel(
     predicted = rows[:, None] * 0 - 1  # the part that is the predicted class
     y_exists = live
     ignored = rows < 0
-    if PREDICTED:
+    if LABELS is None:
         z_y, tile = _largest(at + 1, n // 2, predicted, 2, BLOCK_PARTS)
         predicted = 2 * tile[:, None] + 1  # if all logits are −inf: −1, none
     else:
@@ -221,7 +221,7 @@ def score(problem: Problem, scores: Scores, config: Config) -> None:
     x, w, bias, device = problem.features, problem.weight, problem.bias, problem.features.device
     arch, out, entropy = architecture(device), scores.out, len(scores.out) > 1
     assert w is not None
-    (batch, d), c, labels = x.shape, len(w), None if isinstance(problem.target, str) else problem.target
+    (batch, d), c, labels = x.shape, w.shape[0], None if isinstance(problem.target, str) else problem.target
     vec = vector(d, x.stride(0), w.stride(0))
     cfg = for_vector(vec, config)
     tiles = cdiv(c, cfg.block_c)
@@ -229,20 +229,20 @@ def score(problem: Problem, scores: Scores, config: Config) -> None:
     parts, planes = 2 * tiles if labels is None else tiles, 4 if entropy else 3 if norm > 1 else 2
     chunk = rows_per_chunk(batch, 4 * (planes * parts + 1), cfg)
     statistics = torch.empty(planes * chunk * parts, dtype=torch.float32, device=device)
-    z_y = torch.empty(chunk, dtype=torch.float32, device=device)
+    z_y = None if labels is None else torch.empty(chunk, dtype=torch.float32, device=device)
     for start in range(0, batch, chunk):
         rows = problem.rows(start, start + chunk)
         x, b = rows.features, len(rows.features)
-        y = rows.target if isinstance(rows.target, torch.Tensor) else statistics
-        stride_y = 0 if labels is None else y.stride(0)
+        y = None if isinstance(rows.target, str) else rows.target
+        stride_y = 0 if y is None else y.stride(0)
         launch(one_hot_kernel, cdiv(b, cfg.block_b) * tiles, cfg, (
-            x, w, x if bias is None else bias, y, statistics, z_y,
+            x, w, bias, y, statistics, z_y,
             b, c, d // vec, tiles,
             inv_temperature, p,
             x.stride(0) // vec, x.stride(1), w.stride(0) // vec, w.stride(1), 0 if bias is None else bias.stride(0),
             stride_y,
         ), dict(
-            VEC=vec, HAS_BIAS=bias is not None, PREDICTED=labels is None, NORM=norm, ENTROPY=entropy,
+            VEC=vec, NORM=norm, ENTROPY=entropy,
             EVEN_D=d % cfg.block_d == 0, PRECISION=dot_precision(x.dtype, arch, cfg.float32),
             BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d,
         ))  # fmt: skip
@@ -252,6 +252,6 @@ def score(problem: Problem, scores: Scores, config: Config) -> None:
             inv_temperature, p, problem.bias_norm,
             x.stride(0) // vec, x.stride(1), stride_y, out.stride(0),
         ), dict(
-            VEC=vec, PREDICTED=labels is None, NORM=norm, ENTROPY=entropy, IGNORED=IGNORE,
+            VEC=vec, NORM=norm, ENTROPY=entropy, IGNORED=IGNORE,
             BLOCK_B=MERGE.block_b, BLOCK_PARTS=MERGE.block_c, BLOCK_D=MERGE.block_d, STAGES=MERGE.num_stages,
         ))  # fmt: skip

@@ -29,13 +29,13 @@ MAX_CLASSES = 256
 def one_tile_kernel(
     X,  # (B, D), row stride stride_xb * VEC
     W,  # (C, D), row stride stride_wc * VEC
-    BIAS,  # (C,)
-    OUT,  # (1, B), or (10, B) with ALL_FIELDS
-    PREDICTION,  # (B,) int64, with ALL_FIELDS
+    BIAS,  # (C,) or None
+    OUT,  # (1, B), or (10, B) with PREDICTION
+    PREDICTION,  # (B,) int64, or None
     B, C, D,
     inv_temperature, scale, bias_norm, p,
     stride_xb, stride_xd, stride_wc, stride_wd, stride_b, stride_o,
-    VEC: tl.constexpr, HAS_BIAS: tl.constexpr, ALL_FIELDS: tl.constexpr, EVEN_D: tl.constexpr,
+    VEC: tl.constexpr, EVEN_D: tl.constexpr,
     NORM: tl.constexpr, READ_TWICE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -55,7 +55,7 @@ def one_tile_kernel(
     z, sums = logits_tile(
         X, W, BIAS, row, tl.cast(0, tl.int64),
         B, C, 0, D, stride_xb, stride_xd, stride_wc, stride_wd, stride_b,
-        HAS_BIAS, EVEN_D, False, PRECISION, not READ_TWICE, BLOCK_B, BLOCK_C, BLOCK_D,
+        EVEN_D, False, PRECISION, not READ_TWICE, BLOCK_B, BLOCK_C, BLOCK_D,
     )  # fmt: skip
     if not READ_TWICE:
         norm = sums
@@ -64,12 +64,12 @@ def one_tile_kernel(
     valid = (tl.arange(0, BLOCK_C) < C)[None, :]
     z = tl.where((rows < B)[:, None] & valid, z, float("-inf"))  # rows beyond B must not trigger the careful form
     m, s, deviation = deviation_of_rows(z, valid, C, p, inv_temperature, NORM)
-    index, entropy, sum_squares, gini, kl = spread_of_rows(z, valid, m, s, C, inv_temperature, ALL_FIELDS)
+    index, entropy, sum_squares, gini, kl = spread_of_rows(z, valid, m, s, C, inv_temperature, PREDICTION is not None)
     store_scores(
         OUT, PREDICTION, rows, B, stride_o,
         norm, deviation, m, index, s, entropy, sum_squares, gini, kl,
         inv_temperature, scale, bias_norm, p,
-        NORM, ALL_FIELDS,
+        NORM,
     )  # fmt: skip
 
 
@@ -120,13 +120,13 @@ def score(problem: Problem, scores: Scores, config: Config) -> None:
     if norm != 1 or scores.prediction is not None:
         cfg = for_registers(cfg)
     launch(one_tile_kernel, cdiv(b, cfg.block_b), cfg, (
-        x, w, x if bias is None else bias, scores.out, scores.out if scores.prediction is None else scores.prediction,
+        x, w, bias, scores.out, scores.prediction,
         b, c, d // vec,
         1.0 / problem.temperature, problem.scale, problem.bias_norm, p,
         x.stride(0) // vec, x.stride(1), w.stride(0) // vec, w.stride(1),
         0 if bias is None else bias.stride(0), scores.out.stride(0),
     ), dict(
-        VEC=vec, HAS_BIAS=bias is not None, ALL_FIELDS=scores.prediction is not None, EVEN_D=d % cfg.block_d == 0,
+        VEC=vec, EVEN_D=d % cfg.block_d == 0,
         NORM=norm, READ_TWICE=norm != 1 or asynchronous_products(arch, cfg.block_b),
         PRECISION=dot_precision(x.dtype, arch, cfg.float32),
         BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d, STAGES=cfg.num_stages,

@@ -11,11 +11,11 @@ def store_scores(
     OUT, PREDICTION, rows, B, stride_o,
     norm, deviation, m, index, s, entropy, sum_squares, gini, kl,
     inv_temperature, scale, bias_norm, p,
-    NORM: tl.constexpr, ALL_FIELDS: tl.constexpr,
+    NORM: tl.constexpr,
 ):  # fmt: skip
-    """Write the score ‖(x, bias_norm)‖_p·‖p − 1/C‖_p·scale/T of each row, and with ALL_FIELDS the other statistics.
+    """Write the score ‖(x, bias_norm)‖_p·‖p − 1/C‖_p·scale/T of each row, and with PREDICTION the other statistics.
 
-    OUT: (1, B), or with ALL_FIELDS the rows `problem.FIELDS`; PREDICTION: (B,), with ALL_FIELDS, where NORM is 1.
+    OUT: (1, B), or with PREDICTION the rows `problem.FIELDS`; PREDICTION: (B,) or None, which it is unless NORM is 1.
     norm, deviation: ‖x‖_p and ‖p − 1/C‖_p; m, index, s: max z, its class and Σ exp((z − m)/T); gini: 1 − Σp²; kl:
     KL(uniform ‖ p); each (BLOCK_B,).
     """
@@ -24,7 +24,7 @@ def store_scores(
     whole_norm = with_bias(norm, bias_norm, p, NORM)
     out = OUT + rows
     tl.store(out, whole_norm * output_norm, mask=live)
-    if ALL_FIELDS:
+    if PREDICTION is not None:
         # If the score is NaN, so are all other fields; the index must still be valid.
         poison = (whole_norm - whole_norm) + (deviation - deviation)
         out += stride_o

@@ -63,7 +63,8 @@ def why_not_product(problem: Problem, uniform: bool = True) -> str:
 class Scores(NamedTuple):
     """The tensors that receive the results."""
 
-    out: Tensor  #: (1, B): gradnorm only; or (len(FIELDS), B). float32, or float64 for float64 input
+    out: Tensor  #: (1, B): gradnorm only; or (len(FIELDS), B); (4, B) for token statistics (one_hot.py).
+    #: float32, or float64 for float64 input
     prediction: Tensor | None  #: (B,) int64, with all FIELDS only
 
     def rows(self, start: int, stop: int) -> Scores:

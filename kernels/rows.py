@@ -43,15 +43,15 @@ MIN_ROWS = 512  # that a workspace holds at least
 def rows_kernel(
     X,  # (B, D): features, or shares of ‖x‖_p; row stride stride_xb * VEC
     Z,  # (B, C): logits; or (n_slices, B, width), to be summed; row stride stride_zb * VEC_Z
-    BIAS,  # (C,), added to the logits
-    STATISTICS,  # (2, B, tiles) of tiles of TILE_C classes: m and S; with TILE_C
-    OUT,  # (1, B), or (10, B) with ALL_FIELDS; its dtype, float32 or float64, is that of all sums
-    PREDICTION,  # (B,) int64, with ALL_FIELDS
+    BIAS,  # (C,), added to the logits, or None
+    STATISTICS,  # (2, B, tiles) of tiles of TILE_C classes: m and S; or None
+    OUT,  # (1, B), or (10, B) with PREDICTION; its dtype, float32 or float64, is that of all sums
+    PREDICTION,  # (B,) int64, or None
     B, C, D, width, n_slices,
     inv_temperature, inv_temperature_low, p, p_low, scale, bias_norm,
     stride_xb, stride_xd, stride_zs, stride_zb, stride_zc, stride_b, stride_o,
     VEC: tl.constexpr, VEC_Z: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ALL_FIELDS: tl.constexpr, NORM: tl.constexpr, RESIDENT: tl.constexpr, SLICED: tl.constexpr,
+    NORM: tl.constexpr, RESIDENT: tl.constexpr, SLICED: tl.constexpr,
     TILE_C: tl.constexpr, TILES: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -74,36 +74,38 @@ def rows_kernel(
     # 2. ‖p − 1/C‖_p
     z_rows = Z + rows[:, None] * stride_zb
     if RESIDENT:
-        z, valid = load_logits(z_rows, BIAS, 0, C, width, live, stride_zc, stride_b, HAS_BIAS, BLOCK_C, dtype)
+        z, valid = load_logits(z_rows, BIAS, 0, C, width, live, stride_zc, stride_b, BLOCK_C, dtype)
         if SLICED:
             for k in tl.range(1, n_slices, num_stages=STAGES):
                 z_slice = z_rows + tl.cast(k, tl.int64) * stride_zs
-                z += load_logits(z_slice, BIAS, 0, C, width, live, stride_zc, stride_b, False, BLOCK_C, dtype)[0]
+                z += load_logits(z_slice, None, 0, C, width, live, stride_zc, 0, BLOCK_C, dtype)[0]
         m, s, deviation = deviation_of_rows(z, valid, C, p, inv_temperature, NORM)
-        index, entropy, sum_squares, gini, kl = spread_of_rows(z, valid, m, s, C, inv_temperature, ALL_FIELDS)
+        index, entropy, sum_squares, gini, kl = spread_of_rows(
+            z, valid, m, s, C, inv_temperature, PREDICTION is not None
+        )
     else:
-        if TILE_C:
+        if STATISTICS is not None:
             m, s = merged(STATISTICS, rows, B, tl.cdiv(C, TILE_C), inv_temperature, TILES)
         else:
             m, s = statistics_of_long_rows(
                 z_rows, BIAS, C, width, live, inv_temperature, stride_zc, stride_b,
-                HAS_BIAS, BLOCK_C, STAGES,
+                BLOCK_C, STAGES,
             )  # fmt: skip
         s, deviation, index = deviation_of_long_rows(
             z_rows, BIAS, m, s, C, width, live, inv_temperature, p, stride_zc, stride_b,
-            NORM, ALL_FIELDS, HAS_BIAS, BLOCK_C, STAGES,
+            NORM, PREDICTION is not None, BLOCK_C, STAGES,
         )  # fmt: skip
         entropy, sum_squares, gini, kl = m, m, m, m
-        if ALL_FIELDS:
+        if PREDICTION is not None:
             entropy, sum_squares, gini, kl = spread_of_long_rows(
                 z_rows, BIAS, m, s, index, C, width, live, inv_temperature, stride_zc, stride_b,
-                HAS_BIAS, BLOCK_C, STAGES,
+                BLOCK_C, STAGES,
             )  # fmt: skip
     store_scores(
         OUT, PREDICTION, rows, B, stride_o,
         norm, deviation, m, index, s, entropy, sum_squares, gini, kl,
         inv_temperature, scale, bias_norm, p,
-        NORM, ALL_FIELDS,
+        NORM,
     )  # fmt: skip
 
 
@@ -172,14 +174,13 @@ def score(problem: Problem, scores: Scores, config: Config | None = None, worksp
     norm, p = compiled(problem.p)
     (inv_temperature, inv_temperature_low), (p, p_low) = _two_floats(1.0 / problem.temperature), _two_floats(p)
     launch(rows_kernel, cdiv(b, cfg.block_b), cfg, (
-        x, z, z if bias is None else bias, out if statistics is None else statistics,
-        out, out if scores.prediction is None else scores.prediction,
+        x, z, bias, statistics, out, scores.prediction,
         b, c, d // vec, width // vec_z, n_slices,
         inv_temperature, inv_temperature_low, p, p_low, problem.scale, problem.bias_norm,
         x.stride(0) // vec, x.stride(1), z.stride(0) if n_slices > 1 else 0, z.stride(1) // vec_z, z.stride(2),
         0 if bias is None else bias.stride(0), out.stride(0),
     ), dict(
-        VEC=vec, VEC_Z=vec_z, HAS_BIAS=bias is not None, ALL_FIELDS=scores.prediction is not None, NORM=norm,
-        RESIDENT=c <= cfg.block_c, SLICED=n_slices > 1, TILE_C=0 if statistics is None else tile_c, TILES=TILES,
+        VEC=vec, VEC_Z=vec_z, NORM=norm,
+        RESIDENT=c <= cfg.block_c, SLICED=n_slices > 1, TILE_C=tile_c, TILES=TILES,
         BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d, STAGES=cfg.num_stages,
     ))  # fmt: skip

@@ -21,13 +21,13 @@ def tile_of(pid, n_row_tiles, n_class_tiles):
 def logits_tile(
     X, W, BIAS, row, first_class,
     B, C, first, last, stride_xb, stride_xd, stride_wc, stride_wd, stride_b,
-    HAS_BIAS: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_D: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     SUM_X: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """z = x·Wᵀ + b over features first ... last - 1, for rows from `row` and classes from `first_class` (int64); and
     with SUM_X, which excludes TMA, Σ|x| of the rows.
 
-    X: (B, D), W: (C, D), BIAS: (C,); with TMA, X and W are tensor descriptors of blocks (BLOCK_B, BLOCK_D) and
+    X: (B, D), W: (C, D), BIAS: (C,) or None; with TMA, X and W are tensor descriptors of blocks (BLOCK_B, BLOCK_D) and
     (BLOCK_C, BLOCK_D). The program with first = 0 adds the bias.
     # -> (BLOCK_B, BLOCK_C), (BLOCK_B,)
     """
@@ -62,7 +62,7 @@ def logits_tile(
             z = tl.dot(x, w, z, input_precision=PRECISION)
             if SUM_X:
                 magnitudes += tl.abs(x.to(tl.float32))
-    if HAS_BIAS:
+    if BIAS is not None:
         mask = (classes < C) & (first == 0)
         z += tl.load(BIAS + classes * stride_b, mask=mask, other=0.0).to(tl.float32)[None, :]
     return z, tl.sum(magnitudes, 1)

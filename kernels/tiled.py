@@ -33,15 +33,15 @@ def logits_kernel(
     XT,  # features as `logits_tile` takes them: the pointer X, or a descriptor
     WT,  # weight (C, D), likewise
     X,  # (B, D), row stride stride_xb * VEC
-    BIAS,  # (C,)
+    BIAS,  # (C,) or None
     Z,  # (slices, B, stride_zb): logits of each slice, in the first C columns
     SHARES,  # (B, slices, n_class_tiles) of ‖x‖_p
-    STATISTICS,  # (2, B, n_class_tiles): m and S of each tile, with LONG
+    STATISTICS,  # (2, B, n_class_tiles): m and S of each tile, for long rows; else None
     B, C, D, n_class_tiles, slice_d,
     inv_temperature, p,
     stride_xb, stride_xd, stride_wc, stride_wd, stride_b, stride_zb, stride_zs,
-    VEC: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr, LONG: tl.constexpr, NORM: tl.constexpr,
+    VEC: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, NORM: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """D, stride_xb and stride_wc are passed divided by VEC. A slice has slice_d features, a multiple of BLOCK_D."""
@@ -64,14 +64,14 @@ def logits_kernel(
     z, _ = logits_tile(
         XT, WT, BIAS, row, first_class,
         B, C, first, last, stride_xb, stride_xd, stride_wc, stride_wd, stride_b,
-        HAS_BIAS, EVEN_D, TMA, PRECISION, False, BLOCK_B, BLOCK_C, BLOCK_D,
+        EVEN_D, TMA, PRECISION, False, BLOCK_B, BLOCK_C, BLOCK_D,
     )  # fmt: skip
     live = rows < B
     # Write the padding too: the compiler knows that stride_zb, unlike C, is a multiple of 16, and so stores four logits
     # at once.
     z_rows = Z + tl.cast(k, tl.int64) * stride_zs + rows[:, None] * stride_zb
     tl.store(z_rows + classes[None, :], z, mask=live[:, None] & (classes < stride_zb)[None, :])
-    if LONG:
+    if STATISTICS is not None:
         m, s = statistics_of_tile(tl.where((classes < C)[None, :], z, float("-inf")), inv_temperature)
         at = STATISTICS + rows * n_class_tiles + class_tile
         tl.store(at, m, mask=live)
@@ -151,14 +151,14 @@ def score(problem: Problem, scores: Scores, config: Config) -> None:
         launch(logits_kernel, cdiv(b, cfg.block_b) * tiles * cfg.slices, cfg, (
             TensorDescriptor.from_tensor(x, [cfg.block_b, cfg.block_d]) if tma else x,
             TensorDescriptor.from_tensor(w, [cfg.block_c, cfg.block_d]) if tma else w,
-            x, x if bias is None else bias, logits, shares, shares if statistics is None else statistics,
+            x, bias, logits, shares, statistics,
             b, c, d // vec, tiles, slice_d,
             1.0 / problem.temperature, p,
             x.stride(0) // vec, x.stride(1), w.stride(0) // vec, w.stride(1),
             0 if bias is None else bias.stride(0), width, b * width,
         ), dict(
-            VEC=vec, HAS_BIAS=bias is not None, EVEN_D=d % cfg.block_d == 0, TMA=tma,
-            PRECISION=dot_precision(x.dtype, arch, cfg.float32), LONG=long, NORM=norm,
+            VEC=vec, EVEN_D=d % cfg.block_d == 0, TMA=tma,
+            PRECISION=dot_precision(x.dtype, arch, cfg.float32), NORM=norm,
             BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d,
             STAGES=cfg.num_stages,
         ))  # fmt: skip

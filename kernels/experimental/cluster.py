@@ -35,12 +35,12 @@ def cluster_kernel(
     XT,  # features (B, D): a descriptor of blocks (BLOCK_B, BLOCK_D)
     WT,  # weight (C, D): a descriptor of blocks (BLOCK_C, BLOCK_D)
     X,  # (B, D), row stride stride_xb * VEC
-    BIAS,  # (C,)
+    BIAS,  # (C,) or None
     OUT,  # (1, B)
     B, C, D,
     inv_temperature, scale, bias_norm,
     stride_xb, stride_xd, stride_b, stride_o,
-    VEC: tl.constexpr, HAS_BIAS: tl.constexpr,
+    VEC: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """D and stride_xb come divided by VEC."""
@@ -51,7 +51,7 @@ def cluster_kernel(
     z, _ = logits_tile(
         XT, WT, BIAS, row, tl.cast(0, tl.int64),
         B, C, 0, D, 0, 0, 0, 0, stride_b,
-        HAS_BIAS, True, True, "ieee", False, BLOCK_B, BLOCK_C, BLOCK_D,
+        True, True, "ieee", False, BLOCK_B, BLOCK_C, BLOCK_D,
     )  # fmt: skip
     rows = row + tl.arange(0, BLOCK_B)
     norm = norm_in_memory(
@@ -62,10 +62,10 @@ def cluster_kernel(
     z = tl.where((rows < B)[:, None] & valid, z, float("-inf"))  # rows beyond B must not ask for the careful form
     m, s, deviation = deviation_of_rows(z, valid, C, 1.0, inv_temperature, 1)
     store_scores(
-        OUT, OUT, rows, B, stride_o,
+        OUT, None, rows, B, stride_o,
         norm, deviation, m, m, s, m, m, m, m,
         inv_temperature, scale, bias_norm, 1.0,
-        1, False,
+        1,
     )  # fmt: skip
 
 
@@ -118,11 +118,11 @@ def score(problem: Problem, scores: Scores, config: Config) -> None:
     launch(cluster_kernel, cdiv(b, config.block_b), config, (
         TensorDescriptor.from_tensor(x, [config.block_b, config.block_d]),
         TensorDescriptor.from_tensor(w, [config.block_c, config.block_d]),
-        x, x if bias is None else bias, scores.out,
+        x, bias, scores.out,
         b, c, d // vec,
         1.0 / problem.temperature, problem.scale, problem.bias_norm,
         x.stride(0) // vec, x.stride(1), 0 if bias is None else bias.stride(0), scores.out.stride(0),
     ), dict(
-        VEC=vec, HAS_BIAS=bias is not None,
+        VEC=vec,
         BLOCK_B=config.block_b, BLOCK_C=config.block_c, BLOCK_D=config.block_d, STAGES=config.num_stages,
     ))  # fmt: skip
