@@ -79,7 +79,7 @@ def deviation_of_rows(z, valid, C, p, inv_temperature, NORM: tl.constexpr):
     s += residual
     deviation = norm_in_registers(u, s, p, NORM)
     v = deviation if NORM == 1 else tl.sum(tl.abs(u), 1) / s
-    small = v < 0.25
+    small = v < 0.25  # where the quick form loses digits
     if tl.max(small.to(tl.int32), 0) > 0:
         r = log_mean_exp_of_rows(z, valid, m, s, C, inv_temperature)
         e = tl.where(valid, expm1((z - r[:, None]) * inv_temperature), 0.0)

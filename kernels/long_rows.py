@@ -174,7 +174,7 @@ def deviation_of_long_rows(
         Z, BIAS, m, top, mean, s, unit, p, C, width, live, inv_temperature, stride_zc, stride_b,
         False, FIND, NORM, BLOCK_C, STAGES,
     )  # fmt: skip
-    small = v < 0.25
+    small = v < 0.25  # where the quick form loses digits
     if tl.max(small.to(tl.int32), 0) > 0:
         r = _log_mean_exp(Z, BIAS, m, s, C, width, live, inv_temperature, stride_zc, stride_b, BLOCK_C, STAGES)
         q, lowest = _sums(Z, BIAS, r, C, width, live, inv_temperature, stride_zc, stride_b, True, BLOCK_C, STAGES)

@@ -33,7 +33,7 @@ from .tiled import TABLE
 
 @triton.jit
 def _largest(M, n, excluded, STRIDE: tl.constexpr, BLOCK_PARTS: tl.constexpr):
-    """The largest of M[0], M[STRIDE], ..., n of them, but for number `excluded`, and the first number that has it.
+    """The largest of the n values M[0], M[STRIDE], ... without number `excluded`, and the first number that has it.
 
     # M: pointers (B, 1), excluded (B, 1) -> 2 x (B,)
     """

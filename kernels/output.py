@@ -15,7 +15,7 @@ def store_scores(
 ):  # fmt: skip
     """Write the score ‖(x, bias_norm)‖_p·‖p − 1/C‖_p·scale/T of each row, and with PREDICTION the other statistics.
 
-    OUT: (1, B), or with PREDICTION the rows `problem.FIELDS`; PREDICTION: (B,) or None, which it is unless NORM is 1.
+    OUT: (1, B), or with PREDICTION the rows `problem.FIELDS`; PREDICTION: (B,) for NORM 1, or None.
     norm, deviation: ‖x‖_p and ‖p − 1/C‖_p; m, index, s: max z, its class and Σ exp((z − m)/T); gini: 1 − Σp²; kl:
     KL(uniform ‖ p); each (BLOCK_B,).
     """

@@ -49,8 +49,8 @@ UNIFORM_ALONE = "takes the uniform target, not labels or the predicted one"
 
 
 def why_not_product(problem: Problem, uniform: bool = True) -> str:
-    """Why a kernel that multiplies features and weight itself, for the uniform target or for the others, does not take
-    the problem; empty if it does."""
+    """Why a kernel with its own matmul, for the uniform target or for the other targets, does not take the problem;
+    empty if it does."""
     if problem.uniform != uniform:
         return UNIFORM_ALONE if uniform else "takes labels and the predicted target, not the uniform one"
     if problem.weight is None:

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .device import INTERPRETED
 
-WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies the bits of bfloat16 as integers
+WIDEN = tl.constexpr(INTERPRETED)  # multiply in float32: the interpreter takes bfloat16 for integers
 
 
 @triton.jit
