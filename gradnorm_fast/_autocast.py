@@ -9,7 +9,8 @@ import torch
 
 def autocasting(device: torch.device) -> bool:
     """Whether torch.autocast is on for this device."""
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+    kind = device.type  # torch makes the string anew each time
+    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def autocast_in_force(device: torch.device) -> str:

@@ -16,7 +16,7 @@ from . import _torch_backward, _torch_forward, _torch_targets
 from ._autocast import without_autocast
 from ._switches import switch
 from ._targets import check_classes
-from .kernels.problem import FIELDS, Problem, Scores
+from .kernels.problem import Problem, Scores
 
 BACKENDS = ("auto", "triton", "torch")
 
@@ -118,34 +118,30 @@ def run(
     include_bias: bool,
     backend: str,
     head: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> Scores:
     """Scores of features (B, D) from logits (B, C), or from weight (C, D) and bias (C,).
 
-    target: "uniform", "predicted", or "labels", which are labels (B,). Returns out (1, B) and None, or with head out
-    (len(FIELDS), B) and prediction (B,). ValueError for labels of classes that do not exist, on a CPU, and for a
-    problem that no kernel takes where the backend is "triton".
+    target: "uniform", "predicted", or "labels", which are labels (B,). head: all fields. ValueError for labels of
+    classes that do not exist, on a CPU, and for a problem that no kernel takes where the backend is "triton".
     """
     problem = _problem(features, logits, weight, bias, labels, target, p, temperature, reduction, include_bias)
-    batch = features.shape[0]
-    out = torch.empty((len(FIELDS) if head else 1, batch), dtype=score_dtype(features, logits), device=features.device)
-    prediction = torch.empty(batch, dtype=torch.int64, device=features.device) if head else None
-    if batch == 0:
-        return out, prediction
-    scores = Scores(out, prediction)
-    invariant = batch_invariant()
-    if _by_kernel(problem, backend):
+    batch, dtype, invariant = features.shape[0], score_dtype(features, logits), batch_invariant()
+    by_kernel = batch > 0 and _by_kernel(problem, backend)
+    forward = _torch_forward.forward if problem.uniform else _torch_targets.forward
+    if batch and not by_kernel and not invariant:
+        return forward(problem, dtype, head)
+    scores = Scores.empty(features, dtype, head)
+    if by_kernel:
         from .kernels import dispatch
 
         with _current(features.device):
             dispatch.score(problem, scores, invariant)
-        return out, prediction
-    forward = _torch_forward.forward if target == "uniform" else _torch_targets.forward
-    if not invariant:
-        forward(problem, scores)
-        return out, prediction
+        return scores
     for i in range(batch):  # a row by itself: how a matmul rounds depends on how many rows it has
-        forward(problem.rows(i, i + 1), scores.rows(i, i + 1))
-    return out, prediction
+        for all_rows, row in zip(scores, forward(problem.rows(i, i + 1), dtype, head), strict=True):
+            if all_rows is not None:
+                all_rows[..., i : i + 1] = row
+    return scores
 
 
 @on_cpu_without_float64

@@ -160,14 +160,14 @@ def _output_norm(v: Tensor, problem: Problem, dtype: torch.dtype) -> Tensor:
     for factor in (problem.scale, 1.0 / problem.temperature):  # in this order, or 0·inf gives NaN
         if factor != 1.0:
             v.mul_(factor)
-    return v.to(dtype)
+    return v.float() if dtype == torch.float32 else v  # `to` takes twice as long
 
 
-def _score(problem: Problem, z: Tensor, out: Tensor) -> None:
-    """Write the scores of the problem's rows, whose logits are z, to out (1, R)."""
-    norm = with_bias(feature_norms(problem, out.dtype), problem.bias_norm, problem.p)
+def _score(problem: Problem, z: Tensor) -> Tensor:
+    """The scores of the problem's rows, whose logits are z.  # -> (1, R)"""
+    norm = with_bias(feature_norms(problem, z.dtype), problem.bias_norm, problem.p)
     u, t = deviations(shifted(z, 1.0 / problem.temperature))
-    torch.mul(norm, _output_norm(row_norm(u, problem.p).div_(t), problem, out.dtype), out=out.t())
+    return _output_norm(row_norm(u, problem.p).div_(t), problem, z.dtype).mul_(norm).t()
 
 
 def _statistics(z: Tensor, problem: Problem, at_once: int) -> tuple[Tensor, Tensor]:
@@ -197,18 +197,20 @@ def _write_fields(problem: Problem, statistics: Tensor, top: Tensor, scores: Sco
     prediction.copy_(torch.where(poison == 0.0, top, 0)[:, 0])
 
 
-def forward(problem: Problem, scores: Scores) -> None:
-    """Write the scores of the problem's rows, for the uniform target."""
-    out, all_fields = scores.out, scores.prediction is not None
-    batch, budget = problem.features.shape[0], budget_of(out)
-    wide = problem.classes * torch.float64.itemsize
+def forward(problem: Problem, dtype: torch.dtype, all_fields: bool) -> Scores:
+    """The scores of the problem's rows, for the uniform target."""
+    features, wide = problem.features, problem.classes * torch.float64.itemsize
+    batch, budget = features.shape[0], budget_of(features)
     piece = max(budget.piece, wide)
-    step, rows = rows_at_once(problem, out.dtype, budget.chunk - piece - budget.piece), piece // wide
+    step, rows = rows_at_once(problem, dtype, budget.chunk - piece - budget.piece), piece // wide
+    if batch <= min(step, rows) and not all_fields:
+        return Scores(_score(problem, logits_of(problem, dtype)), None)
     if all_fields:  # more buffers in the same memory, and their statistics
         step, rows = min(step, budget.piece // STATISTICS), max(1, 2 * budget.piece // (BUFFERS * wide))
+    scores = Scores.empty(features, dtype, all_fields)
     for i in range(0, batch, step):
         chunk, results = problem.rows(i, i + step), scores.rows(i, i + step)
-        z = logits_of(chunk, out.dtype)
+        z = logits_of(chunk, dtype)
         pieces = range(0, z.shape[0], rows)
         if all_fields:
             at_once = budget.piece // (BUFFERS * torch.float64.itemsize)
@@ -217,5 +219,6 @@ def forward(problem: Problem, scores: Scores) -> None:
             _write_fields(chunk, statistics, top, results)
         else:
             for j in pieces:
-                _score(chunk.rows(j, j + rows), part(z, j, j + rows), part(results.out, j, j + rows, 1))
+                part(results.out, j, j + rows, 1).copy_(_score(chunk.rows(j, j + rows), part(z, j, j + rows)))
         del z  # before the next chunk is allocated
+    return scores

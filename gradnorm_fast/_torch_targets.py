@@ -242,14 +242,16 @@ def _for_labels(problem: Problem, y: Tensor, values: Tensor) -> Tensor:
     return values.masked_fill(y < 0, torch.nan).masked_fill_(problem.target[:, None] == IGNORE, 0.0)
 
 
-def forward(problem: Problem, scores: Scores) -> None:
-    """Write the scores of the problem's rows, for a label or the predicted target."""
-    out, inv_temperature, p = scores.out[0], 1.0 / problem.temperature, problem.p
-    for rows, some, columns in blocks(problem, out.dtype):
-        others = others_of(some, tiles_of(some, out.dtype, columns), p, False)
+def forward(problem: Problem, dtype: torch.dtype, all_fields: bool) -> Scores:
+    """The scores of the problem's rows, for a label or the predicted target; there are no other fields for these."""
+    assert not all_fields
+    scores, inv_temperature, p = Scores.empty(problem.features, dtype, False), 1.0 / problem.temperature, problem.p
+    for rows, some, columns in blocks(problem, dtype):
+        others = others_of(some, tiles_of(some, dtype, columns), p, False)
         norm = Probabilities(others, inv_temperature, p).residual_norm(p) * inv_temperature
-        norm *= with_bias(feature_norms(some, out.dtype), problem.bias_norm, p)
-        out[rows] = _for_labels(some, others.y, norm)[:, 0]
+        norm *= with_bias(feature_norms(some, dtype), problem.bias_norm, p)
+        scores.out[0, rows] = _for_labels(some, others.y, norm)[:, 0]
+    return scores
 
 
 def token_statistics(problem: Problem, out: Tensor) -> None:

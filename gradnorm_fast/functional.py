@@ -187,13 +187,12 @@ def gradnorm_from_logits(
         True
     """
     _check_tensor("features", features)
-    _check_tensor("logits", logits)
+    _check_tensor("logits", logits, features, mixed=autocasting(features.device))
     if features.dim() == 0:
         raise ValueError("features: expected shape (..., D), got a tensor without dimensions")
     if logits.dim() == 0 or logits.shape[:-1] != features.shape[:-1] or logits.shape[-1] == 0:
         lead = "".join(f"{n}, " for n in features.shape[:-1])
         raise ValueError(f"logits: expected shape ({lead}C) with C >= 1, got {tuple(logits.shape)}")
-    _check_like("logits", logits, features, mixed=autocasting(features.device))
     temperature = _check_options(features, temperature, reduction, backend, include_bias)
     gradient = _check_gradient(features, target, p, reduction, (features, logits))
     out, _ = _ops.scores(
@@ -320,20 +319,21 @@ def _autocast(*tensors: Any) -> tuple[Any, ...]:
     )
 
 
-def _check_tensor(name: str, value: object) -> None:
+def _check_tensor(name: str, value: object, features: Tensor | None = None, mixed: bool = False) -> None:
+    """Refuse what is no dense floating-point tensor, or has another device or, unless mixed, dtype than features."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-    if value.dtype not in _DTYPES:
-        raise TypeError(f"{name}: expected dtype float16, bfloat16, float32 or float64, got {value.dtype}")
+    dtype = value.dtype
+    if dtype not in _DTYPES:
+        raise TypeError(f"{name}: expected dtype float16, bfloat16, float32 or float64, got {dtype}")
     if value.layout != torch.strided or value.is_nested:
         got = "a nested tensor" if value.is_nested else f"layout {value.layout}"
         raise TypeError(f"{name}: expected a dense (strided) tensor, got {got}")
-
-
-def _check_like(name: str, value: Tensor, features: Tensor, mixed: bool = False) -> None:
-    if value.dtype != features.dtype and not mixed:
+    if features is None:
+        return
+    if dtype != features.dtype and not mixed:
         raise TypeError(
-            f"{name}: expected the dtype of features, {features.dtype}, got {value.dtype}; "
+            f"{name}: expected the dtype of features, {features.dtype}, got {dtype}; "
             "convert one of them, or call under torch.autocast"
         )
     _check_device(name, value, features)
@@ -364,7 +364,7 @@ def _check_head(
 ) -> Tensor:
     """Refuse a head that does not fit, or has fewer classes; the weight as (C, D). The prefix is of the names."""
     _check_tensor("features", features)
-    _check_tensor(f"{prefix}weight", weight)
+    _check_tensor(f"{prefix}weight", weight, features)
     if features.dim() == 0:
         raise ValueError("features: expected shape (..., D), got a tensor without dimensions")
     if weight.dim() != 2:
@@ -384,15 +384,13 @@ def _check_head(
             f"features: expected shape (..., {depth}) to match {prefix}weight {tuple(weight.shape)}, "
             f"got {tuple(features.shape)}"
         )
-    _check_like(f"{prefix}weight", weight, features)
     if bias is not None:
-        _check_tensor(f"{prefix}bias", bias)
+        _check_tensor(f"{prefix}bias", bias, features)
         if bias.shape != (classes,):
             raise ValueError(
                 f"{prefix}bias: expected shape ({classes},) to match {prefix}weight {tuple(weight.shape)}, "
                 f"got {tuple(bias.shape)}"
             )
-        _check_like(f"{prefix}bias", bias, features)
     elif include_bias:
         raise ValueError("include_bias: expected a bias whose gradient to include, got bias=None")
     return weight

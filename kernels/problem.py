@@ -67,6 +67,13 @@ class Scores(NamedTuple):
     #: float32, or float64 for float64 input
     prediction: Tensor | None  #: (B,) int64, with all FIELDS only
 
+    @classmethod
+    def empty(cls, features: Tensor, dtype: torch.dtype, all_fields: bool) -> Scores:
+        """For rows of features (B, D), not yet written."""
+        batch, device = features.shape[0], features.device
+        out = torch.empty((len(FIELDS) if all_fields else 1, batch), dtype=dtype, device=device)
+        return cls(out, torch.empty(batch, dtype=torch.int64, device=device) if all_fields else None)
+
     def rows(self, start: int, stop: int) -> Scores:
         if start == 0 and stop >= self.out.shape[1]:
             return self

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gradnorm_fast import fast_gradnorm, gradnorm_from_logits, head_scores
 from gradnorm_fast._torch_backward import backward
 from gradnorm_fast._torch_forward import MEMORY, forward
-from gradnorm_fast.kernels.problem import FIELDS, Problem, Scores
+from gradnorm_fast.kernels.problem import Problem
 
 from measure import peak_extra_memory
 
@@ -83,11 +83,9 @@ def test_launches_on_a_gpu(dtype, head):
     most, most_backward = (1000, 2200) if head else (400, 500)
     x, w = (torch.empty(n, 4096, dtype=dtype, device="meta") for n in (4096, 128256))
     bias = torch.empty(128256, dtype=dtype, device="meta")
-    out = torch.empty(len(FIELDS) if head else 1, 4096, device="meta")
-    prediction = torch.empty(4096, dtype=torch.int64, device="meta") if head else None
     with Launches() as launches:
-        forward(Problem(x, w, bias, temperature=2.0), Scores(out, prediction))
+        scores = forward(Problem(x, w, bias, temperature=2.0), torch.float32, head)
     assert launches.count < most
     with Launches() as launches:
-        backward(out, Problem(x, w, bias, temperature=2.0), [True, False, True, True])
+        backward(scores.out, Problem(x, w, bias, temperature=2.0), [True, False, True, True])
     assert launches.count < most_backward
