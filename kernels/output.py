@@ -25,6 +25,7 @@ def store_scores(
     out = OUT + rows
     tl.store(out, whole_norm * output_norm, mask=live)
     if PREDICTION is not None:
+        s = tl.maximum(s, 1.0)  # the term of the maximum is 1; rounding may leave a little less
         # If the score is NaN, so are all other fields; the index must still be valid.
         poison = (whole_norm - whole_norm) + (deviation - deviation)
         out += stride_o

@@ -184,5 +184,16 @@ def test_bounds(backend, problem, temperature):
     scores = head_scores(features, weight, logits[0], temperature=temperature, backend=backend)
     deviation = scores.output_norm.double() * temperature
     assert (deviation >= 0).all() and (deviation <= 2 * (1 - 1 / classes) * (1 + 2e-6)).all()
-    assert (scores.msp * classes >= 1 - 2e-6).all() and (scores.msp <= 1 + 2e-6).all()
+    assert (scores.msp * classes >= 1 - 2e-6).all() and (scores.msp <= 1).all()
     assert (scores.energy >= scores.max_logit).all()
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("classes", [2, 3, 10, 1000, 5000])
+def test_saturated_rows_have_a_probability_of_at_most_1(backend, dtype, classes):
+    features = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    weight = 300 * torch.randn(classes, 8, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    scores = head_scores(features, weight, backend=backend)
+    assert (scores.msp <= 1).all() and (scores.energy >= scores.max_logit).all()
+    assert (scores.msp > 0.9).any()
