@@ -52,7 +52,7 @@ MORE_CLASSES = (200, 1203, 3000, 8142)  # for the other lines of the kernels' ta
 HEADS = (*product(CLASSES, DEPTHS), *product(MORE_CLASSES, DEPTHS[:3]))
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ABSENT = ("BIAS", "PREDICTION", "LABELS", "STATISTICS")  #: tensors that may be None
-TILE = ("BLOCK_B", "BLOCK_C", "BLOCK_D", "TILE_C")
+TILE = ("BLOCK_B", "BLOCK_C", "BLOCK_D")
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 
 

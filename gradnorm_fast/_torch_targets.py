@@ -259,10 +259,9 @@ def token_statistics(problem: Problem, out: Tensor) -> None:
     for rows, some, columns in blocks(problem, out.dtype):
         others = others_of(some, tiles_of(some, out.dtype, columns), 2.0, True)
         found = Probabilities(others, 1.0 / problem.temperature, 2.0)
-        poison = feature_norms(some, out.dtype) * 0.0
         fields = found.log_p_y, found.entropy, found.sum_squares, found.residual_norm(2.0)
         for k, value in enumerate(fields):
-            out[k, rows] = _for_labels(some, others.y, value + poison)[:, 0]
+            out[k, rows] = _for_labels(some, others.y, value)[:, 0]
 
 
 class _Slope(NamedTuple):

@@ -77,12 +77,6 @@ def for_vector(vec: int, config: Config) -> Config:
     return config if vec == 8 or config.block_b < 32 else config._replace(block_d=min(config.block_d, 32))
 
 
-def for_registers(config: Config) -> Config:
-    """The configuration for what needs more registers per logit: half the rows where a thread has over 32 logits."""
-    large = config.block_b * config.block_c > 32 * 32 * config.num_warps
-    return config._replace(block_b=config.block_b // 2) if large else config
-
-
 # Triton's own costs 4 µs per call.
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)

@@ -1,7 +1,7 @@
 """Chooses the kernel and configuration for a problem: one_hot for labels and the predicted target, rows for given
 logits; else
 
-    C <= 256                                    one_tile; half precision with odd D: library if it takes them
+    C <= 256                                    one_tile; halves read 2 bytes at a time: library if it takes them
     B <= 64, 256 < C <= 4096                    tiled, in slices of the features
     otherwise, and float64                      library if it takes the problem, else tiled
 
@@ -19,7 +19,7 @@ import torch
 
 from . import library, one_hot, one_tile, rows, tiled
 from .config import ANY, Config, Shape
-from .device import architecture
+from .device import architecture, vector
 from .problem import Problem, Scores
 
 
@@ -56,7 +56,7 @@ def choose(problem: Problem, batch_invariant: bool = False) -> Choice:
 
 def preferred(problem: Problem, arch: str, batch_invariant: bool = False) -> str:
     """The name of the first kernel, in order of preference, that takes the problem."""
-    x, c = problem.features, problem.classes
+    x, w, c = problem.features, problem.weight, problem.classes
     few = len(x) <= tiled.SLICED_MAX_ROWS and one_tile.MAX_CLASSES < c <= tiled.SLICED_MAX_CLASSES
     order: tuple[str, ...]
     if not problem.uniform:
@@ -65,7 +65,8 @@ def preferred(problem: Problem, arch: str, batch_invariant: bool = False) -> str
         order = ("rows",)
     elif batch_invariant and x.dtype != torch.float64:
         order = ("one_tile", "tiled")
-    elif x.dtype.itemsize == 2 and x.shape[1] % 2 == 1:  # only 2-byte loads can read these rows
+    elif w is not None and x.dtype.itemsize == 2 and vector(x.shape[1], x.stride(0), w.stride(0)) == 1:
+        # only 2-byte loads can read these rows
         order = ("library", "one_tile", "tiled")
     else:
         order = ("one_tile", "tiled", "library") if few else ("one_tile", "library", "tiled")
@@ -103,8 +104,8 @@ def _as_allocated(problem: Problem) -> Problem:
     alignment, and sum order on load width."""
 
     def copied(t: torch.Tensor) -> torch.Tensor:
-        t = t.contiguous()
-        return t if t.data_ptr() % 16 == 0 else t.clone()
+        fits = t.stride() == (t.shape[1], 1) and t.data_ptr() % 16 == 0  # a row alone is contiguous at any stride
+        return t if fits else t.new_empty(t.shape).copy_(t)
 
     logits = None if problem.logits is None else copied(problem.logits)
     return problem._replace(features=copied(problem.features), logits=logits)

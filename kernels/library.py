@@ -71,4 +71,4 @@ def score(problem: Problem, scores: Scores, config: Config) -> None:
         part = problem.rows(start, start + chunk)
         z = logits[:, : len(part.features)]
         torch.mm(part.features, w.t(), out=z[0, :, :c], **options)
-        rows.score(part, scores.rows(start, start + chunk), workspace=rows.Workspace(z, c))
+        rows.score(part, scores.rows(start, start + chunk), logits=z)

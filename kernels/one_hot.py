@@ -11,8 +11,9 @@
                 is one of them. For the predicted class it leaves two parts: its likeliest class, and all its others
     launch 2    merges the parts in their order, without the part that is the predicted class; ‖x‖_p
 
-Traffic: C·D weights per chunk of rows; B·D features twice, or three times for p other than 1 and ∞; 8 to 24 bytes per
-row and class tile, written and read. Chunks keep those at 64 MiB (`Config.workspace`).
+Traffic: C·D weights per chunk of rows; B·D features for the logits, and again for ‖x‖_p (twice for p other than 1 and
+∞), which token statistics do without; 8 to 24 bytes per row and class tile, written and read. Chunks keep those at
+64 MiB (`Config.workspace`).
 """
 
 import torch
@@ -32,8 +33,8 @@ from .tiled import TABLE
 
 
 @triton.jit
-def _largest(M, n, excluded, STRIDE: tl.constexpr, BLOCK_PARTS: tl.constexpr):
-    """The largest of the n values M[0], M[STRIDE], ... without number `excluded`, and the first number that has it.
+def _largest(M, n, excluded, BLOCK_PARTS: tl.constexpr):
+    """The largest of n values without number `excluded`, and the first number that has it.
 
     # M: pointers (B, 1), excluded (B, 1) -> 2 x (B,)
     """
@@ -41,7 +42,7 @@ def _largest(M, n, excluded, STRIDE: tl.constexpr, BLOCK_PARTS: tl.constexpr):
     found = tl.full((M.shape[0], BLOCK_PARTS), 2147483647, tl.int32)
     for j in range(0, n, BLOCK_PARTS):
         part = j + tl.arange(0, BLOCK_PARTS)[None, :]
-        m = tl.load(M + part * STRIDE, mask=(part < n) & (part != excluded), other=float("-inf"))
+        m = tl.load(M + part, mask=(part < n) & (part != excluded), other=float("-inf"))
         found = tl.where(m > maxima, part, found)
         maxima = tl.maximum(maxima, m)
     m = tl.max(maxima, 1)
@@ -92,8 +93,6 @@ def one_hot_kernel(
         tl.store(at + 1 + plane, zero, mask=live)
         if NORM > 1:
             tl.store(at + 1 + 2 * plane, zero + 1.0, mask=live)
-        if ENTROPY:
-            tl.store(at + 1 + 3 * plane, zero, mask=live)
     else:
         y = tl.load(LABELS + rows * stride_y, mask=live, other=-1) - first_class
         here = (y >= 0) & (y < BLOCK_C) & (y < C - first_class)
@@ -131,9 +130,10 @@ def merge_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     live = rows < B
 
-    # 1. ‖(x, bias_norm)‖_p
-    norm = norm_in_memory(X, rows, B, 0, D, BLOCK_D, stride_xb, stride_xd, p, NORM, BLOCK_D, STAGES, tl.float32)
-    norm = with_bias(norm, bias_norm, p, NORM)
+    # 1. ‖(x, bias_norm)‖_p, for the score alone
+    if not ENTROPY:
+        norm = norm_in_memory(X, rows, B, 0, D, BLOCK_D, stride_xb, stride_xd, p, NORM, BLOCK_D, STAGES, tl.float32)
+        norm = with_bias(norm, bias_norm, p, NORM)
 
     # 2. sums over the classes but y, of part j, j + BLOCK_PARTS, ... in column j
     inside = tl.where(live, rows, 0)
@@ -143,14 +143,14 @@ def merge_kernel(
     y_exists = live
     ignored = rows < 0
     if LABELS is None:
-        z_y, tile = _largest(at + 1, n // 2, predicted, 2, BLOCK_PARTS)
-        predicted = 2 * tile[:, None] + 1  # if all logits are −inf: −1, none
+        z_y, first = _largest(at, n, predicted, BLOCK_PARTS)
+        predicted = first[:, None] | 1  # the likeliest class of the part's tile; none if all logits are −inf
     else:
         y = tl.load(LABELS + rows * stride_y, mask=live, other=0)
         y_exists = live & (y >= 0) & (y < C)
         ignored = y == IGNORED
         z_y = tl.load(Z_Y + rows, mask=y_exists, other=float("-inf"))
-    m, leader = _largest(at, n, predicted, 1, BLOCK_PARTS)  # S leaves out the likeliest class of the leader alone
+    m, leader = _largest(at, n, predicted, BLOCK_PARTS)  # S leaves out the likeliest class of the leader alone
     shift = finite_max(m)[:, None]
     sums_s = tl.zeros((BLOCK_B, BLOCK_PARTS), tl.float32)
     sums_r = tl.zeros((BLOCK_B, BLOCK_PARTS), tl.float32)
@@ -192,12 +192,15 @@ def merge_kernel(
         log_p_y = tl.where(below, -a, 0.0) - log1p(w)
         products = tl.where(below, q, e * q) - tl.where(e > 0.0, tl.abs(a) * e * tl.where(below, 1.0, 1.0 + s), 0.0)
         entropy = log1p(w) - products / whole
-        wrong = tl.where(y_exists, norm * 0.0, float("nan"))
+        wrong = tl.where(y_exists, 0.0, float("nan"))
         out = OUT + rows
         tl.store(out, tl.where(ignored, 0.0, log_p_y + wrong), mask=live)
-        tl.store(out + stride_o, tl.where(ignored, 0.0, entropy + wrong), mask=live)
-        tl.store(out + 2 * stride_o, tl.where(ignored, 0.0, p_y * p_y + rest * rest * rho + wrong), mask=live)
-        tl.store(out + 3 * stride_o, tl.where(ignored, 0.0, residual + wrong), mask=live)
+        out += stride_o
+        tl.store(out, tl.where(ignored, 0.0, entropy + wrong), mask=live)
+        out += stride_o
+        tl.store(out, tl.where(ignored, 0.0, p_y * p_y + rest * rest * rho + wrong), mask=live)
+        out += stride_o
+        tl.store(out, tl.where(ignored, 0.0, residual + wrong), mask=live)
     else:
         value = tl.where(y_exists, norm * (residual * inv_temperature), float("nan"))
         tl.store(OUT + rows, tl.where(ignored, 0.0, value), mask=live)
@@ -221,15 +224,15 @@ def score(problem: Problem, scores: Scores, config: Config) -> None:
     x, w, bias, device = problem.features, problem.weight, problem.bias, problem.features.device
     arch, out, entropy = architecture(device), scores.out, len(scores.out) > 1
     assert w is not None
-    (batch, d), c, labels = x.shape, w.shape[0], None if isinstance(problem.target, str) else problem.target
+    (batch, d), c, labels = x.shape, w.shape[0], not isinstance(problem.target, str)
     vec = vector(d, x.stride(0), w.stride(0))
     cfg = for_vector(vec, config)
     tiles = cdiv(c, cfg.block_c)
     (norm, p), inv_temperature = compiled(problem.p), 1.0 / problem.temperature
-    parts, planes = 2 * tiles if labels is None else tiles, 4 if entropy else 3 if norm > 1 else 2
+    parts, planes = tiles if labels else 2 * tiles, 4 if entropy else 3 if norm > 1 else 2
     chunk = rows_per_chunk(batch, 4 * (planes * parts + 1), cfg)
     statistics = torch.empty(planes * chunk * parts, dtype=torch.float32, device=device)
-    z_y = None if labels is None else torch.empty(chunk, dtype=torch.float32, device=device)
+    z_y = torch.empty(chunk, dtype=torch.float32, device=device) if labels else None
     for start in range(0, batch, chunk):
         rows = problem.rows(start, start + chunk)
         x, b = rows.features, len(rows.features)

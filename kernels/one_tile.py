@@ -12,7 +12,7 @@ product may still be reading. p other than 1 reads x again too, and p other than
 import triton
 import triton.language as tl
 
-from .config import ANY, Config, Line, Shape, cdiv, choose, for_registers, for_vector
+from .config import ANY, Config, Line, Shape, cdiv, choose, for_vector
 from .deviation import deviation_of_rows
 from .device import TRITON, architecture, asynchronous_products, dot_precision, tuned_as, vector
 from .launch import launch
@@ -117,8 +117,8 @@ def score(problem: Problem, scores: Scores, config: Config) -> None:
     (b, d), c, (norm, p) = x.shape, w.shape[0], compiled(problem.p)
     vec = vector(d, x.stride(0), w.stride(0))
     cfg = for_vector(vec, config)
-    if norm != 1 or scores.prediction is not None:
-        cfg = for_registers(cfg)
+    if (norm != 1 or scores.prediction is not None) and cfg.block_b * cfg.block_c > 32 * 32 * cfg.num_warps:
+        cfg = cfg._replace(block_b=cfg.block_b // 2)  # these need more registers per logit
     launch(one_tile_kernel, cdiv(b, cfg.block_b), cfg, (
         x, w, bias, scores.out, scores.prediction,
         b, c, d // vec,

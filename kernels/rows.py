@@ -5,13 +5,11 @@
 Rows of up to MAX_RESIDENT classes (float64: 1024) stay in registers. It reads longer rows twice, once for m and S
 and once for the deviations; three more times if they need the careful form (deviation.py), once more for p other than
 1, and twice more for all fields. Traffic: B·C logits and B·D features, which p other than 1 and ∞ reads twice. tiled.py
-and library.py launch this kernel after their matmul. Their `Workspace` may hold the logits in slices, which are summed
-here, and m and S of each tile of long rows, which saves the first read.
+and library.py launch this kernel after their matmul. The logits may come in slices, which are summed here, and long
+rows with m and S of each tile, which saves the first read.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,24 +33,22 @@ from .problem import UNIFORM_ALONE, Problem, Scores
 from .spread import spread_of_rows
 
 MAX_RESIDENT = 8192
-TILES = 256  # class tiles whose statistics are read at once
 MIN_ROWS = 512  # that a workspace holds at least
 
 
-@triton.jit(do_not_specialize=["B", "n_slices", "stride_o"])
+@triton.jit(do_not_specialize=["B", "n_slices", "scale", "stride_o"])
 def rows_kernel(
     X,  # (B, D): features, or shares of ‖x‖_p; row stride stride_xb * VEC
     Z,  # (B, C): logits; or (n_slices, B, width), to be summed; row stride stride_zb * VEC_Z
     BIAS,  # (C,), added to the logits, or None
-    STATISTICS,  # (2, B, tiles) of tiles of TILE_C classes: m and S; or None
+    STATISTICS,  # (2, B, D): m and S of the tiles of classes whose shares of ‖x‖_p X has; or None
     OUT,  # (1, B), or (10, B) with PREDICTION; its dtype, float32 or float64, is that of all sums
     PREDICTION,  # (B,) int64, or None
     B, C, D, width, n_slices,
     inv_temperature, inv_temperature_low, p, p_low, scale, bias_norm,
-    stride_xb, stride_xd, stride_zs, stride_zb, stride_zc, stride_b, stride_o,
+    stride_xb, stride_xd, stride_zb, stride_zc, stride_b, stride_o,
     VEC: tl.constexpr, VEC_Z: tl.constexpr,
     NORM: tl.constexpr, RESIDENT: tl.constexpr, SLICED: tl.constexpr,
-    TILE_C: tl.constexpr, TILES: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """width >= C: how many columns of logits may be read. D and stride_xb are passed divided by VEC, width and
@@ -62,43 +58,43 @@ def rows_kernel(
     width = width * VEC_Z
     stride_zb = tl.cast(stride_zb, tl.int64) * VEC_Z
     rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    live = (rows < B)[:, None]
+    inside = tl.minimum(rows, B - 1)  # rows beyond B read the last one
     dtype = OUT.dtype.element_ty
     # Triton passes floats as float32: what that rounds off comes separately
-    inv_temperature = tl.cast(inv_temperature, dtype) + tl.cast(inv_temperature_low, dtype)
-    p = tl.cast(p, dtype) + tl.cast(p_low, dtype)
+    inv_temperature = tl.cast(inv_temperature, dtype) + tl.cast(inv_temperature_low, dtype) * 2.0**-24
+    p = tl.cast(p, dtype) + tl.cast(p_low, dtype) * 2.0**-24
 
     # 1. ‖x‖_p
     norm = norm_in_memory(X, rows, B, 0, D, BLOCK_D, stride_xb, stride_xd, p, NORM, BLOCK_D, STAGES, dtype)
 
     # 2. ‖p − 1/C‖_p
-    z_rows = Z + rows[:, None] * stride_zb
+    z_rows = Z + inside[:, None] * stride_zb
     if RESIDENT:
-        z, valid = load_logits(z_rows, BIAS, 0, C, width, live, stride_zc, stride_b, BLOCK_C, dtype)
+        z, valid = load_logits(z_rows, BIAS, 0, C, width, stride_zc, stride_b, BLOCK_C, dtype)
         if SLICED:
             for k in tl.range(1, n_slices, num_stages=STAGES):
-                z_slice = z_rows + tl.cast(k, tl.int64) * stride_zs
-                z += load_logits(z_slice, None, 0, C, width, live, stride_zc, 0, BLOCK_C, dtype)[0]
+                z_slice = z_rows + tl.cast(k, tl.int64) * B * stride_zb
+                z += load_logits(z_slice, None, 0, C, width, stride_zc, 0, BLOCK_C, dtype)[0]
         m, s, deviation = deviation_of_rows(z, valid, C, p, inv_temperature, NORM)
         index, entropy, sum_squares, gini, kl = spread_of_rows(
             z, valid, m, s, C, inv_temperature, PREDICTION is not None
         )
     else:
         if STATISTICS is not None:
-            m, s = merged(STATISTICS, rows, B, tl.cdiv(C, TILE_C), inv_temperature, TILES)
+            m, s = merged(STATISTICS, inside, B, D, inv_temperature)
         else:
             m, s = statistics_of_long_rows(
-                z_rows, BIAS, C, width, live, inv_temperature, stride_zc, stride_b,
+                z_rows, BIAS, C, width, inv_temperature, stride_zc, stride_b,
                 BLOCK_C, STAGES,
             )  # fmt: skip
         s, deviation, index = deviation_of_long_rows(
-            z_rows, BIAS, m, s, C, width, live, inv_temperature, p, stride_zc, stride_b,
+            z_rows, BIAS, m, s, C, width, inv_temperature, p, stride_zc, stride_b,
             NORM, PREDICTION is not None, BLOCK_C, STAGES,
         )  # fmt: skip
         entropy, sum_squares, gini, kl = m, m, m, m
         if PREDICTION is not None:
             entropy, sum_squares, gini, kl = spread_of_long_rows(
-                z_rows, BIAS, m, s, index, C, width, live, inv_temperature, stride_zc, stride_b,
+                z_rows, BIAS, m, s, index, C, width, inv_temperature, stride_zc, stride_b,
                 BLOCK_C, STAGES,
             )  # fmt: skip
     store_scores(
@@ -132,24 +128,15 @@ def configuration(shape: Shape) -> Config:
     return choose(TABLE, shape._replace(b=ANY))
 
 
-class Workspace(NamedTuple):
-    """Logits as written by a matmul."""
-
-    logits: torch.Tensor  #: (slices, B, width); slices are summed, columns beyond `classes` ignored
-    classes: int
-    statistics: torch.Tensor | None = None  #: m and S of each tile of long rows: (2, B, tiles)
-    tile_c: int = 0  #: classes of such a tile
-
-
 def rows_per_chunk(batch: int, row_bytes: int, config: Config) -> int:
     """How many rows the workspace holds at a time, for row_bytes bytes per row."""
     return min(batch, max(MIN_ROWS, config.workspace * 2**20 // row_bytes // MIN_ROWS * MIN_ROWS))
 
 
 def _two_floats(value: float) -> tuple[float, float]:
-    """A float32 and the rest."""
+    """A float32 and 2^24 times the rest, which alone may be too small for float32."""
     high = float(np.float32(value))
-    return high, value - high
+    return high, (value - high) * 2.0**24
 
 
 def why_not(problem: Problem, arch: str) -> str:
@@ -158,29 +145,33 @@ def why_not(problem: Problem, arch: str) -> str:
     return "" if problem.logits is not None else "takes logits, not a weight"
 
 
-def score(problem: Problem, scores: Scores, config: Config | None = None, workspace: Workspace | None = None) -> None:
-    """Scores of features (B, D) with the problem's logits (B, C), or with the workspace's plus the problem's bias."""
-    x, bias, out = problem.features, problem.bias, scores.out
-    if workspace is not None:
-        z, c, width = workspace.logits, workspace.classes, workspace.logits.shape[2]
-    else:
+def score(
+    problem: Problem,
+    scores: Scores,
+    config: Config | None = None,
+    logits: torch.Tensor | None = None,
+    statistics: torch.Tensor | None = None,
+) -> None:
+    """Scores of features (B, D) with the problem's logits (B, C); or with a matmul's (slices, B, width) plus the
+    problem's bias: slices are contiguous and summed, columns beyond C ignored."""
+    x, bias, out, c = problem.features, problem.bias, scores.out, problem.classes
+    if logits is None:
         assert problem.logits is not None
-        z, c, width = problem.logits[None], problem.classes, problem.classes
-    (b, d), n_slices = x.shape, z.shape[0]
-    statistics, tile_c = (None, 0) if workspace is None else workspace[2:]
-    shape = Shape(b, c, d, out.dtype, architecture(x.device), 0)
-    cfg = config or (choose(TABLE, shape) if n_slices > 1 else configuration(shape))
-    vec, vec_z = vector(d, x.stride(0)), vector(width, z.stride(1))
+        logits = problem.logits[None]
+    (b, d), (n_slices, _, width) = x.shape, logits.shape
+    shape = Shape(b if n_slices > 1 else ANY, c, d, out.dtype, architecture(x.device), 0)
+    cfg = config or choose(TABLE, shape)
+    vec, vec_z = vector(d, x.stride(0)), vector(width, logits.stride(1))
     norm, p = compiled(problem.p)
     (inv_temperature, inv_temperature_low), (p, p_low) = _two_floats(1.0 / problem.temperature), _two_floats(p)
     launch(rows_kernel, cdiv(b, cfg.block_b), cfg, (
-        x, z, bias, statistics, out, scores.prediction,
+        x, logits, bias, statistics, out, scores.prediction,
         b, c, d // vec, width // vec_z, n_slices,
-        inv_temperature, inv_temperature_low, p, p_low, problem.scale, problem.bias_norm,
-        x.stride(0) // vec, x.stride(1), z.stride(0) if n_slices > 1 else 0, z.stride(1) // vec_z, z.stride(2),
+        inv_temperature, inv_temperature_low, p, p_low, int(problem.scale), problem.bias_norm,
+        x.stride(0) // vec, x.stride(1), logits.stride(1) // vec_z, logits.stride(2),
         0 if bias is None else bias.stride(0), out.stride(0),
     ), dict(
         VEC=vec, VEC_Z=vec_z, NORM=norm,
-        RESIDENT=c <= cfg.block_c, SLICED=n_slices > 1, TILE_C=tile_c, TILES=TILES,
+        RESIDENT=c <= cfg.block_c, SLICED=n_slices > 1,
         BLOCK_B=cfg.block_b, BLOCK_C=cfg.block_c, BLOCK_D=cfg.block_d, STAGES=cfg.num_stages,
     ))  # fmt: skip

@@ -20,7 +20,7 @@ from .device import TensorDescriptor, architecture, dot_precision, tma_reads, ve
 from .launch import launch
 from .norm import compiled, norm_in_memory
 from .problem import Problem, Scores, why_not_product
-from .rows import MAX_RESIDENT, Workspace, rows_per_chunk
+from .rows import MAX_RESIDENT, rows_per_chunk
 from .tile import logits_tile, tile_of
 
 SLICED_MAX_ROWS = 64  # larger batches do not slice the features
@@ -28,7 +28,7 @@ SLICED_MAX_CLASSES = 4096  # with more classes, few rows go to the library too
 MAX_SLICES = 16
 
 
-@triton.jit(do_not_specialize=["B", "n_class_tiles"])
+@triton.jit(do_not_specialize=["B"])
 def logits_kernel(
     XT,  # features as `logits_tile` takes them: the pointer X, or a descriptor
     WT,  # weight (C, D), likewise
@@ -37,20 +37,22 @@ def logits_kernel(
     Z,  # (slices, B, stride_zb): logits of each slice, in the first C columns
     SHARES,  # (B, slices, n_class_tiles) of ‖x‖_p
     STATISTICS,  # (2, B, n_class_tiles): m and S of each tile, for long rows; else None
-    B, C, D, n_class_tiles, slice_d,
+    B, C, D, slice_d,
     inv_temperature, p,
-    stride_xb, stride_xd, stride_wc, stride_wd, stride_b, stride_zb, stride_zs,
+    stride_xb, stride_xd, stride_wc, stride_wd, stride_b, stride_zb,
     VEC: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, NORM: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """D, stride_xb and stride_wc are passed divided by VEC. A slice has slice_d features, a multiple of BLOCK_D."""
+    """D, stride_xb and stride_wc are passed divided by VEC. A slice has a multiple of BLOCK_D features."""
     D = D * VEC
     stride_xb = tl.cast(stride_xb, tl.int64) * VEC
     stride_wc = tl.cast(stride_wc, tl.int64) * VEC
 
     # 1. this program's slice and tile
     n_row_tiles = tl.cdiv(B, BLOCK_B)
+    n_class_tiles = tl.cdiv(C, BLOCK_C)
+    n_slices = tl.num_programs(0) // (n_row_tiles * n_class_tiles)
     k = tl.program_id(0) // (n_row_tiles * n_class_tiles)
     row_tile, class_tile = tile_of(tl.program_id(0) % (n_row_tiles * n_class_tiles), n_row_tiles, n_class_tiles)
     row = row_tile.to(tl.int64) * BLOCK_B
@@ -69,7 +71,7 @@ def logits_kernel(
     live = rows < B
     # Write the padding too: the compiler knows that stride_zb, unlike C, is a multiple of 16, and so stores four logits
     # at once.
-    z_rows = Z + tl.cast(k, tl.int64) * stride_zs + rows[:, None] * stride_zb
+    z_rows = Z + (tl.cast(k, tl.int64) * B + rows)[:, None] * stride_zb
     tl.store(z_rows + classes[None, :], z, mask=live[:, None] & (classes < stride_zb)[None, :])
     if STATISTICS is not None:
         m, s = statistics_of_tile(tl.where((classes < C)[None, :], z, float("-inf")), inv_temperature)
@@ -82,7 +84,6 @@ def logits_kernel(
         X, rows, B, first + class_tile * BLOCK_D, last, n_class_tiles * BLOCK_D, stride_xb, stride_xd, p,
         NORM, BLOCK_D, STAGES, tl.float32,
     )  # fmt: skip
-    n_slices = tl.num_programs(0) // (n_row_tiles * n_class_tiles)
     tl.store(SHARES + (rows * n_slices + k) * n_class_tiles + class_tile, share, mask=live)
 
 
@@ -124,8 +125,7 @@ def why_not(problem: Problem, arch: str) -> str:
 
 
 def score(problem: Problem, scores: Scores, config: Config) -> None:
-    """Scores of features (B, D) under the head's weight (C, D) and bias (C,). ValueError if the config has slices for
-    long rows or TMA."""
+    """Scores of features (B, D) under the head's weight (C, D) and bias (C,). ValueError for long rows in slices."""
     features, w, bias = problem.features, problem.weight, problem.bias
     device = features.device
     arch = architecture(device)
@@ -134,11 +134,10 @@ def score(problem: Problem, scores: Scores, config: Config) -> None:
     vec = vector(d, features.stride(0), w.stride(0))
     cfg = for_vector(vec, config)
     long = c > MAX_RESIDENT
-    if cfg.slices > 1 and (long or cfg.tma):
-        raise ValueError(f"config: slices of the features need at most {MAX_RESIDENT} classes and no TMA, got {cfg}")
+    if cfg.slices > 1 and long:
+        raise ValueError(f"config: slices of the features need at most {MAX_RESIDENT} classes, got {cfg}")
     tiles = cdiv(c, cfg.block_c)
     width = cdiv(c, 16) * 16
-    slice_d = cdiv(cdiv(d, cfg.slices), cfg.block_d) * cfg.block_d
     row_bytes = 4 * (cfg.slices * (width + tiles) + (2 * tiles if long else 0))
     chunk = rows_per_chunk(batch, row_bytes, cfg)
     logits = torch.empty(cfg.slices * chunk * width, dtype=torch.float32, device=device)
@@ -152,10 +151,10 @@ def score(problem: Problem, scores: Scores, config: Config) -> None:
             TensorDescriptor.from_tensor(x, [cfg.block_b, cfg.block_d]) if tma else x,
             TensorDescriptor.from_tensor(w, [cfg.block_c, cfg.block_d]) if tma else w,
             x, bias, logits, shares, statistics,
-            b, c, d // vec, tiles, slice_d,
+            b, c, d // vec, cdiv(cdiv(d, cfg.slices), cfg.block_d) * cfg.block_d,
             1.0 / problem.temperature, p,
             x.stride(0) // vec, x.stride(1), w.stride(0) // vec, w.stride(1),
-            0 if bias is None else bias.stride(0), width, b * width,
+            0 if bias is None else bias.stride(0), width,
         ), dict(
             VEC=vec, EVEN_D=d % cfg.block_d == 0, TMA=tma,
             PRECISION=dot_precision(x.dtype, arch, cfg.float32), NORM=norm,
@@ -164,8 +163,8 @@ def score(problem: Problem, scores: Scores, config: Config) -> None:
         ))  # fmt: skip
         n = cfg.slices * tiles
         rows.score(
-            problem._replace(features=shares[: b * n].view(b, n), weight=None, bias=None),
+            problem._replace(features=shares[: b * n].view(b, n), bias=None),
             scores.rows(start, start + b),
-            None,
-            Workspace(logits[: cfg.slices * b * width].view(cfg.slices, b, width), c, statistics, cfg.block_c),
+            logits=logits[: cfg.slices * b * width].view(cfg.slices, b, width),
+            statistics=statistics,
         )  # fmt: skip

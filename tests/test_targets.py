@@ -425,6 +425,18 @@ def test_torch_func():
     torch.testing.assert_close(log_p(x), expected)
 
 
+@pytest.mark.parametrize("classes", [1, 2, 40])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_token_statistics_are_nan_where_features_are_not_finite_and_only_there(backend, classes):
+    """Where ‖x‖ alone overflows they are finite: they do not depend on it."""
+    x, w, bias, labels = problem(8, 6, classes, torch.float32)
+    x[0, 1], x[1, 1], x[2, 1], x[3] = math.nan, math.inf, -math.inf, math.inf
+    x[4], x[4, 1] = math.inf, -math.inf
+    x[5, :2], w[:, :2] = 3e38, 0.0
+    found = torch.stack(token_statistics(x, w, labels, bias, backend=backend))
+    assert found[:, :5].isnan().all() and found[:, 5:].isfinite().all()
+
+
 def test_what_others_compute():
     """By the formulas of DeepCore (GraNd, EL2N), verl (Σπ², the weight of its optimal token baseline) and ExGrad."""
     x, w, bias, labels = problem(6, 8, 5)

@@ -137,6 +137,7 @@ def cases(arch: int) -> list[Case]:
             add("rows", dtype, b, 33, c, rows="near")
             add("rows", dtype, b, 33, c, layout="offset" if b == 9 else "strided", temperature=2.0)
         add_rows("library", dtype, 9, 40, 300)
+        add("rows", dtype, 2, 33, 15, temperature=1e36 if dtype == "float64" else 1e9, fields=False)
         (add if dtype == "float32" else add_rows)("library", dtype, 2, 40, 9000)  # float32 logits for halves too
     for kernel, c in (("one_tile", 20), ("tiled", 300), ("library", 300)):
         add(kernel, "float32", 18, 64, c, tf32=True)
