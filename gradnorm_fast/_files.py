@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -21,15 +22,20 @@ if TYPE_CHECKING:
 def replacing(path: str | os.PathLike[str], mode: str = "w", **options: Any) -> Iterator[IO[Any]]:
     """Open a file that takes the place of `path` when the block ends; an error leaves `path` as it was.
 
-    Where `path` is a symbolic link, the file that it points to is replaced.
+    Where `path` is a symbolic link, the file that it points to is replaced. The permissions stay. OSError where `path`
+    is a folder, a device or a pipe.
     """
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if target.exists() and not target.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     _remove_abandoned(target)
     partial = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
         with open(partial, mode, **options) as file:
+            if target.exists():
+                shutil.copymode(target, partial)
             yield file
         os.replace(partial, target)
     except OSError as error:

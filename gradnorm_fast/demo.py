@@ -288,6 +288,8 @@ def check_output(path: Path) -> Path:
     path = path.absolute()
     if path.suffix.lower() != ".png":
         raise ValueError(f"output: expected a name ending in .png, got {path.name!r}")
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"output: cannot write {path}: not a regular file")
     try:
         existed = os.path.lexists(path)
         path.open("ab").close()  # trying is the only sure test, and appending nothing changes nothing

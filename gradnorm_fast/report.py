@@ -332,7 +332,7 @@ def _open(name: str) -> Image:
 def _histogram(finite: dict[str, npt.NDArray[Any]], score: str, threshold: float | None) -> Figure:
     figure = _new_figure()
     ax = figure.subplots()
-    drawn = {_label(name): values for name, values in finite.items() if len(values)}
+    drawn = {plot_label(name): values for name, values in finite.items() if len(values)}
     label = f"{_FIELDS.get(score, score)} (larger = more in-distribution)"
     if len(drawn) > 1:
         (_, inside), *outside = drawn.items()
@@ -353,12 +353,12 @@ def _histogram(finite: dict[str, npt.NDArray[Any]], score: str, threshold: float
 
 def _roc(inside: npt.NDArray[Any], outside: dict[str, npt.NDArray[Any]]) -> Figure:
     figure = _new_figure()
-    ax = plot_roc(inside, {_label(name): values for name, values in outside.items()}, figure.subplots())
+    ax = plot_roc(inside, {plot_label(name): values for name, values in outside.items()}, figure.subplots())
     ax.legend(framealpha=0.85, edgecolor="none", fontsize="small")
     return figure
 
 
-def _label(name: str) -> str:
+def plot_label(name: str) -> str:
     """A name as matplotlib's text, where $ starts a formula and a leading _ hides the entry."""
     name = _shown(name).replace("$", r"\$")
     return f" {name}" if name.startswith("_") else name

@@ -255,3 +255,18 @@ def test_from_folders_to_the_table_on_real_data(tmp_path, monkeypatch, capsys):
     written = (tmp_path / "table.md").read_text(encoding="utf-8")
     note = "In %; FPR95: the share of OOD images accepted when 95 % of the ID images are."
     assert written == f"{table}\n\n{note}\n"
+
+
+def test_names_that_matplotlib_would_read_as_formulas(place):
+    assert run("eval", *MODEL_RUN, "--id", "id", "--ood", "5_$=ood", "--ood", "_b=ood", "--out", "e") == 0
+    assert Path("e/scores.png").exists()
+
+
+def test_files_of_scores_refuse_what_would_change_nothing(place, capsys):
+    for name in ("id", "ood"):
+        assert run("score", *MODEL_RUN, "--images", name, "--out", f"{name}.csv") == 0
+    files = ("eval", "--id", "id.csv", "--ood", "x=ood.csv", "--out", "e", "--quiet")
+    for option in (("--temperature", "10"), ("--reduction", "sum"), ("--resize", "5"), ("--layers", "all")):
+        assert run(*files, *option) == 2
+        assert f"{option[0][2:]}: it cannot be combined with files of scores" in capsys.readouterr().err
+    assert run(*files) == 0

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from gradnorm_fast import _progress, head_scores
+from gradnorm_fast._files import replacing
 from gradnorm_fast.cli import images, inputs, run_log
 
 from command_line import FEATURES_RUN, MODEL_RUN, RUN, SCORE, run, table
@@ -551,3 +552,51 @@ def test_report_of_images_in_a_shard(place):
             shard.add(f"ood/{name}.png", f"{name}.png")
     assert run(*SCORE, "--images", "s.tar", "--out", "s.csv", "--report", "r.html") == 0
     assert Path("r.html").read_text().count('src="data:image/png') == 2
+
+
+def test_an_output_that_is_no_regular_file(place, capsys):
+    """A device or a pipe would become a file."""
+    os.mkfifo("pipe")
+    for name in ("s.csv", "x.png"):
+        os.symlink("pipe", name)
+    assert run("score", "--features", "F.npy", *FEATURES_RUN, "--out", "s.csv") == 2
+    assert "out: expected a regular file, got a device or a pipe: s.csv" in capsys.readouterr().err
+    assert run("demo", "--output", "x.png") == 2 and "not a regular file" in capsys.readouterr().err
+    with pytest.raises(OSError, match="not a regular file"), replacing("pipe"):
+        pass
+    assert Path("pipe").is_fifo()
+
+
+def test_a_file_that_is_replaced_keeps_its_permissions(place):
+    for name in ("new.csv", "old.csv"):
+        if name == "old.csv":
+            Path(name).touch()
+            Path(name).chmod(0o600)
+        assert run("score", "--features", "F.npy", *FEATURES_RUN, "--out", name) == 0
+    assert Path("old.csv").stat().st_mode & 0o777 == 0o600 != Path("new.csv").stat().st_mode & 0o777
+    assert Path("old.csv").read_text() == Path("new.csv").read_text()
+
+
+def test_a_rank_without_a_world(place, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert run(*SCORE, "--images", "id", "--out", "s.csv") == 2
+    assert "RANK: expected 0 ... 0 for WORLD_SIZE=1, got 1" in capsys.readouterr().err
+    assert not list(place.glob("s*"))
+
+
+def test_the_demo_does_not_draw_over_its_images(place, capsys):
+    before = Path("id/00.png").read_bytes()
+    assert run("demo", "--imagenet", "--images", "id", "--output", "id/00.png") == 2
+    assert "output: id/00.png lies in id, which is read" in capsys.readouterr().err
+    assert Path("id/00.png").read_bytes() == before
+
+
+def test_a_wider_bias_is_not_rounded_to_the_weight(place):
+    """With a bias beyond float16's range the logits would be infinite, and every score NaN."""
+    np.save("W16.npy", np.load("W.npy").astype(np.float16))
+    np.save("W32.npy", np.load("W16.npy").astype(np.float32))
+    np.save("far.npy", np.array([1e5, 1e5 + 1, 0, 0], np.float32))
+    for weight in ("W16.npy", "W32.npy"):
+        given = ("--features", "G.npy", "--weight", weight, "--bias", "far.npy", "--out", f"{weight}.csv")
+        assert run("score", *given, "--device", "cpu", "--quiet") == 0
+    assert Path("W16.npy.csv").read_text() == Path("W32.npy.csv").read_text()

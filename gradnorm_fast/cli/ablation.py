@@ -167,6 +167,8 @@ def _draw(path: Path, part: str, results: Results) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    from ..report import plot_label
+
     figure = Figure(figsize=(9, 3.6), layout="constrained")  # pyplot would choose a window system
     FigureCanvasAgg(figure)
     settings = list(next(iter(results.values())))
@@ -176,7 +178,7 @@ def _draw(path: Path, part: str, results: Results) -> None:
         for i, (name, of_set) in enumerate(results.items()):
             values = [100 * (fpr95(of_set[s]) if title.startswith("FPR95") else of_set[s]["auroc"]) for s in settings]
             style = {"color": "black", "linewidth": 2.2} if name == "average" else {"color": f"C{i}", "linewidth": 1.2}
-            ax.plot(range(len(settings)), values, marker="o", markersize=4, label=name, **style)
+            ax.plot(range(len(settings)), values, marker="o", markersize=4, label=plot_label(name), **style)
         ax.set(title=title, xlabel=TITLES[part])
         long = max(map(len, settings)) > 6
         ax.set_xticks(range(len(settings)), settings, rotation=30 if long else 0, ha="right" if long else "center")

@@ -35,10 +35,13 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("seed: it cannot be combined with --imagenet, where nothing is random")
     from .. import demo, demo_imagenet
     from ..models import device_of
+    from .inputs import check_output
 
     device = device_of(args.device)
     if args.imagenet:
-        demo_imagenet.run(args.output or "gradnorm_imagenet.png", _read(args.images), device)
+        output = args.output or "gradnorm_imagenet.png"
+        check_output("output", output, args.images)
+        demo_imagenet.run(output, _read(args.images), device)
     else:
         demo.run(args.output or "gradnorm_demo.png", device, args.seed or 0)
 

@@ -30,9 +30,9 @@ def add_parser(subparsers: Subparsers, common: Parser) -> None:
         "eval",
         parents=[common],
         help="table and plots of one ID and several OOD sets",
-        description="Tell ID from OOD sets by GradNorm and, from the same pass, MSP, MaxLogit, Energy and the feature "
-        "norm, or other --methods: table (Markdown, CSV), plot, scores, and a JSON with what is needed to repeat it. "
-        "A set is images, features (.npy, with --weight), or a file that `score` wrote.",
+        description="Compare ID with OOD sets by GradNorm and, from the same pass, MSP, MaxLogit, Energy and the "
+        "feature norm, or other --methods: table (Markdown, CSV), plot, scores, and a JSON with what is needed "
+        "to repeat it. A set is images, features (.npy, with --weight), or a file that `score` wrote.",
         epilog="examples:\n"
         f"  {PROG} eval --model resnet50 --weights DEFAULT --id imagenet/val --near ssb=ssb_hard/ \\\n"
         "    --far places=places/ --far textures=dtd/ --out results/\n"
@@ -271,11 +271,12 @@ def _draw(path: Path, tables: dict[str, Table]) -> None:
     from matplotlib.figure import Figure
 
     from ..evaluation import METHODS, plot_roc, plot_scores
+    from ..report import plot_label
 
     figure = Figure(figsize=(12, 4.5), layout="constrained")  # pyplot would choose a window system
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    outside = {name: table.scores[METHODS["GradNorm"]] for name, table in tables.items()}
+    outside = {plot_label(name): table.scores[METHODS["GradNorm"]] for name, table in tables.items()}
     inside = outside.pop("id")
     plot_scores(inside, outside, left, xlabel="GradNorm (larger = more in-distribution)")
     plot_roc(inside, outside, right)

@@ -18,7 +18,7 @@ def add_parser(subparsers: Subparsers, common: Parser) -> None:
         parents=[common],
         help="find the threshold from in-distribution images",
         description="Find the threshold that keeps a fraction of in-distribution images (not those of the training) "
-        "and save it with the head's fingerprint. In place of images, features with --weight, or a file of scores.",
+        "and save it with digests of the model or head. Instead of images: features with --weight, or a score file.",
         epilog=f"examples:\n"
         f"  {PROG} fit --model resnet50 --weights DEFAULT --id val/ --tpr 0.95 --out gate.json\n"
         f"  {PROG} fit --model resnet50 --weights DEFAULT --id val/ --ood textures/ --score auto --out gate.json\n"
@@ -29,7 +29,7 @@ def add_parser(subparsers: Subparsers, common: Parser) -> None:
         "--ood",
         nargs="+",
         metavar="PATH",
-        help="out-of-distribution, for --score auto: the score that tells them best",
+        help="out-of-distribution, for --score auto: the score that tells them apart best",
     )
     parser.add_argument("--tpr", type=fraction, default=0.95, metavar="P", help="fraction to keep (%(default)s)")
     parser.add_argument("--out", required=True, metavar="JSON", help="the detector, for score --detector")

@@ -253,6 +253,8 @@ def check_output(option: str, out: str | os.PathLike[str], read: Iterable[str | 
     A run would destroy the first; a second run would take what the first one wrote for an input of the other.
     """
     target = os.path.realpath(out)
+    if os.path.exists(target) and not os.path.isfile(target) and not os.path.isdir(target):
+        raise ValueError(f"{option}: expected a regular file, got a device or a pipe: {os.fspath(out)}")
     for source in (os.fspath(path) for path in read if path is not None):
         if os.path.isdir(source):
             if Path(target).is_relative_to(os.path.realpath(source)):

@@ -62,8 +62,11 @@ Batches: TypeAlias = Callable[[list[int]], Iterator[Batch]]  # of the inputs wit
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's number and how many there are, as torchrun says."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """This process's number and how many there are, as torchrun says; ValueError for a number that none of them has."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if not 0 <= rank < world:
+        raise ValueError(f"RANK: expected 0 ... {world - 1} for WORLD_SIZE={world}, got {rank}")
+    return rank, world
 
 
 @contextmanager

@@ -271,6 +271,8 @@ class FileScorer:
             self.detector = GradNorm(_load_model(args)[0], args.head, layers=layers_of(args), **score_options(args))
         elif args.weight is not None:
             self.detector = _detector_of(args, *_load_head(args))
+        else:
+            refuse(args, "files of scores", *SCORE_OPTIONS, *MODEL_OPTIONS)
 
     def table(self, name: str, sources: list[str], out: Path, features: Path | None = None) -> Table | None:
         check_format(Path(sources[0]))
@@ -289,7 +291,10 @@ def _load_head(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor | N
         raise ValueError(f"weight: expected shape (C, D) in {args.weight}, got {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape ({len(weight)},) in {args.bias}, got {tuple(bias.shape)}")
-    return weight, None if bias is None else bias.to(weight.dtype)
+    if bias is None:
+        return weight, None
+    dtype = torch.promote_types(weight.dtype, bias.dtype)  # a float32 bias may overflow as float16
+    return weight.to(dtype), bias.to(dtype)
 
 
 def _detector_description(detector: GradNorm) -> dict[str, Any]:
