@@ -121,8 +121,8 @@ def run(
 ) -> Scores:
     """Scores of features (B, D) from logits (B, C), or from weight (C, D) and bias (C,).
 
-    target: "uniform", "predicted", or "labels", which are labels (B,). head: all fields. ValueError for labels of
-    classes that do not exist, on a CPU, and for a problem that no kernel takes where the backend is "triton".
+    target: "uniform", "predicted", or "labels", which are labels (B,). head asks for all fields. ValueError for labels
+    of classes that do not exist, on a CPU, and for a problem that no kernel takes where the backend is "triton".
     """
     problem = _problem(features, logits, weight, bias, labels, target, p, temperature, reduction, include_bias)
     batch, dtype, invariant = features.shape[0], score_dtype(features, logits), batch_invariant()

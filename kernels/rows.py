@@ -153,7 +153,8 @@ def score(
     statistics: torch.Tensor | None = None,
 ) -> None:
     """Scores of features (B, D) with the problem's logits (B, C); or with a matmul's (slices, B, width) plus the
-    problem's bias: slices are contiguous and summed, columns beyond C ignored."""
+    problem's bias: slices are contiguous and summed, columns beyond C ignored. With statistics (2, B, D), m and S of
+    each tile of classes, the features are the tiles' shares of ‖x‖_p."""
     x, bias, out, c = problem.features, problem.bias, scores.out, problem.classes
     if logits is None:
         assert problem.logits is not None

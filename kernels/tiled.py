@@ -125,7 +125,8 @@ def why_not(problem: Problem, arch: str) -> str:
 
 
 def score(problem: Problem, scores: Scores, config: Config) -> None:
-    """Scores of features (B, D) under the head's weight (C, D) and bias (C,). ValueError for long rows in slices."""
+    """Scores of features (B, D) under the head's weight (C, D) and bias (C,). ValueError if the config has slices for
+    long rows or TMA."""
     features, w, bias = problem.features, problem.weight, problem.bias
     device = features.device
     arch = architecture(device)
@@ -134,8 +135,8 @@ def score(problem: Problem, scores: Scores, config: Config) -> None:
     vec = vector(d, features.stride(0), w.stride(0))
     cfg = for_vector(vec, config)
     long = c > MAX_RESIDENT
-    if cfg.slices > 1 and long:
-        raise ValueError(f"config: slices of the features need at most {MAX_RESIDENT} classes, got {cfg}")
+    if cfg.slices > 1 and (long or cfg.tma):
+        raise ValueError(f"config: slices of the features need at most {MAX_RESIDENT} classes and no TMA, got {cfg}")
     tiles = cdiv(c, cfg.block_c)
     width = cdiv(c, 16) * 16
     row_bytes = 4 * (cfg.slices * (width + tiles) + (2 * tiles if long else 0))

@@ -390,11 +390,14 @@ def test_every_kernel_says_what_it_does_not_take():
             dispatch.run(kernel, given_, out)
 
 
-def test_tiled_does_not_slice_long_rows():
-    x, w, _ = problem(3, 64, 8200, torch.float32)
-    with pytest.raises(ValueError, match=r"config: slices of the features need at most 8192 classes, got .*slices=2"):
-        out = torch.empty(1, 3, device=DEVICE)
-        dispatch.run(tiled, Problem(x, w, None), Scores(out, None), Config(16, 64, 16, 4, 2, slices=2))
+@pytest.mark.parametrize(("c", "config"), [(300, Config(16, 64, 16, 4, 2, tma=True)), (8200, Config(16, 64, 16, 4, 2))])
+def test_tiled_slices_neither_long_rows_nor_tma(c, config):
+    x, w, _ = problem(3, 64, c, torch.float32)
+    words = "config: slices of the features need at most 8192 classes and no TMA, got .*slices=2"
+    with pytest.raises(ValueError, match=words):
+        dispatch.run(
+            tiled, Problem(x, w, None), Scores(torch.empty(1, 3, device=DEVICE), None), config._replace(slices=2)
+        )
 
 
 @settings(max_examples=200)
